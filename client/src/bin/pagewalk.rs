@@ -1,0 +1,2 @@
+//! A client for the pagewalk daemon.
+fn main() {}

@@ -1,0 +1,2 @@
+//! The pagewalk daemon.
+fn main() {}

@@ -1,0 +1,2 @@
+#![no_std]
+//! An x86 page walker.

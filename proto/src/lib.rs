@@ -4,7 +4,14 @@
 
 pub mod v1 {
     //! Package `pagewalk.v1`.
-    #![allow(missing_docs, unreachable_pub, rust_2018_idioms, clippy::all, rustdoc::all, reason = "generated")]
+    #![allow(
+        missing_docs,
+        unreachable_pub,
+        rust_2018_idioms,
+        clippy::all,
+        rustdoc::all,
+        reason = "generated"
+    )]
 
     include!(concat!(env!("OUT_DIR"), "/pagewalk.v1.rs"));
 }

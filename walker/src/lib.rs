@@ -1,2 +1,46 @@
+//! An x86 page walker as a library: what does a guest virtual address mean, and if nothing, why not?
+//!
+//! A [`Walker`] is a plain value, built from control registers and what CPUID says ([`ControlRegisters`],
+//! [`CpuProfile`]). It walks any [`Memory`], checks what a CPU checks, and answers with a [`Translation`] or with the
+//! exact [`Fault`]. It is `no_std`, takes no lock, allocates nothing, does not panic, and changes nothing in the guest
+//! unless asked to ([`AdPolicy::Set`]).
+//!
+//! The answer is a fresh walk of memory, not what a TLB may still hold. Guest memory is hostile and may change under the
+//! walk: each entry is loaded once, atomically, and every decision uses that one value.
+//!
+//! Modelled so far: no paging, 4-level and 5-level paging, and NPT in long-mode format as a second dimension. Not
+//! modelled: SMM's address space, encrypted guests' private memory, the APIC-access page, HLAT, EFER.LMSLE, segmentation.
 #![no_std]
-//! An x86 page walker.
+
+#[cfg(test)]
+extern crate std;
+
+mod access;
+mod accessed_dirty;
+mod addr;
+mod entry;
+mod fault;
+mod format;
+mod memory;
+pub mod mode;
+mod nested;
+mod permission;
+mod reserved;
+mod trace;
+mod walk;
+mod walker;
+
+pub use access::{Access, AccessKind, Privilege};
+pub use addr::{Gpa, Gva, NestedGpa, is_canonical};
+pub use fault::{
+    Dimension, EXIT_INFO_1_FINAL, EXIT_INFO_1_TABLE, Fault, FaultKind, PFEC_FETCH, PFEC_KEY, PFEC_PRESENT,
+    PFEC_RESERVED, PFEC_USER, PFEC_WRITE, Reason,
+};
+pub use format::{MemoryType, PageFormat};
+pub use memory::{Backing, ExchangeError, Memory, Window};
+pub use mode::{ControlRegisters, CpuProfile, PagingMode, StateError, Vendor};
+pub use nested::NgpaWalk;
+pub use permission::Rights;
+pub use trace::{MAX_STEPS, NoTrace, Recorder, Step, Trace, Verdict};
+pub use walk::{PageSize, PageWalk, Translation};
+pub use walker::{AdPolicy, MAX_ATTEMPTS, Walker};

@@ -1,0 +1,200 @@
+//! The page format: everything that the meaning of an entry depends on, computed once for a set of registers.
+
+use crate::mode::{
+    CR0_WP, CR4_PKE, CR4_SMAP, CR4_SMEP, ControlRegisters, CpuProfile, EFER_NXE, PagingMode, StateError,
+};
+use crate::permission::Protections;
+use crate::reserved::ReservedBits;
+
+/// A memory type (Intel SDM volume 3, "Memory Types Available").
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum MemoryType {
+    /// Strong uncacheable.
+    Uncacheable,
+    /// Write combining.
+    WriteCombining,
+    /// Write through.
+    WriteThrough,
+    /// Write protected.
+    WriteProtected,
+    /// Write back.
+    WriteBack,
+    /// Uncacheable, unless an MTRR says write combining.
+    UncacheableMinus,
+}
+
+impl MemoryType {
+    const fn from_pat(field: u64) -> Self {
+        match field & 7 {
+            1 => Self::WriteCombining,
+            4 => Self::WriteThrough,
+            5 => Self::WriteProtected,
+            6 => Self::WriteBack,
+            7 => Self::UncacheableMinus,
+            _ => Self::Uncacheable,
+        }
+    }
+}
+
+/// How entries are read and judged: levels, reserved bits, permission words, protection-key mask.
+///
+/// Built once per change of the registers it depends on. Walking only reads it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PageFormat {
+    mode: PagingMode,
+    levels: u32,
+    linear_width: u32,
+    maxphyaddr: u8,
+    fetch_reported: bool,
+    reserved: ReservedBits,
+    /// Present, page-size and reserved bits of a table entry; an entry that shows only "present" under this mask is a
+    /// plain table reference. Index 0, level 1, is the same for a 4 KiB leaf, which has no page-size bit.
+    plain: [u64; 8],
+    permissions: [u16; 16],
+    protection_key_mask: u32,
+    memory_types: [MemoryType; 8],
+}
+
+impl PageFormat {
+    /// The format of `gva_walk` under these registers.
+    ///
+    /// # Errors
+    /// If no CPU accepts the registers, or the mode is not supported yet.
+    pub fn guest(registers: &ControlRegisters, cpu: &CpuProfile) -> Result<Self, StateError> {
+        let protections = Protections {
+            write_protect: registers.cr0 & CR0_WP != 0,
+            smep: registers.cr4 & CR4_SMEP != 0,
+            smap: registers.cr4 & CR4_SMAP != 0,
+            protection_keys: registers.cr4 & CR4_PKE != 0,
+        };
+        Self::build(registers, cpu, protections, registers.cr4 & CR4_SMEP != 0)
+    }
+
+    /// The format of `ngpa_walk` under NPT: the host format that L1's CR4 and EFER select at VMRUN.
+    ///
+    /// # Errors
+    /// If no CPU accepts the registers, L1 does not page, or the mode is not supported yet.
+    pub fn npt(host: &ControlRegisters, cpu: &CpuProfile) -> Result<Self, StateError> {
+        let format = Self::build(host, cpu, Protections::NPT, false)?;
+        match format.mode {
+            PagingMode::None => Err(StateError::Contradiction {
+                register: "CR0",
+                problem: "nested paging needs CR0.PG set in the state that L1 runs VMRUN with",
+            }),
+            _ => Ok(format),
+        }
+    }
+
+    fn build(
+        registers: &ControlRegisters,
+        cpu: &CpuProfile,
+        protections: Protections,
+        smep: bool,
+    ) -> Result<Self, StateError> {
+        cpu.check()?;
+        let mode = registers.mode()?;
+        let nxe = registers.efer & EFER_NXE != 0;
+        let (levels, linear_width, reserved) = match mode {
+            PagingMode::None => (0, 32, ReservedBits::NONE),
+            PagingMode::FourLevel => (4, 48, ReservedBits::long_mode(cpu, nxe)),
+            PagingMode::FiveLevel => (5, 57, ReservedBits::long_mode(cpu, nxe)),
+            PagingMode::TwoLevel | PagingMode::Pae => return Err(StateError::Unsupported(mode)),
+        };
+        let mut plain = reserved.table.map(|mask| mask | 0x81);
+        plain[0] = reserved.leaf[0] | 1;
+        Ok(Self {
+            mode,
+            levels,
+            linear_width,
+            maxphyaddr: cpu.maxphyaddr,
+            fetch_reported: nxe || smep,
+            reserved,
+            plain,
+            permissions: protections.words(),
+            protection_key_mask: protections.key_mask(),
+            memory_types: core::array::from_fn(|i| MemoryType::from_pat(registers.pat >> (8 * i))),
+        })
+    }
+
+    /// The paging mode.
+    #[must_use]
+    pub fn mode(&self) -> PagingMode {
+        self.mode
+    }
+
+    /// Number of levels: 0 without paging, 4 or 5.
+    #[must_use]
+    pub fn levels(&self) -> u32 {
+        self.levels
+    }
+
+    /// Width of an input address in bits: 32, 48 or 57.
+    #[must_use]
+    pub fn linear_width(&self) -> u32 {
+        self.linear_width
+    }
+
+    /// MAXPHYADDR in bits.
+    #[must_use]
+    pub fn maxphyaddr(&self) -> u8 {
+        self.maxphyaddr
+    }
+
+    /// Whether a fault on a fetch sets the error code's I/D bit: EFER.NXE (with PAE) or CR4.SMEP is set.
+    #[must_use]
+    pub fn fetch_reported(&self) -> bool {
+        self.fetch_reported
+    }
+
+    /// Reserved bits of an entry that maps a page; index 0 is level 1. A level without a leaf reserves bit 7 itself.
+    #[must_use]
+    pub fn reserved_leaf(&self) -> &[u64] {
+        self.reserved.leaf.get(..self.levels as usize).unwrap_or_default()
+    }
+
+    /// Reserved bits of an entry that refers to a table; index 0 is level 1, which never does.
+    #[must_use]
+    pub fn reserved_table(&self) -> &[u64] {
+        self.reserved.table.get(..self.levels as usize).unwrap_or_default()
+    }
+
+    /// The permission words. Word index: [`Access::permission_index`](crate::Access::permission_index); bit number:
+    /// [`Rights::bits`](crate::Rights::bits); a set bit refuses the access.
+    #[must_use]
+    pub fn permissions(&self) -> &[u16; 16] {
+        &self.permissions
+    }
+
+    /// The protection-key mask: sixteen 2-bit fields, indexed by error-code bits 4:1 with RSVD's place taken by the page's
+    /// U/S. A field holds the PKRU bits (access-disable 1, write-disable 2) that refuse such an access; 0 without CR4.PKE.
+    #[must_use]
+    pub fn protection_key_mask(&self) -> u32 {
+        self.protection_key_mask
+    }
+
+    #[inline(always)]
+    pub(crate) fn reserved_leaf_at(&self, level: u32) -> u64 {
+        self.reserved.leaf[index(level)]
+    }
+
+    #[inline(always)]
+    pub(crate) fn reserved_table_at(&self, level: u32) -> u64 {
+        self.reserved.table[index(level)]
+    }
+
+    #[inline(always)]
+    pub(crate) fn plain_at(&self, level: u32) -> u64 {
+        self.plain[index(level)]
+    }
+
+    #[inline(always)]
+    pub(crate) fn memory_type(&self, pat_index: usize) -> MemoryType {
+        self.memory_types[pat_index & 7]
+    }
+}
+
+/// Array index of a level. Masked, so that indexing an array of eight cannot panic.
+#[inline(always)]
+pub(crate) fn index(level: u32) -> usize {
+    (level.wrapping_sub(1) & 7) as usize
+}

@@ -1,0 +1,148 @@
+//! Which accesses the accumulated rights of a page allow.
+//!
+//! Intel SDM volume 3, "Determination of Access Rights" and "Protection Keys". The answers for every kind of access and
+//! every combination of rights are computed once, when the control registers change; a walk looks its answer up.
+
+use crate::access::Access;
+
+/// The effective rights of a page: what every level of the walk grants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub struct Rights(pub(crate) u8);
+
+impl Rights {
+    /// No right at all.
+    pub const NONE: Self = Self(0);
+    /// Data may be read.
+    pub const READ: Self = Self(1);
+    /// R/W is set at every level.
+    pub const WRITE: Self = Self(2);
+    /// U/S is set at every level: a user page.
+    pub const USER: Self = Self(4);
+    /// No level forbids execution.
+    pub const EXECUTE: Self = Self(8);
+    /// Everything.
+    pub const ALL: Self = Self(15);
+
+    /// Whether data may be read.
+    #[must_use]
+    pub const fn read(self) -> bool {
+        self.0 & Self::READ.0 != 0
+    }
+
+    /// Whether every level allows writes.
+    #[must_use]
+    pub const fn write(self) -> bool {
+        self.0 & Self::WRITE.0 != 0
+    }
+
+    /// Whether the page is a user page.
+    #[must_use]
+    pub const fn user(self) -> bool {
+        self.0 & Self::USER.0 != 0
+    }
+
+    /// Whether every level allows execution.
+    #[must_use]
+    pub const fn execute(self) -> bool {
+        self.0 & Self::EXECUTE.0 != 0
+    }
+
+    /// The rights as four bits: read 1, write 2, user 4, execute 8.
+    #[must_use]
+    pub const fn bits(self) -> u8 {
+        self.0
+    }
+
+    pub(crate) const fn and(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
+    pub(crate) const fn or(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+}
+
+/// The control-register bits that decide permissions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Protections {
+    /// CR0.WP.
+    pub(crate) write_protect: bool,
+    /// CR4.SMEP.
+    pub(crate) smep: bool,
+    /// CR4.SMAP.
+    pub(crate) smap: bool,
+    /// CR4.PKE in long mode.
+    pub(crate) protection_keys: bool,
+}
+
+/// Index bits of a permission word.
+const WRITE: usize = 1;
+const USER: usize = 2;
+const SMAP_SUSPENDED: usize = 4;
+const FETCH: usize = 8;
+
+impl Protections {
+    /// NPT knows no supervisor accesses, and so neither WP, SMEP, SMAP nor keys (AMD APM volume 2, "Nested Paging").
+    pub(crate) const NPT: Self =
+        Self { write_protect: true, smep: false, smap: false, protection_keys: false };
+
+    /// Whether an access of `index` (see [`Access::permission_index`]) to a page with `rights` is refused.
+    const fn refuses(self, index: usize, rights: Rights) -> bool {
+        let user_access = index & USER != 0;
+        if user_access && !rights.user() {
+            return true;
+        }
+        let to_user_page = !user_access && rights.user();
+        if index & FETCH != 0 {
+            return !rights.execute() || (self.smep && to_user_page);
+        }
+        if self.smap && to_user_page && index & SMAP_SUSPENDED == 0 {
+            return true;
+        }
+        if index & WRITE != 0 {
+            return !rights.write() && (user_access || self.write_protect);
+        }
+        !rights.read()
+    }
+
+    /// The sixteen permission words: bit `rights` of word `index` is set where the access is refused.
+    pub(crate) const fn words(self) -> [u16; 16] {
+        let mut words = [0; 16];
+        let mut index = 0;
+        while index < 16 {
+            let mut rights = 0;
+            while rights < 16 {
+                if self.refuses(index, Rights(rights)) {
+                    words[index] |= 1 << rights;
+                }
+                rights += 1;
+            }
+            index += 1;
+        }
+        words
+    }
+
+    /// The protection-key mask: sixteen fields of two bits, indexed as the permission words are but with the page's U/S in
+    /// place of "AC is set". A field holds the PKRU bits (access-disable 1, write-disable 2) that refuse the access.
+    pub(crate) const fn key_mask(self) -> u32 {
+        let page_user = SMAP_SUSPENDED;
+        let mut mask = 0;
+        let mut index = 0;
+        while index < 16 {
+            if self.protection_keys && index & page_user != 0 && index & FETCH == 0 {
+                let write_disable = index & WRITE != 0 && (index & USER != 0 || self.write_protect);
+                mask |= (1 | (write_disable as u32) << 1) << (2 * index);
+            }
+            index += 1;
+        }
+        mask
+    }
+}
+
+/// The PKRU bits of `key` that refuse `access` to a page with `rights`: access-disable 1, write-disable 2.
+#[inline]
+pub(crate) const fn key_refusal(mask: u32, access: &Access, rights: Rights, key: u8) -> u8 {
+    let index = (access.permission_index() & !SMAP_SUSPENDED) | (rights.user() as usize * SMAP_SUSPENDED);
+    let decides = mask >> (2 * index);
+    (access.pkru >> (2 * (key as u32 & 15)) & decides & 0b11) as u8
+}

@@ -1,0 +1,79 @@
+//! Which bits of a present entry are reserved.
+//!
+//! Intel SDM volume 3, "4-Level Paging and 5-Level Paging", and AMD APM volume 2, "Page-Translation-Table Entry Fields".
+//! Bits 51:MAXPHYADDR are reserved at every level; bit 63 where EFER.NXE is clear; the address bits below a large
+//! page; bit 7 where a level has no leaf; and, on AMD, bit 8 of a PML4E and a PML5E. Bits 62:52 are ignored.
+
+use crate::entry::{EntryLayout, LongMode};
+use crate::mode::{CpuProfile, Vendor, bits};
+
+/// Reserved bits by level; index 0 is level 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ReservedBits {
+    /// Of an entry that maps a page. Where a level has no leaf, the page-size bit itself is reserved.
+    pub(crate) leaf: [u64; 8],
+    /// Of an entry that refers to a table.
+    pub(crate) table: [u64; 8],
+}
+
+impl ReservedBits {
+    pub(crate) const NONE: Self = Self { leaf: [0; 8], table: [0; 8] };
+
+    pub(crate) fn long_mode(cpu: &CpuProfile, nxe: bool) -> Self {
+        let everywhere = cpu.address_reserved() | if nxe { 0 } else { 1 << 63 };
+        let top = everywhere
+            | match cpu.vendor {
+                Vendor::Amd => LongMode::GLOBAL,
+                Vendor::Intel => 0,
+            };
+        let no_leaf = top | LongMode::PAGE_SIZE;
+        let gib_leaf = if cpu.gib_pages { bits(13, 29) } else { LongMode::PAGE_SIZE };
+        Self {
+            leaf: [everywhere, everywhere | bits(13, 20), everywhere | gib_leaf, no_leaf, no_leaf, 0, 0, 0],
+            table: [everywhere, everywhere, everywhere, top, top, 0, 0, 0],
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CPU: CpuProfile = CpuProfile { vendor: Vendor::Intel, maxphyaddr: 40, gib_pages: true };
+
+    #[test]
+    fn address_bits_above_maxphyaddr() {
+        let masks = ReservedBits::long_mode(&CPU, true);
+        for level in 0..5 {
+            assert_eq!(masks.table[level] & bits(40, 63), bits(40, 51), "table, level {}", level + 1);
+            assert_eq!(masks.leaf[level] & bits(40, 63), bits(40, 51), "leaf, level {}", level + 1);
+        }
+        let full = ReservedBits::long_mode(&CpuProfile { maxphyaddr: 52, ..CPU }, true);
+        assert_eq!(full.table, [0; 8]);
+    }
+
+    #[test]
+    fn no_execute_is_reserved_only_without_nxe() {
+        assert_eq!(ReservedBits::long_mode(&CPU, true).leaf[0] >> 63, 0);
+        assert_eq!(ReservedBits::long_mode(&CPU, false).leaf[0] >> 63, 1);
+        assert_eq!(ReservedBits::long_mode(&CPU, false).table[4] >> 63, 1);
+    }
+
+    #[test]
+    fn large_frames_and_the_page_size_bit() {
+        let masks = ReservedBits::long_mode(&CPU, true);
+        assert_eq!(masks.leaf[1] & bits(0, 39), bits(13, 20));
+        assert_eq!(masks.leaf[2] & bits(0, 39), bits(13, 29));
+        assert_eq!(masks.leaf[3] & bits(0, 39), 1 << 7);
+        assert_eq!(masks.leaf[4] & bits(0, 39), 1 << 7);
+        let small = ReservedBits::long_mode(&CpuProfile { gib_pages: false, ..CPU }, true);
+        assert_eq!(small.leaf[2] & bits(0, 39), 1 << 7);
+    }
+
+    #[test]
+    fn amd_reserves_bit_8_of_the_top_levels() {
+        let masks = ReservedBits::long_mode(&CpuProfile { vendor: Vendor::Amd, ..CPU }, true);
+        let bit_8: [u64; 5] = core::array::from_fn(|level| masks.table[level] & (1 << 8));
+        assert_eq!(bit_8, [0, 0, 0, 1 << 8, 1 << 8]);
+    }
+}

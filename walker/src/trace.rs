@@ -1,0 +1,132 @@
+//! What a walk did, step by step, in both dimensions.
+//!
+//! The recorder is a type parameter of the walk: with [`NoTrace`] nothing of this is compiled in.
+
+use crate::addr::Gpa;
+use crate::fault::Dimension;
+use crate::permission::Rights;
+
+/// The most entries one attempt can read: five guest levels, each behind a nested walk of up to five, and the nested
+/// walk of the final address.
+pub const MAX_STEPS: usize = 5 * (5 + 1) + 5;
+
+/// What a walk made of one entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Verdict {
+    /// It refers to the next table.
+    Table,
+    /// It maps a page. Whether the access is allowed is decided by the rights of all levels.
+    Leaf,
+    /// It is not present.
+    NotPresent,
+    /// It has reserved bits set.
+    Reserved,
+    /// It could not be read: its table is outside memory.
+    Unbacked,
+}
+
+/// One entry read during a walk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Step {
+    /// The dimension whose table holds the entry.
+    pub dimension: Dimension,
+    /// Level of the entry: 1 (PTE) to 5 (PML5E).
+    pub level: u32,
+    /// The address being translated: a GVA in the guest dimension, an nGPA in the nested one.
+    pub input: u64,
+    /// Where the table starts, in the machine's memory.
+    pub table_gpa: Gpa,
+    /// Index of the entry in its table.
+    pub index: u32,
+    /// Where the entry lies, in the machine's memory.
+    pub entry_gpa: Gpa,
+    /// The entry as it was loaded; 0 if it could not be.
+    pub entry: u64,
+    /// What the levels down to this one grant, this dimension alone.
+    pub rights_so_far: Rights,
+    /// What the entry is.
+    pub verdict: Verdict,
+    /// Whether the page that the walk is about is being written, so that its leaf becomes dirty.
+    pub(crate) writes: bool,
+}
+
+/// Takes note of the steps of a walk.
+pub trait Recorder {
+    /// Whether steps are wanted at all.
+    const ENABLED: bool;
+
+    /// Takes one step.
+    fn record(&mut self, step: Step);
+
+    /// Forgets all steps: the walk starts over.
+    fn clear(&mut self);
+}
+
+/// Records nothing.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoTrace;
+
+impl Recorder for NoTrace {
+    const ENABLED: bool = false;
+
+    #[inline(always)]
+    fn record(&mut self, _: Step) {}
+
+    #[inline(always)]
+    fn clear(&mut self) {}
+}
+
+/// Records every step of one attempt.
+#[derive(Clone, Debug)]
+pub struct Trace {
+    steps: [Step; MAX_STEPS],
+    len: usize,
+}
+
+impl Trace {
+    pub(crate) const EMPTY_STEP: Step = Step {
+        dimension: Dimension::Guest,
+        level: 0,
+        input: 0,
+        table_gpa: Gpa(0),
+        index: 0,
+        entry_gpa: Gpa(0),
+        entry: 0,
+        rights_so_far: Rights::NONE,
+        verdict: Verdict::Table,
+        writes: false,
+    };
+
+    /// An empty trace.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self { steps: [Self::EMPTY_STEP; MAX_STEPS], len: 0 }
+    }
+
+    /// The steps in the order in which the entries were read.
+    #[must_use]
+    pub fn steps(&self) -> &[Step] {
+        self.steps.get(..self.len).unwrap_or_default()
+    }
+}
+
+impl Default for Trace {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Recorder for Trace {
+    const ENABLED: bool = true;
+
+    fn record(&mut self, step: Step) {
+        if let Some(slot) = self.steps.get_mut(self.len) {
+            *slot = step;
+            self.len += 1;
+        }
+    }
+
+    fn clear(&mut self) {
+        self.len = 0;
+    }
+}

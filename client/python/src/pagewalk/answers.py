@@ -1,0 +1,442 @@
+"""What the daemon answers, as immutable values. Addresses, entries and registers are plain integers, printed in hex.
+
+Names of choices are the contract's, in lower case: `FAULT_KIND_PAGE_FAULT` is `"page_fault"`. A choice that a newer
+daemon knows and this package does not appears as `"unknown_17"`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal, Union
+
+AccessKind = Literal["read", "write", "fetch", "shadow_stack_read", "shadow_stack_write"]
+Privilege = Literal["exempt", "as_cpl", "user", "supervisor", "implicit_supervisor"]
+AdPolicy = Literal["observe", "set"]
+Freshness = Literal["latest", "sync"]
+Vendor = Literal["intel", "amd"]
+RunState = Literal["unspecified", "running", "halted", "paused", "shutdown", "internal_error", "unresponsive", "static"]
+Backing = Literal["ram", "read_only", "none"]
+MemoryType = Literal["uc", "wc", "wt", "wp", "wb", "uc_minus"]
+FaultKind = Literal[
+    "page_fault",
+    "general_protection",
+    "stack_fault",
+    "ept_violation",
+    "ept_misconfiguration",
+    "nested_page_fault",
+    "unbacked",
+    "contended",
+]
+Dimension = Literal["unspecified", "guest", "nested"]
+PagingMode = Literal["none", "two_level", "pae", "four_level", "five_level", "ept_four_level", "ept_five_level"]
+NestedModeKind = Literal["off", "walker_only", "real_vcpu", "observed"]
+NestedEffectKind = Literal["real_vcpu", "walker_only", "unchanged"]
+
+_SIZES = {0: "unpaged", 1 << 12: "4 KiB", 1 << 21: "2 MiB", 1 << 22: "4 MiB", 1 << 30: "1 GiB"}
+
+
+def size_name(page_size: int) -> str:
+    """Name a page size, given in bytes, for a person."""
+    return _SIZES.get(page_size, f"{page_size} bytes")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where an answer comes from, and what it is worth."""
+
+    machine: str
+    vcpu: int
+    source: str
+    generation: int
+    run_state: RunState
+    #: Seconds since the registers behind the answer were published.
+    snapshot_age: float
+    #: Registers that the source could not give, each with the value assumed instead: `"EFER=0xd00"`.
+    assumed: tuple[str, ...]
+    validated: bool
+    torn: bool
+    host: str
+
+
+@dataclass(frozen=True)
+class Rights:
+    """Rights of a page."""
+
+    read: bool
+    write: bool
+    user: bool
+    execute: bool
+
+    def __str__(self) -> str:
+        letters = zip("rwxu", (self.read, self.write, self.execute, self.user))
+        return "".join(letter if granted else "-" for letter, granted in letters)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One entry read during a walk."""
+
+    dimension: Dimension
+    level: int
+    table_gpa: int
+    index: int
+    entry_gpa: int
+    entry: int
+    rights_so_far: Rights
+    verdict: str
+    #: The address being translated: the GVA in dimension `guest`, the nGPA in `nested`.
+    input: int | None
+    leaf: bool
+
+    def __str__(self) -> str:
+        return (
+            f"{self.dimension} level {self.level}: [{self.entry_gpa:#x}] = {self.entry:#018x} "
+            f"{self.rights_so_far} {self.verdict}"
+        )
+
+
+@dataclass(frozen=True)
+class Translation:
+    """What a guest virtual address means."""
+
+    ok: ClassVar[Literal[True]] = True
+
+    #: The address that was asked for, as it was given.
+    address: int | str
+    gpa: int
+    #: Bytes; 0 where paging is off.
+    page_size: int
+    #: Rights of the page. Whether an access is allowed also depends on the vCPU's control registers.
+    rights: Rights
+    protection_key: int
+    accessed: bool
+    dirty: bool
+    backing: Backing
+    pat_type: MemoryType
+    #: What `gva_walk` gave and `ngpa_walk` turned into `gpa`; None without a second dimension.
+    nested_gpa: int | None
+    #: Bytes; None without a second dimension.
+    nested_page_size: int | None
+    ad_skipped: bool
+    global_page: bool
+    #: The entries read; empty unless asked for by `trace`.
+    steps: tuple[Step, ...]
+    #: The walk for a person; empty unless asked for by `explain`.
+    explanation: str
+    provenance: Provenance
+
+    def __str__(self) -> str:
+        through = "" if self.nested_gpa is None else f" through nGPA {self.nested_gpa:#x}"
+        marks = [size_name(self.page_size), str(self.rights), self.pat_type.upper().replace("_MINUS", "-")]
+        marks += [name for name, on in (("accessed", self.accessed), ("dirty", self.dirty)) if on]
+        marks += ["global"] if self.global_page else []
+        marks += [f"key {self.protection_key}"] if self.protection_key else []
+        marks += {"ram": [], "read_only": ["read-only memory"], "none": ["no memory behind"]}.get(
+            self.backing, [self.backing]
+        )
+        return f"{_hex(self.address)} -> {self.gpa:#x}{through} ({', '.join(marks)})"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why there is no translation. This is an answer, not an exception."""
+
+    ok: ClassVar[Literal[False]] = False
+
+    kind: FaultKind
+    #: The GVA asked for.
+    address: int
+    #: Level of the entry that refused; 0 where no entry did.
+    level: int
+    dimension: Dimension
+    entry_gpa: int
+    entry: int
+    error_code: int | None
+    exit_qualification: int | None
+    exit_info_1: int | None
+    nested_gpa: int
+    reason: str
+    #: The bits of `entry` that are responsible.
+    bits: int
+    #: The entries read; empty unless asked for by `trace`.
+    steps: tuple[Step, ...]
+    #: The walk for a person; empty unless asked for by `explain`.
+    explanation: str
+    provenance: Provenance
+
+    def __str__(self) -> str:
+        codes = (
+            ("error code", self.error_code),
+            ("exit qualification", self.exit_qualification),
+            ("EXITINFO1", self.exit_info_1),
+        )
+        code = "".join(f" ({name} {value:#x})" for name, value in codes if value is not None)
+        return f"{self.address:#x}: {self.kind}{code}: {self.reason}"
+
+
+#: What `Client.translate` answers; `ok` tells them apart.
+Outcome = Union[Translation, Fault]
+
+
+@dataclass(frozen=True)
+class EntryBits:
+    """Where the meanings sit in an entry, as masks; 0: there is no such bit, or it is off."""
+
+    present: int
+    write: int
+    user: int
+    no_execute: int
+    execute: int
+    accessed: int
+    dirty: int
+    page_size: int
+    global_page: int
+    protection_key: int
+    frame: int
+
+
+@dataclass(frozen=True)
+class PageFormat:
+    """Everything about the entries of one dimension that the control registers and the CPU decide."""
+
+    mode: PagingMode
+    levels: int
+    #: Bits that must be 0 in an entry that maps a page; index 0 is level 1.
+    reserved_leaf: tuple[int, ...]
+    #: Bits that must be 0 in an entry that points to a table; index 0 is level 1.
+    reserved_table: tuple[int, ...]
+    #: The sixteen permission words; `types.proto` says how to index them.
+    permissions: tuple[int, ...]
+    protection_key_mask: int
+    bad_memory_type_xwr: int
+    linear_width: int
+    maxphyaddr: int
+    fetch_bit_reported: bool
+    entry_bytes: int
+    index_bits: int
+    bits: EntryBits | None
+
+
+@dataclass(frozen=True)
+class PageWalk:
+    """A root and a page format: everything that one dimension needs."""
+
+    root: int
+    pdptrs: tuple[int, ...]
+    format: PageFormat
+
+
+@dataclass(frozen=True)
+class Npt:
+    """A second dimension by AMD's nested page tables. Absent fields get the daemon's defaults."""
+
+    ncr3: int
+    host_cr4: int | None = None
+    host_efer: int | None = None
+    host_cr0: int | None = None
+
+
+@dataclass(frozen=True)
+class Ept:
+    """A second dimension by Intel's extended page tables. Daemons do not serve it yet."""
+
+    eptp: int
+
+
+@dataclass(frozen=True)
+class NestedMode:
+    """Whether there is a second dimension, and who put it there."""
+
+    kind: NestedModeKind
+    reason: str
+    second_dimension: Npt | Ept | None
+
+
+@dataclass(frozen=True)
+class WalkerState:
+    """State of a vCPU's page walkers."""
+
+    gva_walk: PageWalk
+    #: None without a second dimension.
+    ngpa_walk: PageWalk | None
+    nested: NestedMode
+    provenance: Provenance
+
+
+@dataclass(frozen=True)
+class NestedChange:
+    """What a switch of nested mode did, and the state after it."""
+
+    effect: NestedEffectKind
+    reason: str
+    state: WalkerState
+
+
+@dataclass(frozen=True)
+class WalkerOverride:
+    """The caller's own walker state. Absent fields come from the vCPU."""
+
+    cr0: int | None = None
+    cr3: int | None = None
+    cr4: int | None = None
+    efer: int | None = None
+    maxphyaddr: int | None = None
+    pdptrs: tuple[int, ...] = ()
+    #: `"none"` removes the one that the vCPU has.
+    second_dimension: Npt | Ept | Literal["none"] | None = None
+    pat: int | None = None
+    gib_pages: bool | None = None
+    vendor: Vendor | None = None
+
+
+@dataclass(frozen=True)
+class Registers:
+    """Registers of a vCPU. None: the source cannot give it; in a request: leave it as it is."""
+
+    cr0: int | None = None
+    cr2: int | None = None
+    cr3: int | None = None
+    cr4: int | None = None
+    efer: int | None = None
+    rax: int | None = None
+    rbx: int | None = None
+    rcx: int | None = None
+    rdx: int | None = None
+    rsi: int | None = None
+    rdi: int | None = None
+    rbp: int | None = None
+    rsp: int | None = None
+    r8: int | None = None
+    r9: int | None = None
+    r10: int | None = None
+    r11: int | None = None
+    r12: int | None = None
+    r13: int | None = None
+    r14: int | None = None
+    r15: int | None = None
+    rip: int | None = None
+    rflags: int | None = None
+    cr8: int | None = None
+    pat: int | None = None
+    pkru: int | None = None
+    cpl: int | None = None
+    fs_base: int | None = None
+    gs_base: int | None = None
+    cs: int | None = None
+    ss: int | None = None
+    ds: int | None = None
+    es: int | None = None
+    fs: int | None = None
+    gs: int | None = None
+
+    def known(self) -> dict[str, int]:
+        """Give the registers that are present, by name."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:8}{value:#x}" for name, value in self.known().items())
+
+
+@dataclass(frozen=True)
+class Vcpu:
+    """One vCPU, as it last published."""
+
+    index: int
+    run_state: RunState
+    run_state_reason: str
+    generation: int
+    mode: PagingMode
+    nested: NestedMode
+    cr3: int
+    rip: int
+    #: Seconds since it published.
+    snapshot_age: float
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A vCPU that executed one instruction, and its registers after it."""
+
+    vcpu: Vcpu
+    registers: Registers
+    provenance: Provenance
+
+
+@dataclass(frozen=True)
+class MemoryRegion:
+    """A stretch of a machine's memory."""
+
+    start: int
+    size: int
+    read_only: bool
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What can be done with a machine."""
+
+    real_nested: bool
+    can_step: bool
+    can_pause: bool
+    can_set_registers: bool
+    live: bool
+
+
+@dataclass(frozen=True)
+class Landmark:
+    """An address worth asking about."""
+
+    name: str
+    address: int
+    description: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A guest: its memory, its vCPUs, and the source it comes from."""
+
+    id: str
+    source: str
+    description: str
+    memory_bytes: int
+    regions: tuple[MemoryRegion, ...]
+    vcpus: int
+    capabilities: Capabilities
+    landmarks: tuple[Landmark, ...]
+    maxphyaddr: int
+
+
+@dataclass(frozen=True)
+class DecodedBit:
+    """One bit of an error code."""
+
+    bit: int
+    name: str
+    set: bool
+    meaning: str
+
+
+@dataclass(frozen=True)
+class FaultExplanation:
+    """A fault that somebody saw, explained."""
+
+    #: What the same access meets now.
+    now: Translation | Fault
+    #: The code seen is the one that the walk gives now.
+    matches: bool
+    explanation: str
+    decoded: tuple[DecodedBit, ...]
+    steps: tuple[Step, ...]
+    provenance: Provenance
+
+    @property
+    def would_fault_now(self) -> bool:
+        """Whether the same access would fault now."""
+        return not self.now.ok
+
+    def __str__(self) -> str:
+        return self.explanation
+
+
+def _hex(address: int | str) -> str:
+    return address if isinstance(address, str) else f"{address:#x}"

@@ -1,0 +1,323 @@
+"""The connection to a daemon."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, Union
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+
+from pagewalk import convert, errors
+from pagewalk.answers import (
+    AccessKind,
+    AdPolicy,
+    Ept,
+    Fault,
+    FaultExplanation,
+    Freshness,
+    Machine,
+    NestedChange,
+    Npt,
+    Privilege,
+    Registers,
+    Stepped,
+    Translation,
+    Vcpu,
+    WalkerOverride,
+    WalkerState,
+)
+from pagewalk.v1 import machine_pb2, translation_pb2, types_pb2, vcpu_pb2, walker_pb2
+from pagewalk.v1.machine_pb2_grpc import MachineServiceStub
+from pagewalk.v1.translation_pb2_grpc import TranslationServiceStub
+from pagewalk.v1.vcpu_pb2_grpc import VcpuServiceStub
+from pagewalk.v1.walker_pb2_grpc import WalkerServiceStub
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+    # mypy's 3.9 target has no typing.Self.
+    ClientT = TypeVar("ClientT", bound="Client")
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+_PathLike = Union[str, "PathLike[str]"]
+
+
+@dataclass(frozen=True)
+class Tls:
+    """Files in PEM form for mutual TLS: who may have signed the daemon, and who we are."""
+
+    ca: _PathLike
+    cert: _PathLike
+    key: _PathLike
+    #: Name to expect in the daemon's certificate, where it is not the one in the address.
+    server_name: str | None = None
+
+
+def connect(target: str, *, tls: Tls | None = None, timeout: float = 10.0) -> Client:
+    """Make a client of the daemon at `"HOST:PORT"` or `"unix:/PATH"`.
+
+    The connection is made by the first call. `timeout` bounds each call, in seconds.
+    """
+    return Client(target, tls=tls, timeout=timeout)
+
+
+class Client:
+    """A client of one daemon. May be shared by threads; close it, or use it in a `with` statement.
+
+    Every method asks about vCPU `vcpu` of machine `machine`, by default vCPU 0 of the only one. What cannot be answered
+    raises an `errors.Error`; a number that does not fit its field, or a choice that does not exist, a `ValueError`.
+    """
+
+    def __init__(self, target: str, *, tls: Tls | None = None, timeout: float = 10.0) -> None:
+        self._target = target
+        self._timeout = timeout
+        self._tls = tls is not None
+        # The daemon is not behind the proxy that the environment may name for the web.
+        options: list[tuple[str, str | int]] = [("grpc.enable_http_proxy", 0)]
+        if target.startswith("unix:"):
+            # The default is the socket's path, which HTTP/2 servers refuse as an authority.
+            options.append(("grpc.default_authority", "localhost"))
+        if tls is None:
+            self._channel = grpc.insecure_channel(target, options)
+        else:
+            if tls.server_name is not None:
+                options.append(("grpc.ssl_target_name_override", tls.server_name))
+            credentials = grpc.ssl_channel_credentials(
+                root_certificates=Path(tls.ca).read_bytes(),
+                private_key=Path(tls.key).read_bytes(),
+                certificate_chain=Path(tls.cert).read_bytes(),
+            )
+            self._channel = grpc.secure_channel(target, credentials, options)
+        self._translation = TranslationServiceStub(self._channel)
+        self._walker = WalkerServiceStub(self._channel)
+        self._vcpu = VcpuServiceStub(self._channel)
+        self._machine = MachineServiceStub(self._channel)
+
+    def close(self) -> None:
+        """Close the connection. Calls that are still under way fail."""
+        self._channel.close()
+
+    def __enter__(self: ClientT) -> ClientT:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<pagewalk.Client of {self._target}>"
+
+    def translate(
+        self,
+        address: int | str,
+        access: AccessKind = "read",
+        *,
+        privilege: Privilege = "as_cpl",
+        ac: bool | None = None,
+        pkru: int | None = None,
+        pkrs: int | None = None,
+        stack: bool = False,
+        ad_policy: AdPolicy = "observe",
+        freshness: Freshness = "latest",
+        override: WalkerOverride | None = None,
+        trace: bool = False,
+        explain: bool = False,
+        validate: bool = False,
+        vcpu: int = 0,
+        machine: str = "",
+    ) -> Translation | Fault:
+        """Ask what a guest virtual address means. A fault is an answer: look at `ok`.
+
+        An address given as text is read by the daemon: `"0xffffffff81000000"`. `trace` fills `steps`, `explain` fills
+        `explanation`. `ad_policy="set"` changes the guest's tables and needs the role `control`.
+        """
+        request = translation_pb2.TranslateRequest(
+            vcpu=convert.to_vcpu(machine, vcpu),
+            address=convert.to_address(address),
+            access=types_pb2.Access(
+                kind=convert.number(types_pb2.AccessKind.DESCRIPTOR, access, "access"),
+                privilege=convert.number(types_pb2.Privilege.DESCRIPTOR, privilege, "privilege"),
+                ac=ac,
+                pkru=pkru,
+                pkrs=pkrs,
+                stack=stack,
+            ),
+            ad_policy=convert.number(types_pb2.AdPolicy.DESCRIPTOR, ad_policy, "ad_policy"),
+            freshness=convert.number(types_pb2.Freshness.DESCRIPTOR, freshness, "freshness"),
+            override=convert.to_override(override),
+            trace=trace,
+            explain=explain,
+            validate=validate,
+        )
+        return convert.outcome(address, self._call(self._translation.Translate, request))
+
+    def explain_fault(
+        self,
+        error_code: int,
+        cr2: int | str,
+        *,
+        cr3: int | None = None,
+        freshness: Freshness = "latest",
+        override: WalkerOverride | None = None,
+        vcpu: int = 0,
+        machine: str = "",
+    ) -> FaultExplanation:
+        """Explain a page fault that somebody saw, by its error code and CR2."""
+        request = translation_pb2.ExplainFaultRequest(
+            vcpu=convert.to_vcpu(machine, vcpu),
+            page_fault=translation_pb2.PageFault(error_code=error_code, cr2=convert.to_address(cr2, "cr2")),
+            cr3=cr3,
+            freshness=convert.number(types_pb2.Freshness.DESCRIPTOR, freshness, "freshness"),
+            override=convert.to_override(override),
+        )
+        return convert.fault_explanation(cr2, self._call(self._translation.ExplainFault, request))
+
+    def explain_nested_fault(
+        self,
+        exit_info_1: int,
+        nested_gpa: int | str,
+        *,
+        freshness: Freshness = "latest",
+        override: WalkerOverride | None = None,
+        vcpu: int = 0,
+        machine: str = "",
+    ) -> FaultExplanation:
+        """Explain a nested page fault that somebody saw, by its EXITINFO1 and nGPA."""
+        request = translation_pb2.ExplainFaultRequest(
+            vcpu=convert.to_vcpu(machine, vcpu),
+            nested_page_fault=translation_pb2.NestedPageFault(
+                exit_info_1=convert.to_word(exit_info_1, "exit_info_1"),
+                nested_gpa=convert.to_address(nested_gpa, "nested_gpa"),
+            ),
+            freshness=convert.number(types_pb2.Freshness.DESCRIPTOR, freshness, "freshness"),
+            override=convert.to_override(override),
+        )
+        return convert.fault_explanation(nested_gpa, self._call(self._translation.ExplainFault, request))
+
+    def walker_state(self, *, freshness: Freshness = "latest", vcpu: int = 0, machine: str = "") -> WalkerState:
+        """Give the whole of both walkers."""
+        request = walker_pb2.GetWalkerStateRequest(
+            vcpu=convert.to_vcpu(machine, vcpu),
+            freshness=convert.number(types_pb2.Freshness.DESCRIPTOR, freshness, "freshness"),
+        )
+        return convert.walker_state(self._call(self._walker.GetWalkerState, request))
+
+    def watch(
+        self,
+        *,
+        max_updates: int | None = None,
+        min_interval: float = 0.0,
+        timeout: float | None = None,
+        vcpu: int = 0,
+        machine: str = "",
+    ) -> Iterator[WalkerState]:
+        """Give the walker state of now, then each new one; a slow reader skips to the newest.
+
+        `min_interval` and `timeout` are seconds; `timeout` bounds the whole watch, by default not at all. Closing the
+        iterator ends the watch.
+        """
+        interval = Duration()
+        interval.FromTimedelta(timedelta(seconds=min_interval))
+        request = walker_pb2.WatchWalkerStateRequest(
+            vcpu=convert.to_vcpu(machine, vcpu), max_updates=max_updates, min_interval=interval
+        )
+        stream = self._walker.WatchWalkerState(request, timeout=timeout)
+        try:
+            for state in stream:
+                yield convert.walker_state(state)
+        except grpc.RpcError as failure:
+            raise errors.from_rpc(failure, self._target, tls=self._tls) from None
+        finally:
+            stream.cancel()
+
+    def set_nested(
+        self,
+        second_dimension: Npt | Ept,
+        *,
+        l2: Registers | None = None,
+        walker_only: bool = False,
+        vcpu: int = 0,
+        machine: str = "",
+    ) -> NestedChange:
+        """Switch nested mode on. Needs the role `control`. `effect` says whether the real vCPU went along."""
+        return self._set_nested(second_dimension, l2, vcpu, machine, walker_only=walker_only)
+
+    def nested_off(self, *, vcpu: int = 0, machine: str = "") -> NestedChange:
+        """Switch nested mode off. Needs the role `control`."""
+        return self._set_nested(None, None, vcpu, machine, walker_only=False)
+
+    def _set_nested(
+        self, second: Npt | Ept | None, l2: Registers | None, vcpu: int, machine: str, *, walker_only: bool
+    ) -> NestedChange:
+        request = convert.to_nested(second, l2, convert.to_vcpu(machine, vcpu), walker_only=walker_only)
+        return convert.nested_change(self._call(self._walker.SetNestedMode, request))
+
+    def vcpus(self, *, machine: str = "") -> list[Vcpu]:
+        """List the vCPUs of a machine."""
+        answer = self._call(self._vcpu.ListVcpus, vcpu_pb2.ListVcpusRequest(machine=machine))
+        return [convert.vcpu(vcpu) for vcpu in answer.vcpus]
+
+    def registers(self, *, freshness: Freshness = "latest", vcpu: int = 0, machine: str = "") -> Registers:
+        """Give the registers of a vCPU."""
+        request = vcpu_pb2.GetRegistersRequest(
+            vcpu=convert.to_vcpu(machine, vcpu),
+            freshness=convert.number(types_pb2.Freshness.DESCRIPTOR, freshness, "freshness"),
+        )
+        return convert.registers(self._call(self._vcpu.GetRegisters, request).registers)
+
+    def set_registers(self, registers: Registers, *, vcpu: int = 0, machine: str = "") -> Registers:
+        """Write the registers that are present; give all, as read back. Needs the role `control`."""
+        request = vcpu_pb2.SetRegistersRequest(
+            vcpu=convert.to_vcpu(machine, vcpu), registers=convert.to_registers(registers)
+        )
+        return convert.registers(self._call(self._vcpu.SetRegisters, request).registers)
+
+    def pause(self, *, vcpu: int = 0, machine: str = "") -> Vcpu:
+        """Stop a vCPU until it is resumed. Needs the role `control`."""
+        request = vcpu_pb2.PauseVcpuRequest(vcpu=convert.to_vcpu(machine, vcpu))
+        return convert.vcpu(self._call(self._vcpu.PauseVcpu, request).vcpu)
+
+    def resume(self, *, vcpu: int = 0, machine: str = "") -> Vcpu:
+        """Let a stopped vCPU run on. Needs the role `control`."""
+        request = vcpu_pb2.ResumeVcpuRequest(vcpu=convert.to_vcpu(machine, vcpu))
+        return convert.vcpu(self._call(self._vcpu.ResumeVcpu, request).vcpu)
+
+    def step(self, *, vcpu: int = 0, machine: str = "") -> Stepped:
+        """Execute one instruction and leave the vCPU stopped. Needs the role `control`."""
+        request = vcpu_pb2.StepVcpuRequest(vcpu=convert.to_vcpu(machine, vcpu))
+        answer = self._call(self._vcpu.StepVcpu, request)
+        return Stepped(
+            vcpu=convert.vcpu(answer.vcpu),
+            registers=convert.registers(answer.registers),
+            provenance=convert.provenance(answer.provenance),
+        )
+
+    def machines(self) -> list[Machine]:
+        """List the machines that the daemon serves."""
+        answer = self._call(self._machine.ListMachines, machine_pb2.ListMachinesRequest())
+        return [convert.machine(machine) for machine in answer.machines]
+
+    def machine(self, machine: str = "") -> Machine:
+        """Give one machine, by default the only one."""
+        request = machine_pb2.GetMachineRequest(machine=machine)
+        return convert.machine(self._call(self._machine.GetMachine, request).machine)
+
+    def daemon_version(self) -> str:
+        """Give the version of the daemon."""
+        return self._call(self._machine.ListMachines, machine_pb2.ListMachinesRequest()).daemon_version
+
+    def _call(self, method: grpc.UnaryUnaryMultiCallable[_Request, _Response], request: _Request) -> _Response:
+        try:
+            return method(request, timeout=self._timeout)
+        except grpc.RpcError as failure:
+            raise errors.from_rpc(failure, self._target, tls=self._tls) from None

@@ -1,0 +1,368 @@
+"""From the wire's messages to this package's values, and back."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from pagewalk import answers
+from pagewalk.v1 import machine_pb2, translation_pb2, types_pb2, vcpu_pb2, walker_pb2
+
+if TYPE_CHECKING:
+    from google.protobuf.descriptor import EnumDescriptor
+
+_PAGE_BYTES = {
+    types_pb2.PAGE_SIZE_4K: 1 << 12,
+    types_pb2.PAGE_SIZE_2M: 1 << 21,
+    types_pb2.PAGE_SIZE_4M: 1 << 22,
+    types_pb2.PAGE_SIZE_1G: 1 << 30,
+}
+
+
+@cache
+def choices(enum: EnumDescriptor) -> dict[str, int]:
+    """Give an enum's names as this package writes them, with their numbers."""
+    prefix = enum.values_by_number[0].name[: -len("UNSPECIFIED")]
+    return {value.name[len(prefix) :].lower(): value.number for value in enum.values}
+
+
+def number(enum: EnumDescriptor, name: str, what: str) -> Any:  # noqa: ANN401, the caller's field knows its type
+    """Find the number of a choice, or say which there are."""
+    known = choices(enum)
+    if name not in known or name == "unspecified":
+        offered = ", ".join(repr(choice) for choice in known if choice != "unspecified")
+        raise ValueError(f"{what} cannot be {name!r}; it is one of {offered}")
+    return known[name]
+
+
+def _name(enum: EnumDescriptor, value: int) -> Any:  # noqa: ANN401, the caller's field knows its type
+    for name, number_ in choices(enum).items():
+        if number_ == value:
+            return name
+    return f"unknown_{value}"
+
+
+def to_vcpu(machine: str, vcpu: int) -> types_pb2.VcpuRef:
+    """Name a vCPU."""
+    if not 0 <= vcpu < 1 << 32:
+        raise ValueError(f"there is no vCPU {vcpu}: they count from 0")
+    return types_pb2.VcpuRef(machine=machine, vcpu=vcpu)
+
+
+def to_word(value: int, what: str) -> int:
+    """Check that a number fits the wire's 64 bits."""
+    if not 0 <= value < 1 << 64:
+        raise ValueError(f"{what} {value:#x} does not fit 64 bits")
+    return value
+
+
+def to_address(address: int | str, what: str = "address") -> types_pb2.Address:
+    """Send numbers as numbers and text as text, which the daemon reads."""
+    if isinstance(address, str):
+        return types_pb2.Address(text=address)
+    return types_pb2.Address(number=to_word(address, what))
+
+
+def _to_npt(npt: answers.Npt) -> types_pb2.Npt:
+    return types_pb2.Npt(ncr3=npt.ncr3, host_cr4=npt.host_cr4, host_efer=npt.host_efer, host_cr0=npt.host_cr0)
+
+
+def _to_ept(ept: answers.Ept) -> types_pb2.Ept:
+    return types_pb2.Ept(eptp=ept.eptp)
+
+
+def to_override(override: answers.WalkerOverride | None) -> types_pb2.WalkerOverride | None:
+    """Send the caller's own walker state, if any."""
+    if override is None:
+        return None
+    second = override.second_dimension
+    if isinstance(second, str) and second != "none":
+        raise ValueError(f"second_dimension cannot be {second!r}; it is an Npt, an Ept or 'none'")
+    vendor = None if override.vendor is None else number(types_pb2.Vendor.DESCRIPTOR, override.vendor, "vendor")
+    message = types_pb2.WalkerOverride(
+        cr0=override.cr0,
+        cr3=override.cr3,
+        cr4=override.cr4,
+        efer=override.efer,
+        maxphyaddr=override.maxphyaddr,
+        pdptrs=override.pdptrs,
+        npt=_to_npt(second) if isinstance(second, answers.Npt) else None,
+        ept=_to_ept(second) if isinstance(second, answers.Ept) else None,
+        pat=override.pat,
+        gib_pages=override.gib_pages,
+        vendor=vendor,
+    )
+    if second == "none":
+        message.none = True
+    return message
+
+
+def to_nested(
+    second: answers.Npt | answers.Ept | None,
+    l2: answers.Registers | None,
+    vcpu: types_pb2.VcpuRef,
+    *,
+    walker_only: bool,
+) -> walker_pb2.SetNestedModeRequest:
+    """Send a switch of nested mode; None means off."""
+    message = walker_pb2.SetNestedModeRequest(
+        vcpu=vcpu,
+        npt=_to_npt(second) if isinstance(second, answers.Npt) else None,
+        ept=_to_ept(second) if isinstance(second, answers.Ept) else None,
+        l2=None if l2 is None else to_registers(l2),
+        walker_only=walker_only,
+    )
+    if second is None:
+        message.off = True
+    return message
+
+
+def to_registers(registers: answers.Registers) -> types_pb2.Registers:
+    """Send the registers that are present."""
+    message = types_pb2.Registers()
+    for name, value in registers.known().items():
+        try:
+            setattr(message, name, value)
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be {value:#x}: it does not fit the register") from error
+    return message
+
+
+def provenance(message: types_pb2.Provenance) -> answers.Provenance:
+    """Convert."""
+    return answers.Provenance(
+        machine=message.machine,
+        vcpu=message.vcpu,
+        source=message.source,
+        generation=message.generation,
+        run_state=_name(types_pb2.RunState.DESCRIPTOR, message.run_state),
+        snapshot_age=message.snapshot_age.ToTimedelta().total_seconds(),
+        assumed=tuple(message.assumed),
+        validated=message.validated,
+        torn=message.torn,
+        host=message.host,
+    )
+
+
+def outcome(address: int | str, message: translation_pb2.TranslateResponse) -> answers.Translation | answers.Fault:
+    """Convert."""
+    steps = tuple(map(_step, message.steps))
+    source = provenance(message.provenance)
+    if message.HasField("fault"):
+        return _fault(message.fault, steps, message.explanation, source)
+    return _translation(address, message.translation, steps, message.explanation, source)
+
+
+def fault_explanation(address: int | str, message: translation_pb2.ExplainFaultResponse) -> answers.FaultExplanation:
+    """Convert."""
+    steps = tuple(map(_step, message.steps))
+    source = provenance(message.provenance)
+    now: answers.Translation | answers.Fault
+    if message.would_fault_now:
+        now = _fault(message.fault, steps, message.explanation, source)
+    else:
+        now = _translation(address, message.translation, steps, message.explanation, source)
+    return answers.FaultExplanation(
+        now=now,
+        matches=message.matches,
+        explanation=message.explanation,
+        decoded=tuple(
+            answers.DecodedBit(bit=bit.bit, name=bit.name, set=bit.set, meaning=bit.meaning) for bit in message.decoded
+        ),
+        steps=steps,
+        provenance=source,
+    )
+
+
+def _translation(
+    address: int | str,
+    message: types_pb2.Translation,
+    steps: tuple[answers.Step, ...],
+    explanation: str,
+    source: answers.Provenance,
+) -> answers.Translation:
+    nested = message.HasField("nested_gpa")
+    return answers.Translation(
+        address=address,
+        gpa=message.gpa,
+        page_size=_PAGE_BYTES.get(message.page_size, 0),
+        rights=_rights(message.effective),
+        protection_key=message.protection_key,
+        accessed=message.accessed,
+        dirty=message.dirty,
+        backing=_name(types_pb2.Backing.DESCRIPTOR, message.backing),
+        pat_type=_name(types_pb2.MemoryType.DESCRIPTOR, message.pat_type),
+        nested_gpa=message.nested_gpa if nested else None,
+        nested_page_size=_PAGE_BYTES.get(message.nested_page_size, 0) if nested else None,
+        ad_skipped=message.ad_skipped,
+        global_page=getattr(message, "global"),
+        steps=steps,
+        explanation=explanation,
+        provenance=source,
+    )
+
+
+def _fault(
+    message: types_pb2.Fault,
+    steps: tuple[answers.Step, ...],
+    explanation: str,
+    source: answers.Provenance,
+) -> answers.Fault:
+    return answers.Fault(
+        kind=_name(types_pb2.FaultKind.DESCRIPTOR, message.kind),
+        address=message.address,
+        level=message.level,
+        dimension=_name(types_pb2.Dimension.DESCRIPTOR, message.dimension),
+        entry_gpa=message.entry_gpa,
+        entry=message.entry,
+        error_code=message.error_code if message.HasField("error_code") else None,
+        exit_qualification=message.exit_qualification if message.HasField("exit_qualification") else None,
+        exit_info_1=message.exit_info_1 if message.HasField("exit_info_1") else None,
+        nested_gpa=message.nested_gpa,
+        reason=message.reason,
+        bits=message.bits,
+        steps=steps,
+        explanation=explanation,
+        provenance=source,
+    )
+
+
+def _step(message: types_pb2.Step) -> answers.Step:
+    return answers.Step(
+        dimension=_name(types_pb2.Dimension.DESCRIPTOR, message.dimension),
+        level=message.level,
+        table_gpa=message.table_gpa,
+        index=message.index,
+        entry_gpa=message.entry_gpa,
+        entry=message.entry,
+        rights_so_far=_rights(message.rights_so_far),
+        verdict=message.verdict,
+        input=message.input if message.HasField("input") else None,
+        leaf=message.leaf,
+    )
+
+
+def _rights(message: types_pb2.Rights) -> answers.Rights:
+    return answers.Rights(read=message.read, write=message.write, user=message.user, execute=message.execute)
+
+
+def walker_state(message: walker_pb2.GetWalkerStateResponse) -> answers.WalkerState:
+    """Convert."""
+    return answers.WalkerState(
+        gva_walk=_page_walk(message.gva_walk),
+        ngpa_walk=_page_walk(message.ngpa_walk) if message.HasField("ngpa_walk") else None,
+        nested=_nested_mode(message.nested),
+        provenance=provenance(message.provenance),
+    )
+
+
+def nested_change(message: walker_pb2.SetNestedModeResponse) -> answers.NestedChange:
+    """Convert."""
+    return answers.NestedChange(
+        effect=_name(walker_pb2.NestedEffectKind.DESCRIPTOR, message.effect.kind),
+        reason=message.effect.reason,
+        state=walker_state(message.state),
+    )
+
+
+def _page_walk(message: types_pb2.PageWalk) -> answers.PageWalk:
+    return answers.PageWalk(root=message.root, pdptrs=tuple(message.pdptrs), format=_page_format(message.format))
+
+
+def _page_format(message: types_pb2.PageFormat) -> answers.PageFormat:
+    return answers.PageFormat(
+        mode=_name(types_pb2.PagingMode.DESCRIPTOR, message.mode),
+        levels=message.levels,
+        reserved_leaf=tuple(message.reserved_leaf),
+        reserved_table=tuple(message.reserved_table),
+        permissions=tuple(message.permissions),
+        protection_key_mask=message.protection_key_mask,
+        bad_memory_type_xwr=message.bad_memory_type_xwr,
+        linear_width=message.linear_width,
+        maxphyaddr=message.maxphyaddr,
+        fetch_bit_reported=message.fetch_bit_reported,
+        entry_bytes=message.entry_bytes,
+        index_bits=message.index_bits,
+        bits=_entry_bits(message.bits) if message.HasField("bits") else None,
+    )
+
+
+def _entry_bits(message: types_pb2.EntryBits) -> answers.EntryBits:
+    return answers.EntryBits(
+        present=message.present,
+        write=message.write,
+        user=message.user,
+        no_execute=message.no_execute,
+        execute=message.execute,
+        accessed=message.accessed,
+        dirty=message.dirty,
+        page_size=message.page_size,
+        global_page=getattr(message, "global"),
+        protection_key=message.protection_key,
+        frame=message.frame,
+    )
+
+
+def _nested_mode(message: types_pb2.NestedMode) -> answers.NestedMode:
+    second: answers.Npt | answers.Ept | None = None
+    if message.HasField("npt"):
+        npt = message.npt
+        second = answers.Npt(
+            ncr3=npt.ncr3,
+            host_cr4=npt.host_cr4 if npt.HasField("host_cr4") else None,
+            host_efer=npt.host_efer if npt.HasField("host_efer") else None,
+            host_cr0=npt.host_cr0 if npt.HasField("host_cr0") else None,
+        )
+    elif message.HasField("ept"):
+        second = answers.Ept(eptp=message.ept.eptp)
+    return answers.NestedMode(
+        kind=_name(types_pb2.NestedModeKind.DESCRIPTOR, message.kind), reason=message.reason, second_dimension=second
+    )
+
+
+def registers(message: types_pb2.Registers) -> answers.Registers:
+    """Convert."""
+    return answers.Registers(**{field.name: value for field, value in message.ListFields()})
+
+
+def vcpu(message: vcpu_pb2.VcpuInfo) -> answers.Vcpu:
+    """Convert."""
+    return answers.Vcpu(
+        index=message.index,
+        run_state=_name(types_pb2.RunState.DESCRIPTOR, message.run_state),
+        run_state_reason=message.run_state_reason,
+        generation=message.generation,
+        mode=_name(types_pb2.PagingMode.DESCRIPTOR, message.mode),
+        nested=_nested_mode(message.nested),
+        cr3=message.cr3,
+        rip=message.rip,
+        snapshot_age=message.snapshot_age.ToTimedelta().total_seconds(),
+    )
+
+
+def machine(message: machine_pb2.Machine) -> answers.Machine:
+    """Convert."""
+    can = message.capabilities
+    return answers.Machine(
+        id=message.id,
+        source=message.source,
+        description=message.description,
+        memory_bytes=message.memory_bytes,
+        regions=tuple(
+            answers.MemoryRegion(start=region.start, size=region.size, read_only=region.read_only)
+            for region in message.regions
+        ),
+        vcpus=message.vcpus,
+        capabilities=answers.Capabilities(
+            real_nested=can.real_nested,
+            can_step=can.can_step,
+            can_pause=can.can_pause,
+            can_set_registers=can.can_set_registers,
+            live=can.live,
+        ),
+        landmarks=tuple(
+            answers.Landmark(name=mark.name, address=mark.address, description=mark.description)
+            for mark in message.landmarks
+        ),
+        maxphyaddr=message.maxphyaddr,
+    )

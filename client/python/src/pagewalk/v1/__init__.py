@@ -1,0 +1,1 @@
+"""Messages and stubs of the gRPC package `pagewalk.v1`, generated: see `generate.py`."""

@@ -1,0 +1,327 @@
+"""The client against a server in the same process: what goes over the wire, how failures come back, TLS and sockets."""
+
+from __future__ import annotations
+
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.rpc.error_details_pb2 import ErrorInfo
+from google.rpc.status_pb2 import Status
+
+import pagewalk
+from pagewalk.v1 import machine_pb2, translation_pb2, types_pb2, walker_pb2
+from pagewalk.v1.machine_pb2_grpc import MachineServiceServicer, add_MachineServiceServicer_to_server
+from pagewalk.v1.translation_pb2_grpc import (
+    TranslationServiceServicer,
+    add_TranslationServiceServicer_to_server,
+)
+from pagewalk.v1.walker_pb2_grpc import WalkerServiceServicer, add_WalkerServiceServicer_to_server
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+class Scripted(TranslationServiceServicer, WalkerServiceServicer, MachineServiceServicer):
+    """Keeps the last request, and answers what the test prepared."""
+
+    def __init__(self) -> None:
+        self.request: Any = None
+        self.answer: Any = None
+        self.failure: tuple[grpc.StatusCode, str, ErrorInfo | None] | None = None
+
+    def _reply(self, request: Any, context: grpc.ServicerContext) -> Any:
+        self.request = request
+        if self.failure is None:
+            return self.answer
+        code, message, info = self.failure
+        if info is not None:
+            packed = AnyMessage()
+            packed.Pack(info)
+            number, _ = code.value
+            status = Status(code=number, message=message, details=[packed])
+            context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
+        return context.abort(code, message)
+
+    def Translate(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return self._reply(request, context)
+
+    def ExplainFault(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return self._reply(request, context)
+
+    def GetWalkerState(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return self._reply(request, context)
+
+    def SetNestedMode(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return self._reply(request, context)
+
+    def WatchWalkerState(self, request: Any, context: Any) -> Any:  # noqa: N802
+        yield from self._reply(request, context)
+
+    def ListMachines(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return self._reply(request, context)
+
+    def GetMachine(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return self._reply(request, context)
+
+
+def serve(scripted: Scripted) -> grpc.Server:
+    server = grpc.server(ThreadPoolExecutor(max_workers=4))
+    add_TranslationServiceServicer_to_server(scripted, server)
+    add_WalkerServiceServicer_to_server(scripted, server)
+    add_MachineServiceServicer_to_server(scripted, server)
+    return server
+
+
+@pytest.fixture
+def scripted() -> Scripted:
+    return Scripted()
+
+
+@pytest.fixture
+def local(scripted: Scripted) -> Iterator[pagewalk.Client]:
+    server = serve(scripted)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with pagewalk.connect(f"127.0.0.1:{port}", timeout=5) as client:
+        yield client
+    server.stop(None).wait()
+
+
+MAPPED = types_pb2.Translation(
+    gpa=0x1234_5000,
+    page_size=types_pb2.PAGE_SIZE_2M,
+    effective=types_pb2.Rights(read=True, write=True, execute=False, user=True),
+    protection_key=3,
+    accessed=True,
+    backing=types_pb2.BACKING_READ_ONLY,
+    pat_type=types_pb2.MEMORY_TYPE_UC_MINUS,
+)
+
+
+def test_translate_sends_what_was_asked(local: pagewalk.Client, scripted: Scripted) -> None:
+    scripted.answer = translation_pb2.TranslateResponse(translation=MAPPED)
+    local.translate(
+        0xFFFF_8000_0000_0000,
+        "fetch",
+        privilege="implicit_supervisor",
+        ac=False,
+        pkru=0,
+        stack=True,
+        ad_policy="set",
+        freshness="sync",
+        override=pagewalk.WalkerOverride(cr3=0, second_dimension="none", vendor="amd", gib_pages=False),
+        trace=True,
+        vcpu=2,
+        machine="m",
+    )
+    assert scripted.request == translation_pb2.TranslateRequest(
+        vcpu=types_pb2.VcpuRef(machine="m", vcpu=2),
+        address=types_pb2.Address(number=0xFFFF_8000_0000_0000),
+        access=types_pb2.Access(
+            kind=types_pb2.ACCESS_KIND_FETCH,
+            privilege=types_pb2.PRIVILEGE_IMPLICIT_SUPERVISOR,
+            ac=False,
+            pkru=0,
+            stack=True,
+        ),
+        ad_policy=types_pb2.AD_POLICY_SET,
+        freshness=types_pb2.FRESHNESS_SYNC,
+        override=types_pb2.WalkerOverride(cr3=0, none=True, vendor=types_pb2.VENDOR_AMD, gib_pages=False),
+        trace=True,
+    )
+
+
+def test_text_addresses_are_the_daemons_to_read(local: pagewalk.Client, scripted: Scripted) -> None:
+    scripted.answer = translation_pb2.TranslateResponse(translation=MAPPED)
+    answer = local.translate("0x10")
+    assert scripted.request.address == types_pb2.Address(text="0x10")
+    assert answer.address == "0x10"
+
+
+def test_translation_arrives_whole(local: pagewalk.Client, scripted: Scripted) -> None:
+    scripted.answer = translation_pb2.TranslateResponse(
+        translation=MAPPED,
+        steps=[types_pb2.Step(dimension=types_pb2.DIMENSION_GUEST, level=2, entry=0x83, leaf=True)],
+        explanation="ladder",
+        provenance=types_pb2.Provenance(machine="m", generation=7, assumed=["EFER=0xd00"]),
+    )
+    scripted.answer.provenance.snapshot_age.FromMilliseconds(1500)
+    answer = local.translate(0x5000)
+    assert isinstance(answer, pagewalk.Translation)
+    assert answer.ok
+    assert (answer.gpa, answer.page_size, answer.protection_key) == (0x1234_5000, 2 << 20, 3)
+    assert answer.rights == pagewalk.Rights(read=True, write=True, user=True, execute=False)
+    assert (answer.backing, answer.pat_type) == ("read_only", "uc_minus")
+    assert (answer.accessed, answer.dirty) == (True, False)
+    assert (answer.nested_gpa, answer.nested_page_size) == (None, None)
+    assert (answer.steps[0].dimension, answer.steps[0].entry, answer.steps[0].leaf) == ("guest", 0x83, True)
+    assert answer.explanation == "ladder"
+    assert answer.provenance.snapshot_age == 1.5
+    assert answer.provenance.assumed == ("EFER=0xd00",)
+    assert str(answer) == "0x5000 -> 0x12345000 (2 MiB, rw-u, UC-, accessed, key 3, read-only memory)"
+
+
+def test_fault_is_an_answer(local: pagewalk.Client, scripted: Scripted) -> None:
+    scripted.answer = translation_pb2.TranslateResponse(
+        fault=types_pb2.Fault(
+            kind=types_pb2.FAULT_KIND_PAGE_FAULT,
+            address=0x5000,
+            level=1,
+            dimension=types_pb2.DIMENSION_GUEST,
+            error_code=0,
+            reason="the PTE is not present",
+        )
+    )
+    answer = local.translate(0x5000)
+    assert isinstance(answer, pagewalk.Fault)
+    assert not answer.ok
+    assert answer.error_code == 0, "present and zero is not absent"
+    assert answer.exit_info_1 is None
+    assert str(answer) == "0x5000: page_fault (error code 0x0): the PTE is not present"
+
+
+def test_a_choice_of_a_newer_daemon_has_a_name(local: pagewalk.Client, scripted: Scripted) -> None:
+    newer = types_pb2.Fault.FromString(b"\x08\x63")
+    scripted.answer = translation_pb2.TranslateResponse(fault=newer)
+    answer = local.translate(0)
+    assert isinstance(answer, pagewalk.Fault)
+    assert str(answer.kind) == "unknown_99"
+
+
+def test_nested_off_and_on_are_told_apart(local: pagewalk.Client, scripted: Scripted) -> None:
+    scripted.answer = walker_pb2.SetNestedModeResponse(
+        effect=walker_pb2.NestedEffect(kind=walker_pb2.NESTED_EFFECT_KIND_WALKER_ONLY, reason="why")
+    )
+    change = local.nested_off()
+    assert scripted.request.WhichOneof("mode") == "off"
+    assert scripted.request.off
+    assert (change.effect, change.reason) == ("walker_only", "why")
+    local.set_nested(pagewalk.Npt(ncr3=0x1000, host_cr4=0), l2=pagewalk.Registers(cr3=0x2000), walker_only=True)
+    assert scripted.request == walker_pb2.SetNestedModeRequest(
+        vcpu=types_pb2.VcpuRef(),
+        npt=types_pb2.Npt(ncr3=0x1000, host_cr4=0),
+        l2=types_pb2.Registers(cr3=0x2000),
+        walker_only=True,
+    )
+
+
+def test_watch_ends_with_the_stream(local: pagewalk.Client, scripted: Scripted) -> None:
+    scripted.answer = [
+        walker_pb2.GetWalkerStateResponse(provenance=types_pb2.Provenance(generation=generation))
+        for generation in (1, 4)
+    ]
+    seen = [state.provenance.generation for state in local.watch(max_updates=2, min_interval=0.25)]
+    assert seen == [1, 4]
+    assert scripted.request.max_updates == 2
+    assert scripted.request.min_interval.ToMilliseconds() == 250
+
+
+def test_failure_carries_reason_and_advice(local: pagewalk.Client, scripted: Scripted) -> None:
+    info = ErrorInfo(reason="UNKNOWN_MACHINE", domain="pagewalk", metadata={"machine": "x"})
+    scripted.failure = (grpc.StatusCode.NOT_FOUND, "no machine x; there is: demo", info)
+    with pytest.raises(pagewalk.NotFoundError, match="there is: demo") as raised:
+        local.translate(0, machine="x")
+    assert raised.value.code == "NOT_FOUND"
+    assert raised.value.reason == "UNKNOWN_MACHINE"
+    assert raised.value.details == {"machine": "x"}
+    assert isinstance(raised.value, pagewalk.Error)
+
+
+def test_failure_of_a_stream_is_ours_too(local: pagewalk.Client, scripted: Scripted) -> None:
+    scripted.failure = (grpc.StatusCode.FAILED_PRECONDITION, "not here", None)
+    with pytest.raises(pagewalk.FailedPreconditionError, match="not here"):
+        list(local.watch())
+
+
+def test_draining_daemon_is_no_missing_daemon(local: pagewalk.Client, scripted: Scripted) -> None:
+    scripted.failure = (grpc.StatusCode.UNAVAILABLE, "stopping", ErrorInfo(reason="STOPPING"))
+    with pytest.raises(pagewalk.UnavailableError) as raised:
+        local.machines()
+    assert not isinstance(raised.value, pagewalk.ConnectError)
+
+
+def test_garbage_in_the_details_does_not_hide_the_failure(local: pagewalk.Client, scripted: Scripted) -> None:
+    def reply(request: Any, context: grpc.ServicerContext) -> Any:
+        context.set_trailing_metadata((("grpc-status-details-bin", b"\xff\xff\xff"),))
+        return context.abort(grpc.StatusCode.NOT_FOUND, "no such vCPU")
+
+    scripted._reply = reply  # type: ignore[method-assign]
+    with pytest.raises(pagewalk.NotFoundError, match="no such vCPU"):
+        local.machines()
+
+
+@pytest.mark.parametrize("address", [-1, 1 << 64])
+def test_address_beyond_64_bits_is_refused_here(local: pagewalk.Client, address: int) -> None:
+    with pytest.raises(ValueError, match="does not fit 64 bits"):
+        local.translate(address)
+
+
+def test_unknown_choice_lists_the_known(local: pagewalk.Client) -> None:
+    with pytest.raises(ValueError, match=r"access cannot be 'execute'; it is one of 'read', 'write', 'fetch'"):
+        local.translate(0, "execute")  # type: ignore[arg-type]
+
+
+def test_refused_connection_says_what_to_do() -> None:
+    with pagewalk.connect("127.0.0.1:1", timeout=5) as client, pytest.raises(pagewalk.ConnectError) as raised:
+        client.machines()
+    assert "127.0.0.1:1" in str(raised.value)
+    assert "cargo run --release -- demo" in str(raised.value)
+
+
+def test_missing_socket_says_what_to_do(tmp_path: Path) -> None:
+    target = f"unix:{tmp_path}/none.sock"
+    with pagewalk.connect(target, timeout=5) as client, pytest.raises(pagewalk.ConnectError, match="demo"):
+        client.machines()
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("certificates") / "lab"
+    subprocess.run([REPOSITORY / "deploy/make-lab-certs.sh", directory, "localhost", "127.0.0.1"], check=True)
+    return directory
+
+
+@pytest.fixture
+def secure_port(certificates: Path, scripted: Scripted) -> Iterator[int]:
+    scripted.answer = machine_pb2.ListMachinesResponse(daemon_version="1.2.3")
+    server = serve(scripted)
+    pair = ((certificates / "server.key").read_bytes(), (certificates / "server.pem").read_bytes())
+    credentials = grpc.ssl_server_credentials([pair], (certificates / "ca.pem").read_bytes(), True)
+    port = server.add_secure_port("127.0.0.1:0", credentials)
+    server.start()
+    yield port
+    server.stop(None).wait()
+
+
+def test_mutual_tls_with_lab_certificates(certificates: Path, secure_port: int) -> None:
+    tls = pagewalk.Tls(ca=certificates / "ca.pem", cert=certificates / "client.pem", key=certificates / "client.key")
+    with pagewalk.connect(f"127.0.0.1:{secure_port}", tls=tls, timeout=5) as client:
+        assert client.daemon_version() == "1.2.3"
+
+
+def test_without_tls_the_refusal_mentions_it(secure_port: int) -> None:
+    plain = pagewalk.connect(f"127.0.0.1:{secure_port}", timeout=5)
+    with plain as client, pytest.raises(pagewalk.ConnectError, match="TLS"):
+        client.daemon_version()
+
+
+def test_server_certificate_is_no_client_certificate(certificates: Path, secure_port: int) -> None:
+    tls = pagewalk.Tls(ca=certificates / "ca.pem", cert=certificates / "server.pem", key=certificates / "server.key")
+    wrong = pagewalk.connect(f"127.0.0.1:{secure_port}", tls=tls, timeout=5)
+    with wrong as client, pytest.raises(pagewalk.ConnectError, match="certificates"):
+        client.daemon_version()
+
+
+def test_types_tell_the_outcomes_apart(local: pagewalk.Client, scripted: Scripted) -> None:
+    """Checked by mypy: `ok` narrows the union."""
+    scripted.answer = translation_pb2.TranslateResponse(translation=MAPPED)
+    answer = local.translate(0)
+    said = f"{answer.gpa:#x}" if answer.ok else answer.reason
+    assert said == "0x12345000"

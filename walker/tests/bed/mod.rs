@@ -1,0 +1,266 @@
+//! A KVM guest small enough to be rewritten between two instructions: one memory slot at GPA 0, vCPUs of a chosen
+//! CPU profile, and a long-mode register file.
+//!
+//! It knows nothing of the walker but how to hand it the same registers: it is the other side of every comparison.
+
+#![allow(dead_code, reason = "each judge uses its part of the bed")]
+
+pub(crate) mod case;
+pub(crate) mod ground;
+pub(crate) mod judge;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use kvm_bindings::{
+    CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_dtable, kvm_segment, kvm_sregs,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use pagewalk::{ControlRegisters, CpuProfile, PageWalk, StateError, Vendor, Walker};
+
+pub(crate) const PAGE: u64 = 4096;
+
+pub(crate) const PRESENT: u64 = 1 << 0;
+pub(crate) const WRITE: u64 = 1 << 1;
+pub(crate) const USER: u64 = 1 << 2;
+pub(crate) const ACCESSED: u64 = 1 << 5;
+pub(crate) const DIRTY: u64 = 1 << 6;
+pub(crate) const PAGE_SIZE: u64 = 1 << 7;
+pub(crate) const NO_EXECUTE: u64 = 1 << 63;
+
+pub(crate) const CR0_PE: u64 = 1 << 0;
+pub(crate) const CR0_NE: u64 = 1 << 5;
+pub(crate) const CR0_WP: u64 = 1 << 16;
+pub(crate) const CR0_PG: u64 = 1 << 31;
+pub(crate) const CR4_PAE: u64 = 1 << 5;
+pub(crate) const CR4_LA57: u64 = 1 << 12;
+pub(crate) const CR4_SMEP: u64 = 1 << 20;
+pub(crate) const CR4_SMAP: u64 = 1 << 21;
+pub(crate) const CR4_PKE: u64 = 1 << 22;
+pub(crate) const EFER_LME: u64 = 1 << 8;
+pub(crate) const EFER_LMA: u64 = 1 << 10;
+pub(crate) const EFER_NXE: u64 = 1 << 11;
+pub(crate) const RFLAGS_FIXED: u64 = 1 << 1;
+pub(crate) const RFLAGS_IOPL3: u64 = 3 << 12;
+pub(crate) const RFLAGS_AC: u64 = 1 << 18;
+
+/// `bits` where `on`, nothing otherwise.
+pub(crate) fn when(on: bool, bits: u64) -> u64 {
+    if on { bits } else { 0 }
+}
+
+/// Guest memory from GPA 0 upwards, in 8-byte words. It is never freed: a vCPU may reach it as long as the process
+/// lives.
+#[derive(Clone, Copy)]
+pub(crate) struct Ram(&'static [AtomicU64]);
+
+impl Ram {
+    pub(crate) fn new(bytes: u64) -> Ram {
+        let words = usize::try_from(bytes / 8).unwrap();
+        let spare = (PAGE / 8) as usize;
+        let all: &'static [AtomicU64] = Vec::leak((0..words + spare).map(|_| AtomicU64::new(0)).collect());
+        let skip = all.as_ptr().align_offset(PAGE as usize);
+        Ram(&all[skip..skip + words])
+    }
+
+    pub(crate) fn words(self) -> &'static [AtomicU64] {
+        self.0
+    }
+
+    pub(crate) fn bytes(self) -> u64 {
+        self.0.len() as u64 * 8
+    }
+
+    pub(crate) fn holds(self, gpa: u64) -> bool {
+        gpa < self.bytes()
+    }
+
+    pub(crate) fn read(self, gpa: u64) -> u64 {
+        self.0[(gpa / 8) as usize].load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn write(self, gpa: u64, value: u64) {
+        self.0[(gpa / 8) as usize].store(value, Ordering::Relaxed);
+    }
+
+    pub(crate) fn read_byte(self, gpa: u64) -> u8 {
+        (self.read(gpa) >> (gpa % 8 * 8)) as u8
+    }
+
+    pub(crate) fn write_byte(self, gpa: u64, value: u8) {
+        let shift = gpa % 8 * 8;
+        self.write(gpa, self.read(gpa) & !(0xff << shift) | u64::from(value) << shift);
+    }
+
+    pub(crate) fn copy_from(self, other: Ram) {
+        for (to, from) in self.0.iter().zip(other.0) {
+            to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+    }
+
+    /// The first address at which two memories of one size differ.
+    pub(crate) fn differs_from(self, other: Ram) -> Option<u64> {
+        let differs =
+            |(a, b): (&AtomicU64, &AtomicU64)| a.load(Ordering::Relaxed) != b.load(Ordering::Relaxed);
+        self.0.iter().zip(other.0).position(differs).map(|word| word as u64 * 8)
+    }
+
+    pub(crate) fn write_bytes(self, gpa: u64, bytes: &[u8]) {
+        for (at, byte) in (gpa..).zip(bytes) {
+            self.write_byte(at, *byte);
+        }
+    }
+}
+
+/// Who made the CPU, as CPUID tells the guest: it decides reserved bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Maker {
+    Intel,
+    Amd,
+}
+
+pub(crate) struct Machine {
+    supported: CpuId,
+    vm: VmFd,
+    pub(crate) ram: Ram,
+}
+
+impl Machine {
+    /// The reason why there is no machine here is an ordinary answer: the judge is then skipped.
+    pub(crate) fn new(bytes: u64) -> Result<Machine, String> {
+        let kvm = Kvm::new().map_err(|error| format!("/dev/kvm: {error}"))?;
+        let vm = kvm.create_vm().map_err(|error| format!("KVM_CREATE_VM: {error}"))?;
+        let ram = Ram::new(bytes);
+        if !kvm.check_extension(Cap::SyncRegs) {
+            return Err("this kernel has no KVM_CAP_SYNC_REGS".to_owned());
+        }
+        let supported = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(|error| format!("KVM_GET_SUPPORTED_CPUID: {error}"))?;
+        let machine = Machine { supported, vm, ram };
+        machine.set_slot(bytes)?;
+        Ok(machine)
+    }
+
+    fn set_slot(&self, memory_size: u64) -> Result<(), String> {
+        let region = kvm_userspace_memory_region {
+            slot: 0,
+            flags: 0,
+            guest_phys_addr: 0,
+            memory_size,
+            userspace_addr: self.ram.words().as_ptr() as u64,
+        };
+        // SAFETY: the region is page-aligned, at most as long as the RAM, never freed, and made of atomics, so that
+        // the kernel's writes race with nothing that the compiler assumes.
+        #[allow(unsafe_code, reason = "handing memory to the kernel has no safe form")]
+        unsafe { self.vm.set_user_memory_region(region) }.map_err(|error| format!("memory slot: {error}"))
+    }
+
+    /// Takes the memory away from the guest and gives it back, which makes KVM forget every shadow of a page table.
+    ///
+    /// A backend that shadows page tables learns of changes by write-protecting them against the guest; it does not
+    /// see ours. Whoever rewrites a table that a vCPU may have run on calls this in between.
+    pub(crate) fn renew(&self) -> Result<(), String> {
+        self.set_slot(0)?;
+        self.set_slot(self.ram.bytes())
+    }
+
+    pub(crate) fn vcpu(&self, id: u64, maker: Maker, maxphyaddr: u8) -> Result<VcpuFd, String> {
+        let vcpu = self.vm.create_vcpu(id).map_err(|error| format!("KVM_CREATE_VCPU: {error}"))?;
+        let mut cpuid = self.supported.clone();
+        claim(&mut cpuid, maker, maxphyaddr);
+        vcpu.set_cpuid2(&cpuid).map_err(|error| format!("KVM_SET_CPUID2: {error}"))?;
+        Ok(vcpu)
+    }
+
+    fn leaf(&self, function: u32) -> Result<&kvm_cpuid_entry2, String> {
+        let entry = self.supported.as_slice().iter().find(|entry| entry.function == function);
+        entry.ok_or_else(|| format!("the supported CPUID has no leaf {function:#x}"))
+    }
+
+    pub(crate) fn maxphyaddr(&self) -> Result<u8, String> {
+        Ok(self.leaf(0x8000_0008)?.eax as u8)
+    }
+
+    /// Whether the vCPUs have 1 GiB pages.
+    pub(crate) fn gib_pages(&self) -> bool {
+        self.leaf(0x8000_0001).is_ok_and(|leaf| leaf.edx >> 26 & 1 != 0)
+    }
+}
+
+/// Rewrites the supported CPUID so that it names `maker` and `maxphyaddr`, and claims the features whose paging rules
+/// the judges vary. 1 GiB pages stay as the host has them.
+fn claim(cpuid: &mut CpuId, maker: Maker, maxphyaddr: u8) {
+    let (ebx, edx, ecx): (&[u8; 4], &[u8; 4], &[u8; 4]) = match maker {
+        Maker::Intel => (b"Genu", b"ineI", b"ntel"),
+        Maker::Amd => (b"Auth", b"enti", b"cAMD"),
+    };
+    for entry in cpuid.as_mut_slice() {
+        match (entry.function, entry.index) {
+            (0 | 0x8000_0000, _) => {
+                entry.ebx = u32::from_le_bytes(*ebx);
+                entry.edx = u32::from_le_bytes(*edx);
+                entry.ecx = u32::from_le_bytes(*ecx);
+            }
+            (7, 0) => {
+                entry.ebx |= 1 << 7 | 1 << 20;
+                entry.ecx |= 1 << 3;
+            }
+            (0x8000_0001, _) => entry.edx |= 1 << 20,
+            (0x8000_0008, _) => entry.eax = entry.eax & !0xff | u32::from(maxphyaddr),
+            _ => {}
+        }
+    }
+}
+
+/// What a segment register holds in 64-bit mode at privilege level `cpl`.
+pub(crate) fn code_segment(selector: u16, cpl: u8) -> kvm_segment {
+    kvm_segment {
+        base: 0,
+        limit: 0xffff_ffff,
+        selector: selector | u16::from(cpl),
+        type_: 11,
+        present: 1,
+        dpl: cpl,
+        db: 0,
+        s: 1,
+        l: 1,
+        g: 1,
+        ..kvm_segment::default()
+    }
+}
+
+pub(crate) fn data_segment(selector: u16, cpl: u8) -> kvm_segment {
+    kvm_segment { type_: 3, db: 1, l: 0, ..code_segment(selector, cpl) }
+}
+
+/// Puts `sregs` into 64-bit mode with 4-level paging rooted at `cr3`.
+pub(crate) fn long_mode(sregs: &mut kvm_sregs, cr3: u64) {
+    sregs.cr0 = CR0_PE | CR0_NE | CR0_WP | CR0_PG;
+    sregs.cr3 = cr3;
+    sregs.cr4 = CR4_PAE;
+    sregs.efer = EFER_LME | EFER_LMA | EFER_NXE;
+    sregs.cs = code_segment(0x08, 0);
+    let data = data_segment(0x10, 0);
+    (sregs.ss, sregs.ds, sregs.es, sregs.fs, sregs.gs) = (data, data, data, data, data);
+}
+
+pub(crate) fn table_register(base: u64, limit: u16) -> kvm_dtable {
+    kvm_dtable { base, limit, ..kvm_dtable::default() }
+}
+
+/// The walker for a vCPU that holds `sregs`.
+pub(crate) fn walker_for(
+    sregs: &kvm_sregs,
+    maker: Maker,
+    maxphyaddr: u8,
+    gib_pages: bool,
+) -> Result<Walker, StateError> {
+    let vendor = match maker {
+        Maker::Intel => Vendor::Intel,
+        Maker::Amd => Vendor::Amd,
+    };
+    let (cr0, cr3, cr4, efer) = (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer);
+    let registers = ControlRegisters { cr0, cr3, cr4, efer, ..ControlRegisters::default() };
+    Ok(Walker::new(PageWalk::new(&registers, &CpuProfile { vendor, maxphyaddr, gib_pages })?))
+}

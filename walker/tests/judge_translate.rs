@@ -1,0 +1,317 @@
+//! Judge `kvm-translate`: the walker's answer against `KVM_TRANSLATE`, the kernel's own walk of the same tables.
+//!
+//! Tables are a soup: every table page may be used at every level, so that tables refer to themselves, to each other
+//! and to nowhere, and one entry is a PML4E on one path and a PTE on the next. Walked side by side are the guest's
+//! memory (by the kernel) and a copy of it (by the walker, policy `Set`); after each address all entries are compared,
+//! after each soup all memory.
+//!
+//! What the ioctl asks, and how that is mapped:
+//! - It is an explicit supervisor data *read*, whatever the vCPU's CPL: so is our access. W and execution are therefore
+//!   never decided here; U/S is, under SMAP with RFLAGS.AC clear. Permissions are `judge_execution`'s business.
+//! - It ignores canonicality and walks the low 48 bits: a non-canonical address is compared as its sign-extended twin,
+//!   and the walker must refuse the address itself as #GP. By rule, counted.
+//! - A table outside memory makes it answer "invalid" like any refusal; the walker says `Unbacked`, and must. A leaf
+//!   outside memory is valid for both.
+//! - On success it sets the accessed bit at every level and no dirty bit, on failure nothing: as policy `Set` does.
+//!
+//! Not judged: 5-level paging (CR4.LA57 is refused by the backend), 1 GiB leaves unless the vCPU has them (bit 7 of a
+//! PDPTE is then reserved), error codes (the ioctl has none), PKRU (see `judge_execution`).
+
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that reports on standard output")]
+
+mod bed;
+
+use bed::judge::{Judge, cases, skipped};
+use bed::{
+    ACCESSED, CR0_WP, CR4_PKE, CR4_SMAP, CR4_SMEP, DIRTY, EFER_NXE, Machine, Maker, NO_EXECUTE, PAGE,
+    PAGE_SIZE, PRESENT, RFLAGS_AC, RFLAGS_FIXED, Ram, USER, WRITE, long_mode, walker_for, when,
+};
+use fastrand::Rng;
+use kvm_bindings::{kvm_regs, kvm_sregs};
+use kvm_ioctls::VcpuFd;
+use libtest_mimic::{Arguments, Failed, Trial};
+use pagewalk::{
+    Access, AccessKind, AdPolicy, Backing, FaultKind, Gva, NoTrace, PageSize, Privilege, Reason, Translation,
+    Walker, Window,
+};
+
+const RAM_PAGES: u64 = 64;
+const TABLES: u64 = 12;
+const ADDRESSES: u64 = 64;
+/// Indices that entries are put at and addresses are made of, so that paths meet.
+const INDICES: [u64; 8] = [0, 1, 2, 255, 256, 300, 510, 511];
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let trials = vec![Trial::test("kvm_translate_agrees", || match Bed::new() {
+        Ok(bed) => judge(&bed),
+        Err(reason) => skipped("kvm", &reason),
+    })];
+    libtest_mimic::run(&arguments, trials).exit();
+}
+
+struct Profile {
+    vcpu: VcpuFd,
+    reset: kvm_sregs,
+    maker: Maker,
+    maxphyaddr: u8,
+}
+
+struct Bed {
+    machine: Machine,
+    profiles: Vec<Profile>,
+}
+
+impl Bed {
+    fn new() -> Result<Bed, String> {
+        let machine = Machine::new(RAM_PAGES * PAGE)?;
+        let widest = machine.maxphyaddr()?;
+        let wanted = [(Maker::Intel, widest), (Maker::Amd, widest), (Maker::Intel, 40), (Maker::Amd, 36)];
+        let mut profiles = Vec::new();
+        for (id, (maker, maxphyaddr)) in wanted.into_iter().enumerate() {
+            let vcpu = machine.vcpu(id as u64, maker, maxphyaddr)?;
+            let reset = vcpu.get_sregs().map_err(|error| format!("KVM_GET_SREGS: {error}"))?;
+            profiles.push(Profile { vcpu, reset, maker, maxphyaddr });
+        }
+        Ok(Bed { machine, profiles })
+    }
+}
+
+fn judge(bed: &Bed) -> Result<(), Failed> {
+    let mut judge = Judge::new("kvm-translate")?;
+    let mut rng = Rng::with_seed(judge.seed());
+    let wanted = cases(250_000)?;
+    let copy = Ram::new(bed.machine.ram.bytes());
+    while judge.cases() < wanted {
+        let profile = rng.choice(&bed.profiles).unwrap();
+        let soup = Soup::cook(&mut rng, bed.machine.ram, profile.maxphyaddr, bed.machine.gib_pages());
+        soup.serve(&mut rng, bed, profile, copy, &mut judge)?;
+    }
+    judge.finish(&[
+        ("mapped 4 KiB", None, 20_000),
+        ("mapped 2 MiB", None, 2_000),
+        ("mapped without backing", None, 5_000),
+        ("refused: not present, level", Some(4), 2_000),
+        ("refused: not present, level", Some(3), 2_000),
+        ("refused: not present, level", Some(2), 2_000),
+        ("refused: not present, level", Some(1), 1_000),
+        ("refused: reserved, level", Some(4), 2_000),
+        ("refused: reserved, level", Some(3), 2_000),
+        ("refused: reserved, level", Some(2), 2_000),
+        ("refused: reserved, level", Some(1), 1_000),
+        ("refused: table outside memory, level", Some(4), 200),
+        ("refused: table outside memory, level", Some(3), 1_000),
+        ("refused: table outside memory, level", Some(2), 1_000),
+        ("refused: table outside memory, level", Some(1), 500),
+        ("refused: SMAP", None, 2_000),
+        ("non-canonical", None, 5_000),
+        ("table met twice on one path", None, 5_000),
+    ])
+}
+
+/// One set of tables and registers, and a number of addresses to ask about.
+struct Soup {
+    root: u64,
+    /// GPA of every entry that may be other than zero.
+    entries: Vec<u64>,
+}
+
+impl Soup {
+    fn cook(rng: &mut Rng, ram: Ram, maxphyaddr: u8, gib_pages: bool) -> Soup {
+        for word in ram.words() {
+            word.store(0, std::sync::atomic::Ordering::Relaxed);
+        }
+        let tables: Vec<u64> = (0..TABLES).map(|_| rng.u64(0..RAM_PAGES) * PAGE).collect();
+        // A hostile soup has trouble at every level; a mild one lets most walks through.
+        let trouble = *rng.choice(&[0, 1, 1, 2, 4]).unwrap();
+        let mut entries = Vec::new();
+        for table in &tables {
+            for index in INDICES {
+                let gpa = table + index * 8;
+                ram.write(gpa, entry(rng, &tables, trouble, maxphyaddr, gib_pages));
+                entries.push(gpa);
+            }
+        }
+        let root = if rng.u32(0..100) == 0 { RAM_PAGES * PAGE } else { tables[0] };
+        Soup { root, entries }
+    }
+
+    fn serve(
+        &self,
+        rng: &mut Rng,
+        bed: &Bed,
+        profile: &Profile,
+        copy: Ram,
+        judge: &mut Judge,
+    ) -> Result<(), Failed> {
+        let ram = bed.machine.ram;
+        let mut sregs = profile.reset;
+        // CR3's low bits select cacheability, not a root.
+        long_mode(&mut sregs, self.root | rng.u64(0..4) << 3);
+        sregs.cr0 &= !when(rng.bool(), CR0_WP);
+        sregs.efer &= !when(rng.u32(0..3) == 0, EFER_NXE);
+        sregs.cr4 |= when(rng.bool(), CR4_SMEP);
+        sregs.cr4 |= when(rng.u32(0..3) == 0, CR4_SMAP);
+        sregs.cr4 |= when(rng.bool(), CR4_PKE);
+        profile.vcpu.set_sregs(&sregs)?;
+        let walker = walker_for(&sregs, profile.maker, profile.maxphyaddr, bed.machine.gib_pages())?;
+        copy.copy_from(ram);
+
+        let mut ac = false;
+        for number in 0..ADDRESSES {
+            if number % (ADDRESSES / 2) == 0 {
+                ac = rng.bool();
+                let rflags = RFLAGS_FIXED | when(ac, RFLAGS_AC);
+                profile.vcpu.set_regs(&kvm_regs { rflags, ..kvm_regs::default() })?;
+            }
+            let gva = address(rng);
+            judge.case();
+            let tr = profile.vcpu.translate_gva(gva)?;
+            let kernel = (tr.valid != 0).then_some(tr.physical_address);
+            let ours = ask(&walker, copy, gva, ac, judge);
+            if ours.map(|page| page.gpa.0) != kernel {
+                judge.disagree(|| {
+                    let ours = ours.map_or("invalid".to_owned(), |page| format!("{:?}", page.gpa));
+                    let kernel = kernel.map_or("invalid".to_owned(), |gpa| format!("{gpa:#x}"));
+                    format!(
+                        "translation: walker {ours}, kernel {kernel}\n{}",
+                        self.describe(copy, gva, ac, &sregs, profile)
+                    )
+                });
+            }
+            if let Some(gpa) = self.entries.iter().find(|gpa| ram.read(**gpa) != copy.read(**gpa)) {
+                judge.disagree(|| {
+                    let (ours, kernel) = (copy.read(*gpa), ram.read(*gpa));
+                    format!(
+                        "entry at {gpa:#x}: walker left {ours:#x}, kernel {kernel:#x}\n{}",
+                        self.describe(copy, gva, ac, &sregs, profile)
+                    )
+                });
+                copy.copy_from(ram);
+            }
+        }
+        if let Some(gpa) = ram.differs_from(copy) {
+            judge.disagree(|| format!("memory at {gpa:#x} changed: no table uses it"));
+        }
+        Ok(())
+    }
+
+    fn describe(&self, copy: Ram, gva: u64, ac: bool, sregs: &kvm_sregs, profile: &Profile) -> String {
+        let mut text = format!(
+            "  {:?} MAXPHYADDR {} CR0 {:#x} CR3 {:#x} CR4 {:#x} EFER {:#x} AC {ac} GVA {gva:#x}",
+            profile.maker, profile.maxphyaddr, sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer
+        );
+        let mut table = self.root;
+        for level in (1..=4).rev() {
+            let gpa = table + (gva >> (12 + 9 * (level - 1)) & 511) * 8;
+            if !copy.holds(gpa) {
+                break;
+            }
+            text += &format!("\n  level {level}: [{gpa:#x}] = {:#x}", copy.read(gpa));
+            table = copy.read(gpa) & 0x000f_ffff_ffff_f000;
+        }
+        text
+    }
+}
+
+/// The walker's answer in the ioctl's terms, counted by class.
+fn ask(walker: &Walker, copy: Ram, gva: u64, ac: bool, judge: &mut Judge) -> Option<Translation> {
+    let memory = Window::new(copy.words());
+    let access = Access { ac, ..Access::new(AccessKind::Read, Privilege::Supervisor) };
+    let twin = (gva << 16) as i64 >> 16;
+    if twin as u64 != gva {
+        judge.count("non-canonical", 0);
+        judge.exempt("non-canonical, walked as its sign-extended twin");
+        let refused = walker.translate_with(&memory, Gva(gva), &access, AdPolicy::Set, &mut NoTrace);
+        if refused.map_err(|fault| fault.kind) != Err(FaultKind::GeneralProtection) {
+            judge.disagree(|| format!("{gva:#x} is not canonical; the walker says {refused:?}"));
+        }
+    }
+    let mut trace = pagewalk::Trace::new();
+    let outcome = walker.translate_with(&memory, Gva(twin as u64), &access, AdPolicy::Set, &mut trace);
+    let steps = trace.steps();
+    if steps
+        .iter()
+        .enumerate()
+        .any(|(at, step)| steps[..at].iter().any(|other| other.table_gpa == step.table_gpa))
+    {
+        judge.count("table met twice on one path", 0);
+    }
+    match outcome {
+        Ok(page) => {
+            judge.count(
+                match page.page_size {
+                    PageSize::Size4K => "mapped 4 KiB",
+                    PageSize::Size2M => "mapped 2 MiB",
+                    PageSize::Size1G => "mapped 1 GiB",
+                    _ => "mapped otherwise",
+                },
+                0,
+            );
+            if page.backing == Backing::None {
+                judge.count("mapped without backing", 0);
+            }
+            Some(page)
+        }
+        Err(fault) => {
+            let class = match fault.reason {
+                Reason::NotPresent => "refused: not present, level",
+                Reason::ReservedBits => "refused: reserved, level",
+                Reason::TableUnbacked => "refused: table outside memory, level",
+                Reason::Smap => "refused: SMAP",
+                _ => "refused otherwise",
+            };
+            judge.count(class, if fault.reason == Reason::Smap { 0 } else { u64::from(fault.level) });
+            None
+        }
+    }
+}
+
+fn address(rng: &mut Rng) -> u64 {
+    let mut gva = rng.u64(0..PAGE);
+    for level in 0..4 {
+        let index = if rng.u32(0..50) == 0 { rng.u64(0..512) } else { *rng.choice(&INDICES).unwrap() };
+        gva |= index << (12 + 9 * level);
+    }
+    let canonical = ((gva << 16) as i64 >> 16) as u64;
+    match rng.u32(0..20) {
+        0 => gva | rng.u64(..) << 48,
+        1 => canonical ^ 1 << rng.u32(48..64),
+        _ => canonical,
+    }
+}
+
+/// One entry: usually plain, sometimes one of everything that can be wrong with it. `trouble` is in percent and is
+/// applied to each kind of trouble by itself.
+fn entry(rng: &mut Rng, tables: &[u64], trouble: u32, maxphyaddr: u8, gib_pages: bool) -> u64 {
+    let mut chance = |percent: u32| rng.u32(0..100) < percent;
+    let (present, reserved, large, outside) =
+        (!chance(2 + 3 * trouble), chance(trouble), chance(6 + trouble), chance(1 + trouble));
+    let (user, no_execute, noise) = (chance(90), chance(trouble), chance(20));
+    let frame = if large && rng.u32(0..10) < 8 {
+        let width = if gib_pages && rng.bool() { 30 } else { 21 };
+        if rng.bool() { 0 } else { rng.u64(0..1 << (maxphyaddr - width)) << width }
+    } else if outside {
+        match rng.u32(0..3) {
+            0 => RAM_PAGES * PAGE,
+            1 => rng.u64(RAM_PAGES..1 << (maxphyaddr - 12)) * PAGE,
+            _ => (1 << maxphyaddr) - PAGE,
+        }
+    } else if rng.u32(0..20) == 0 {
+        rng.u64(0..RAM_PAGES) * PAGE
+    } else {
+        *rng.choice(tables).unwrap()
+    };
+    let mut entry = frame | when(rng.bool(), WRITE);
+    for (set, bit) in [(present, PRESENT), (user, USER), (large, PAGE_SIZE), (no_execute, NO_EXECUTE)] {
+        entry |= when(set, bit);
+    }
+    if reserved {
+        entry |= 1 << rng.u32(u32::from(maxphyaddr)..52.max(u32::from(maxphyaddr) + 1));
+    }
+    if noise {
+        // PWT, PCD, A, D, G, ignored bits 11:9 and 62:52; never what decides a path.
+        entry |= rng.u64(..) & (0b11 << 3 | ACCESSED | DIRTY | 0xf << 8 | 0x7ff << 52);
+    }
+    entry
+}

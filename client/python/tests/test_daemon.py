@@ -95,7 +95,7 @@ def test_own_cr3_is_the_same_address_space(client: pagewalk.Client, paused: page
 def test_non_canonical_addresses(client: pagewalk.Client) -> None:
     plain = client.translate(NON_CANONICAL)
     assert not plain.ok
-    assert (plain.kind, plain.level, plain.dimension) == ("general_protection", 0, "unspecified")
+    assert (plain.kind, plain.level, plain.dimension) == ("general_protection", 0, "guest")
     stack = client.translate(NON_CANONICAL, stack=True)
     assert not stack.ok
     assert stack.kind == "stack_fault"

@@ -27,7 +27,7 @@ FaultKind = Literal[
     "unbacked",
     "contended",
 ]
-Dimension = Literal["unspecified", "guest", "nested"]
+Dimension = Literal["guest", "nested"]
 PagingMode = Literal["none", "two_level", "pae", "four_level", "five_level", "ept_four_level", "ept_five_level"]
 NestedModeKind = Literal["off", "walker_only", "real_vcpu", "observed"]
 NestedEffectKind = Literal["real_vcpu", "walker_only", "unchanged"]

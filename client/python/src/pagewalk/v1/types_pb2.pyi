@@ -392,7 +392,7 @@ class _Dimension:
 class _DimensionEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Dimension.ValueType], builtins.type):
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     DIMENSION_UNSPECIFIED: _Dimension.ValueType  # 0
-    """In `Fault`: the address was refused before any walk. Never in a `Step`."""
+    """Never in an answer."""
     DIMENSION_GUEST: _Dimension.ValueType  # 1
     """`gva_walk`: GVA to GPA, or GVA to nGPA where a nested guest runs."""
     DIMENSION_NESTED: _Dimension.ValueType  # 2
@@ -402,7 +402,7 @@ class Dimension(_Dimension, metaclass=_DimensionEnumTypeWrapper):
     """One of the two walks behind a translation."""
 
 DIMENSION_UNSPECIFIED: Dimension.ValueType  # 0
-"""In `Fault`: the address was refused before any walk. Never in a `Step`."""
+"""Never in an answer."""
 DIMENSION_GUEST: Dimension.ValueType  # 1
 """`gva_walk`: GVA to GPA, or GVA to nGPA where a nested guest runs."""
 DIMENSION_NESTED: Dimension.ValueType  # 2
@@ -1072,11 +1072,11 @@ class Translation(google.protobuf.message.Message):
     page_size: Global___PageSize.ValueType
     """Size of the page in `gva_walk`."""
     protection_key: builtins.int
-    """Protection key of the leaf, 0 to 15; 0 where keys are off."""
+    """Protection key in the leaf of `gva_walk`, 0 to 15. It counts for user pages under CR4.PKE only."""
     accessed: builtins.bool
-    """The leaf's accessed bit: as found with AD_POLICY_OBSERVE, as left with AD_POLICY_SET."""
+    """The accessed bit of `gva_walk`'s leaf, as the walk found it: with AD_POLICY_SET, before it was set."""
     dirty: builtins.bool
-    """The leaf's dirty bit, likewise."""
+    """The dirty bit, likewise."""
     backing: Global___Backing.ValueType
     """What lies behind `gpa`."""
     pat_type: Global___MemoryType.ValueType
@@ -1089,7 +1089,7 @@ class Translation(google.protobuf.message.Message):
     """AD_POLICY_SET met a table in read-only memory, and did not set the bits there."""
     @property
     def effective(self) -> Global___Rights:
-        """Rights of the page in `gva_walk`, AND-ed over its entries. A right of the page is not yet the permission of an
+        """Rights of the page, AND-ed over all entries of both dimensions. A right of the page is not yet the permission of an
         access: the vCPU's control registers decide that.
         """
 
@@ -1142,10 +1142,10 @@ class Fault(google.protobuf.message.Message):
     level: builtins.int
     """Level of the entry that refused, 1 to 5; 0 where no entry did, as with a non-canonical address."""
     dimension: Global___Dimension.ValueType
-    """Whose entry refused."""
+    """Which walk refused; DIMENSION_GUEST for a non-canonical address."""
     entry_gpa: builtins.int
-    """Guest physical address of the entry that refused: L1's GPA in DIMENSION_NESTED, in DIMENSION_GUEST the guest's own
-    view (an nGPA while a nested guest runs). 0 where `level` is 0.
+    """Where the entry that refused lies in the machine's memory: a GPA, L1's where a nested guest runs. 0 where `level`
+    is 0.
     """
     entry: builtins.int
     """The entry that refused, as read. 0 where it was not read."""
@@ -1160,8 +1160,8 @@ class Fault(google.protobuf.message.Message):
     reason: builtins.str
     """The cause in one sentence, in English."""
     bits: builtins.int
-    """The bits of `entry` that are responsible: bit 63 for NX, the reserved bits that were set. 0 where it is no bit of
-    the entry, or where a bit is missing in an upper entry.
+    """The bits of `entry` that are responsible, set or clear: NX or reserved bits that are set, P, R/W or U/S that is
+    clear, the U/S that SMEP or SMAP stops at, the protection key. 0 where it is no bit of an entry.
     """
     def __init__(
         self,
@@ -1211,15 +1211,13 @@ class Step(google.protobuf.message.Message):
     level: builtins.int
     """Level of the entry, 1 to 5."""
     table_gpa: builtins.int
-    """Address of the table: L1's GPA in DIMENSION_NESTED, in DIMENSION_GUEST the guest's own view (an nGPA while a nested
-    guest runs).
-    """
+    """Where the table lies in the machine's memory: a GPA, L1's where a nested guest runs."""
     index: builtins.int
     """Index of the entry in its table, 0 to 511, to 1023 with 2-level paging."""
     entry_gpa: builtins.int
-    """Address of the entry, as `table_gpa`."""
+    """Where the entry lies, likewise."""
     entry: builtins.int
-    """The entry, as read."""
+    """The entry, as read; 0 where it could not be read."""
     verdict: builtins.str
     """What the entry says, in a few words of English."""
     input: builtins.int
@@ -1337,7 +1335,7 @@ class PageFormat(google.protobuf.message.Message):
     bad_memory_type_xwr: builtins.int
     """EPT only: entries that are misconfigured by memory type and XWR bits; bit number = bits 5:0 of the entry. 0 otherwise."""
     linear_width: builtins.int
-    """Width of the addresses it translates, in bits: 32, 48 or 57; 64 where nothing is checked."""
+    """Width of the addresses it translates, in bits: 32, 48 or 57; 32 where paging is off."""
     maxphyaddr: builtins.int
     """Width of physical addresses in bits, 32 to 52: bits from here to 51 of an entry are reserved."""
     fetch_bit_reported: builtins.bool
@@ -1360,7 +1358,8 @@ class PageFormat(google.protobuf.message.Message):
 
     @property
     def permissions(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Permission words: sixteen words of 16 bits, empty where paging is off. A set bit means that the access is refused.
+        """Permission words: sixteen words of 16 bits, without meaning where paging is off. A set bit means that the access is
+        refused.
 
         Which word: bits 4:1 of the #PF error code that the access would have (W, U, RSVD, fetch), with RSVD's place (error
         code bit 3, index bit 2) taken by "RFLAGS.AC is set and the access is not implicit"; the fetch bit is set for

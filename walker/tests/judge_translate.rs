@@ -99,7 +99,7 @@ fn judge(bed: &Bed) -> Result<(), Failed> {
         ("refused: reserved, level", Some(3), 2_000),
         ("refused: reserved, level", Some(2), 2_000),
         ("refused: reserved, level", Some(1), 1_000),
-        ("refused: table outside memory, level", Some(4), 200),
+        ("refused: table outside memory, level", Some(4), 1_000),
         ("refused: table outside memory, level", Some(3), 1_000),
         ("refused: table outside memory, level", Some(2), 1_000),
         ("refused: table outside memory, level", Some(1), 500),
@@ -132,7 +132,7 @@ impl Soup {
                 entries.push(gpa);
             }
         }
-        let root = if rng.u32(0..100) == 0 { RAM_PAGES * PAGE } else { tables[0] };
+        let root = if rng.u32(0..20) == 0 { RAM_PAGES * PAGE } else { tables[0] };
         Soup { root, entries }
     }
 

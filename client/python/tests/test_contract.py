@@ -51,7 +51,7 @@ VALUES: list[tuple[type, Descriptor, set[str]]] = [
     (answers.Npt, types_pb2.Npt.DESCRIPTOR, set()),
     (answers.Ept, types_pb2.Ept.DESCRIPTOR, set()),
     (answers.WalkerState, walker_pb2.GetWalkerStateResponse.DESCRIPTOR, set()),
-    (answers.Registers, types_pb2.Registers.DESCRIPTOR, set()),
+    (answers.Registers, types_pb2.Registers.DESCRIPTOR, {"provenance"}),
     (answers.Vcpu, vcpu_pb2.VcpuInfo.DESCRIPTOR, set()),
     (answers.Stepped, vcpu_pb2.StepVcpuResponse.DESCRIPTOR, set()),
     (answers.MemoryRegion, machine_pb2.MemoryRegion.DESCRIPTOR, set()),

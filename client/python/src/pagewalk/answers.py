@@ -6,7 +6,7 @@ daemon knows and this package does not appears as `"unknown_17"`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal, Union
 
 AccessKind = Literal["read", "write", "fetch", "shadow_stack_read", "shadow_stack_write"]
@@ -328,10 +328,13 @@ class Registers:
     es: int | None = None
     fs: int | None = None
     gs: int | None = None
+    #: None in a request. Does not count when registers are compared.
+    provenance: Provenance | None = field(default=None, compare=False)
 
     def known(self) -> dict[str, int]:
         """Give the registers that are present, by name."""
-        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+        values = ((register.name, getattr(self, register.name)) for register in fields(self))
+        return {name: value for name, value in values if isinstance(value, int)}
 
     def __str__(self) -> str:
         return "\n".join(f"{name:8}{value:#x}" for name, value in self.known().items())

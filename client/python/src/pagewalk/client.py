@@ -273,14 +273,16 @@ class Client:
             vcpu=convert.to_vcpu(machine, vcpu),
             freshness=convert.number(types_pb2.Freshness.DESCRIPTOR, freshness, "freshness"),
         )
-        return convert.registers(self._call(self._vcpu.GetRegisters, request).registers)
+        answer = self._call(self._vcpu.GetRegisters, request)
+        return convert.registers(answer.registers, answer.provenance)
 
     def set_registers(self, registers: Registers, *, vcpu: int = 0, machine: str = "") -> Registers:
         """Write the registers that are present; give all, as read back. Needs the role `control`."""
         request = vcpu_pb2.SetRegistersRequest(
             vcpu=convert.to_vcpu(machine, vcpu), registers=convert.to_registers(registers)
         )
-        return convert.registers(self._call(self._vcpu.SetRegisters, request).registers)
+        answer = self._call(self._vcpu.SetRegisters, request)
+        return convert.registers(answer.registers, answer.provenance)
 
     def pause(self, *, vcpu: int = 0, machine: str = "") -> Vcpu:
         """Stop a vCPU until it is resumed. Needs the role `control`."""
@@ -298,7 +300,7 @@ class Client:
         answer = self._call(self._vcpu.StepVcpu, request)
         return Stepped(
             vcpu=convert.vcpu(answer.vcpu),
-            registers=convert.registers(answer.registers),
+            registers=convert.registers(answer.registers, answer.provenance),
             provenance=convert.provenance(answer.provenance),
         )
 

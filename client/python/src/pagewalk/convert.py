@@ -320,9 +320,10 @@ def _nested_mode(message: types_pb2.NestedMode) -> answers.NestedMode:
     )
 
 
-def registers(message: types_pb2.Registers) -> answers.Registers:
+def registers(message: types_pb2.Registers, source: types_pb2.Provenance) -> answers.Registers:
     """Convert."""
-    return answers.Registers(**{field.name: value for field, value in message.ListFields()})
+    known = {field.name: value for field, value in message.ListFields()}
+    return answers.Registers(**known, provenance=provenance(source))
 
 
 def vcpu(message: vcpu_pb2.VcpuInfo) -> answers.Vcpu:

@@ -1,1 +1,4 @@
 //! The pagewalk daemon.
+
+pub mod machine;
+pub mod vcpu;

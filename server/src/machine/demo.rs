@@ -1,0 +1,88 @@
+//! The demo machine: a small guest with one of everything worth asking a page walker about.
+//!
+//! On `/dev/kvm` its code really runs, round by round, each ending in HLT. Elsewhere the same memory and the same registers
+//! are served as they are before the first instruction.
+
+mod guest;
+mod image;
+
+use std::sync::Arc;
+
+use pagewalk::{CpuProfile, Vendor};
+
+use super::boot::Entry;
+use super::kvm::Vm;
+use super::memory::GuestRam;
+use super::{Capabilities, LocalSource, OpenError};
+use crate::vcpu::{PlainBackend, Vcpu};
+
+pub use image::{
+    ADDRESS_SPACES, KERNEL, L2_CR3, L2_KERNEL, NCR3, REMAPPED_FRAMES, ROUND_COUNTER, USER_DATA_FRAMES,
+};
+
+/// The CPU of the demo machine where no real one stands behind it.
+const PLAIN_CPU: CpuProfile = CpuProfile { vendor: Vendor::Amd, maxphyaddr: 48, gib_pages: true };
+
+/// Makes the demo machine: on KVM if that can be used and `plain` does not forbid it.
+pub(super) fn open(id: &str, plain: bool) -> Result<LocalSource, OpenError> {
+    let memory = Arc::new(GuestRam::allocate(&image::REGIONS)?);
+    if plain {
+        return open_plain(id, memory, "demo:plain was asked for");
+    }
+    match Vm::create(&memory) {
+        Ok(vm) => open_kvm(id, memory, vm),
+        Err(problem) => {
+            tracing::warn!(machine = %id, "the demo guest will not run: {problem}");
+            open_plain(id, memory, &problem.to_string())
+        }
+    }
+}
+
+fn open_kvm(id: &str, memory: Arc<GuestRam>, vm: Vm) -> Result<LocalSource, OpenError> {
+    let vm = Arc::new(vm);
+    let cpu = vm.cpu();
+    image::write(&memory, &cpu)?;
+    let vcpu = vm.start(id, 0, &entry())?;
+    Ok(LocalSource {
+        kind: "demo",
+        description: "demo guest, running on /dev/kvm".to_owned(),
+        vcpus: vec![vcpu],
+        memory,
+        capabilities: vm.capabilities(),
+        cpu,
+        landmarks: image::landmarks(&cpu),
+    })
+}
+
+fn open_plain(id: &str, memory: Arc<GuestRam>, why: &str) -> Result<LocalSource, OpenError> {
+    let cpu = PLAIN_CPU;
+    image::write(&memory, &cpu)?;
+    let reason = format!("nothing executes here, the demo guest is served from plain memory: {why}");
+    let vcpu = Vcpu::spawn(id, 0, cpu, PlainBackend::new(entry().registers(), cpu, reason))?;
+    Ok(LocalSource {
+        kind: "demo",
+        description: format!("demo guest, served from plain memory, nothing executes: {why}"),
+        vcpus: vec![vcpu],
+        memory,
+        capabilities: Capabilities {
+            live: false,
+            can_pause: false,
+            can_step: false,
+            can_set_registers: true,
+            real_nested: false,
+            nested_reason: "nothing executes in plain memory".to_owned(),
+        },
+        cpu,
+        landmarks: image::landmarks(&cpu),
+    })
+}
+
+fn entry() -> Entry {
+    Entry {
+        cr3: image::ADDRESS_SPACES[0],
+        rip: image::KERNEL_TEXT,
+        rsp: image::KERNEL_STACK_END,
+        arguments: [0, 0],
+        gdt: image::GDT_GVA,
+    }
+}

@@ -1,0 +1,273 @@
+//! Virtual machines of KVM, and the guest that a user brings as an ELF file.
+//!
+//! A machine has memory and vCPUs and nothing else: no interrupt controller, no timer, no devices. What the guest's CPUID
+//! says is what KVM supports, without the features that need an interrupt controller.
+//!
+//! `kvm:elf=FILE` is entered at the ELF's entry point in 64-bit mode, on all vCPUs at once, with RDI = index of the vCPU,
+//! RSI = number of vCPUs, RSP = end of a 16 KiB stack of its own, flat segments, IF = 0 and no IDT. All of memory is mapped
+//! to itself by 2 MiB supervisor leaves (rounded up to whole ones). The first 512 KiB of memory belong to us, and the ELF
+//! must not load there: GDT at 0x1000, PML4 at 0x2000, PDPT at 0x3000, page directories from 0x4000, stacks from 0x20000.
+#![allow(unsafe_code)] // KVM is given addresses of our memory.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use kvm_bindings::{
+    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, kvm_regs, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+use pagewalk::{CpuProfile, Gpa, Vendor};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+
+use super::boot::{Entry, GDT};
+use super::memory::{GuestRam, MemoryError, Region};
+use super::{Capabilities, LocalSource, OpenError, elf};
+use crate::vcpu::Vcpu;
+use crate::vcpu::kvm::{Features, KvmBackend};
+
+/// The part of memory that holds what we boot a guest with.
+pub(super) const BOOT_AREA_END: u64 = 0x8_0000;
+const GDT_AT: u64 = 0x1000;
+const PML4_AT: u64 = 0x2000;
+const PDPT_AT: u64 = 0x3000;
+const PD_AT: u64 = 0x4000;
+const STACKS_AT: u64 = 0x2_0000;
+const STACK_SIZE: u64 = 0x4000;
+
+/// Largest memory of a `kvm:elf` machine: its page directories fit between [`PD_AT`] and [`STACKS_AT`].
+pub(super) const MEMORY_MAX: u64 = 16 << 30;
+/// Most vCPUs of a `kvm:elf` machine: their stacks fit into the boot area.
+pub(super) const VCPUS_MAX: u32 = 16;
+const _: () = assert!(PD_AT + (MEMORY_MAX >> 30) * 4096 <= STACKS_AT);
+const _: () = assert!(STACKS_AT + VCPUS_MAX as u64 * STACK_SIZE <= BOOT_AREA_END);
+
+const PRESENT_WRITE: u64 = 0b11;
+const PAGE_SIZE: u64 = 1 << 7;
+
+/// Why KVM cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum KvmError {
+    /// `/dev/kvm` cannot be opened.
+    #[error("cannot open /dev/kvm: {error}: {remedy}")]
+    Open {
+        /// The host's error.
+        error: std::io::Error,
+        /// What to do about it.
+        remedy: &'static str,
+    },
+    /// It speaks another version.
+    #[error("/dev/kvm speaks API version {0}, not {KVM_API_VERSION}")]
+    Version(i32),
+    /// A system call failed.
+    #[error("{what}: {error}")]
+    Call {
+        /// The call.
+        what: &'static str,
+        /// Its error.
+        error: kvm_ioctls::Error,
+    },
+    /// The kernel lacks something that the machine needs.
+    #[error("this kernel's KVM offers no {0}")]
+    Missing(&'static str),
+}
+
+fn failed(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmError {
+    move |error| KvmError::Call { what, error }
+}
+
+/// A virtual machine, kept by each of its vCPUs.
+pub(super) struct Vm {
+    // Before the memory that it uses.
+    fd: VmFd,
+    cpuid: CpuId,
+    cpu: CpuProfile,
+    features: Features,
+    nested_state: bool,
+    _memory: Arc<GuestRam>,
+}
+
+impl Vm {
+    /// A VM with `memory` and without vCPUs.
+    pub(super) fn create(memory: &Arc<GuestRam>) -> Result<Self, KvmError> {
+        let kvm = Kvm::new().map_err(|e| {
+            let remedy = match e.errno() {
+                libc::ENOENT | libc::ENODEV | libc::ENXIO => {
+                    "load the module kvm_intel or kvm_amd, and give the container the device"
+                }
+                libc::EACCES | libc::EPERM => "add this user to the device's group, usually `kvm`",
+                _ => "see the kernel log",
+            };
+            KvmError::Open { error: e.into(), remedy }
+        })?;
+        let version = kvm.get_api_version();
+        if u32::try_from(version) != Ok(KVM_API_VERSION) {
+            return Err(KvmError::Version(version));
+        }
+        if !kvm.check_extension(Cap::ImmediateExit) {
+            return Err(KvmError::Missing("KVM_CAP_IMMEDIATE_EXIT"));
+        }
+        let fd = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
+        for (slot, region) in memory.map().iter().enumerate() {
+            let host = region
+                .get_host_address(MemoryRegionAddress(0))
+                .map_err(|_| KvmError::Missing("mapped memory"))?;
+            let start = region.start_addr().0;
+            let read_only = memory.regions().iter().any(|r| r.start == Gpa(start) && r.read_only);
+            if read_only && !kvm.check_extension(Cap::ReadonlyMem) {
+                return Err(KvmError::Missing("KVM_CAP_READONLY_MEM"));
+            }
+            let slot = kvm_userspace_memory_region {
+                slot: slot as u32,
+                flags: if read_only { KVM_MEM_READONLY } else { 0 },
+                guest_phys_addr: start,
+                memory_size: region.len(),
+                userspace_addr: host as u64,
+            };
+            // SAFETY: the range is one region of `memory`, which this VM keeps alive, and regions do not overlap.
+            unsafe { fd.set_user_memory_region(slot) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        let cpuid =
+            kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
+        let sync_regs = kvm.check_extension_int(Cap::SyncRegs) & 0b11 == 0b11;
+        let features = Features {
+            sync_regs,
+            guest_debug: kvm.check_extension(Cap::SetGuestDebug),
+            protection_keys: register(&cpuid, 7, |e| e.ecx) & (1 << 3) != 0,
+        };
+        let nested_state = kvm.check_extension_int(Cap::NestedState) > 0;
+        Ok(Self { fd, cpu: profile(&cpuid), cpuid, features, nested_state, _memory: Arc::clone(memory) })
+    }
+
+    /// What CPUID says to the vCPUs.
+    pub(super) fn cpu(&self) -> CpuProfile {
+        self.cpu
+    }
+
+    pub(super) fn capabilities(&self) -> Capabilities {
+        let nested_reason = if self.nested_state {
+            "entering a real L2 is not built for this source yet"
+        } else {
+            "the kernel offers no KVM_CAP_NESTED_STATE"
+        };
+        Capabilities {
+            live: true,
+            can_pause: true,
+            can_step: self.features.guest_debug,
+            can_set_registers: true,
+            real_nested: false,
+            nested_reason: nested_reason.to_owned(),
+        }
+    }
+
+    /// Makes a vCPU that starts at `entry`, and its thread.
+    pub(super) fn start(
+        self: &Arc<Self>,
+        machine: &str,
+        index: u32,
+        entry: &Entry,
+    ) -> Result<Arc<Vcpu>, OpenError> {
+        let vcpu = self.fd.create_vcpu(u64::from(index)).map_err(failed("KVM_CREATE_VCPU"))?;
+        vcpu.set_cpuid2(&self.cpuid_of(index)).map_err(failed("KVM_SET_CPUID2"))?;
+        let reset = vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
+        vcpu.set_sregs(&entry.system_registers(reset)).map_err(failed("KVM_SET_SREGS"))?;
+        let registers = entry.registers();
+        let regs = kvm_regs {
+            rip: registers.rip,
+            rsp: registers.rsp,
+            rflags: registers.rflags,
+            rdi: registers.rdi,
+            rsi: registers.rsi,
+            ..kvm_regs::default()
+        };
+        vcpu.set_regs(&regs).map_err(failed("KVM_SET_REGS"))?;
+        let backend =
+            KvmBackend::new(vcpu, format!("{machine}/vcpu{index}"), self.features, Arc::clone(self));
+        Ok(Vcpu::spawn(machine, index, self.cpu, backend)?)
+    }
+
+    /// CPUID as vCPU `index` sees it: its own APIC id, and nothing that needs an interrupt controller.
+    fn cpuid_of(&self, index: u32) -> CpuId {
+        const MONITOR: u32 = 1 << 3;
+        const X2APIC: u32 = 1 << 21;
+        const TSC_DEADLINE: u32 = 1 << 24;
+        let mut cpuid = self.cpuid.clone();
+        for entry in cpuid.as_mut_slice() {
+            match entry.function {
+                1 => {
+                    entry.ebx = entry.ebx & 0x00ff_ffff | index << 24;
+                    entry.ecx &= !(MONITOR | X2APIC | TSC_DEADLINE);
+                }
+                0xb | 0x1f => entry.edx = index,
+                _ => {}
+            }
+        }
+        cpuid
+    }
+}
+
+/// A register of CPUID leaf `function`, subleaf 0; 0 where there is none.
+fn register(cpuid: &CpuId, function: u32, of: impl Fn(&kvm_bindings::kvm_cpuid_entry2) -> u32) -> u32 {
+    cpuid.as_slice().iter().find(|e| e.function == function && e.index == 0).map_or(0, of)
+}
+
+fn profile(cpuid: &CpuId) -> CpuProfile {
+    const GIB_PAGES: u32 = 1 << 26;
+    /// Where CPUID has no leaf 0x80000008: Intel SDM volume 2, "CPUID".
+    const MAXPHYADDR_DEFAULT: u8 = 36;
+    // EBX of leaf 0: "Auth"enticAMD, "Hygo"nGenuine.
+    let vendor = match register(cpuid, 0, |e| e.ebx).to_le_bytes() {
+        [b'A', b'u', b't', b'h'] | [b'H', b'y', b'g', b'o'] => Vendor::Amd,
+        _ => Vendor::Intel,
+    };
+    let maxphyaddr = match register(cpuid, 0x8000_0008, |e| e.eax) as u8 {
+        0 => MAXPHYADDR_DEFAULT,
+        bits => bits,
+    };
+    CpuProfile { vendor, maxphyaddr, gib_pages: register(cpuid, 0x8000_0001, |e| e.edx) & GIB_PAGES != 0 }
+}
+
+/// Makes the machine `kvm:elf=FILE`, and lets it run.
+pub(super) fn open_elf(id: &str, file: &Path, memory_size: u64, cpus: u32) -> Result<LocalSource, OpenError> {
+    let memory =
+        Arc::new(GuestRam::allocate(&[Region { start: Gpa(0), size: memory_size, read_only: false }])?);
+    let entry_point = elf::load(&memory, file, BOOT_AREA_END)?;
+    write_boot_area(&memory)?;
+    let vm = Arc::new(Vm::create(&memory)?);
+    let vcpus = (0..cpus)
+        .map(|index| {
+            let stack_end = STACKS_AT + u64::from(index + 1) * STACK_SIZE;
+            let entry = Entry {
+                cr3: PML4_AT,
+                rip: entry_point,
+                // As after a call: the ABI has RSP + 8 aligned to 16 at a function's first instruction.
+                rsp: stack_end - 8,
+                arguments: [u64::from(index), u64::from(cpus)],
+                gdt: GDT_AT,
+            };
+            vm.start(id, index, &entry)
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    Ok(LocalSource {
+        kind: "kvm",
+        description: format!("guest from {} on /dev/kvm", file.display()),
+        vcpus,
+        memory,
+        capabilities: vm.capabilities(),
+        cpu: vm.cpu(),
+        landmarks: Vec::new(),
+    })
+}
+
+/// Writes the GDT and the tables that map all of memory to itself.
+fn write_boot_area(memory: &GuestRam) -> Result<(), MemoryError> {
+    for (at, descriptor) in (GDT_AT..).step_by(8).zip(GDT) {
+        memory.write_u64(Gpa(at), descriptor)?;
+    }
+    memory.write_u64(Gpa(PML4_AT), PDPT_AT | PRESENT_WRITE)?;
+    for leaf in 0..memory.size().div_ceil(1 << 21) {
+        let directory = PD_AT + (leaf >> 9) * 4096;
+        memory.write_u64(Gpa(PDPT_AT + (leaf >> 9) * 8), directory | PRESENT_WRITE)?;
+        memory.write_u64(Gpa(PD_AT + leaf * 8), leaf << 21 | PAGE_SIZE | PRESENT_WRITE)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,270 @@
+//! The words after `--machine`: which machine to make, and under which id.
+//!
+//! `demo`, `demo:plain`, `kvm:elf=FILE,mem=64M,cpus=1`, each optionally as `ID=SPEC`. FILE cannot contain a comma.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use super::{Machine, OpenError, demo, kvm};
+
+const MEMORY_MIN: u64 = 1 << 20;
+const MEMORY_DEFAULT: u64 = 64 << 20;
+const ID_MAX: usize = 64;
+
+/// What `--machine` asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MachineSpec {
+    /// Id of the machine: what precedes `=`, else the kind of its source.
+    pub id: String,
+    /// Its source.
+    pub source: SourceSpec,
+}
+
+/// Which source, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceSpec {
+    /// The demo guest.
+    Demo {
+        /// Serve it from plain memory even where `/dev/kvm` can be used.
+        plain: bool,
+    },
+    /// An ELF file on `/dev/kvm`.
+    Kvm {
+        /// The file.
+        elf: PathBuf,
+        /// Size of memory in bytes.
+        memory: u64,
+        /// Number of vCPUs.
+        cpus: u32,
+    },
+}
+
+/// What is wrong with a machine's specification.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SpecError {
+    /// No such source.
+    #[error(
+        "there is no source `{0}`: use demo, demo:plain, or kvm:elf=FILE,mem=64M,cpus=1, optionally as ID=SPEC"
+    )]
+    Source(String),
+    /// An id that is empty, too long or has odd characters.
+    #[error(
+        "`{0}` cannot be a machine's id: use 1 to {ID_MAX} letters, digits, `.`, `_` and `-`, beginning with a letter or digit"
+    )]
+    Id(String),
+    /// An option that the source does not know.
+    #[error("`{key}` is no option of source {source_kind}: it knows {known}")]
+    Key {
+        /// The source.
+        source_kind: &'static str,
+        /// The option.
+        key: String,
+        /// The options there are.
+        known: &'static str,
+    },
+    /// An option that is given twice.
+    #[error("`{0}` is given twice")]
+    Twice(String),
+    /// A missing option.
+    #[error("source kvm needs elf=FILE: a freestanding ELF64 executable")]
+    NoElf,
+    /// A value that is no number, or out of range.
+    #[error("{key}={value} is not accepted: {expected}")]
+    Value {
+        /// The option.
+        key: &'static str,
+        /// Its value.
+        value: String,
+        /// What it may be.
+        expected: &'static str,
+    },
+}
+
+impl FromStr for MachineSpec {
+    type Err = SpecError;
+
+    fn from_str(text: &str) -> Result<Self, SpecError> {
+        // An id has neither `:` nor `,`, so the `=` of an option is never taken for the one after an id.
+        let (id, spec) = match text.split_once('=') {
+            Some((id, spec)) if !id.contains([':', ',']) => (Some(id), spec),
+            _ => (None, text),
+        };
+        let (kind, options) = match spec.split_once(':') {
+            Some((kind, options)) => (kind, Some(options)),
+            None => (spec, None),
+        };
+        let source = match (kind, options) {
+            ("demo", None) => SourceSpec::Demo { plain: false },
+            ("demo", Some("plain")) => SourceSpec::Demo { plain: true },
+            ("demo", Some(key)) => {
+                return Err(SpecError::Key { source_kind: "demo", key: key.to_owned(), known: "plain" });
+            }
+            ("kvm", options) => parse_kvm(options.unwrap_or_default())?,
+            _ => return Err(SpecError::Source(spec.to_owned())),
+        };
+        let id = id.unwrap_or(kind);
+        let valid = id.len() <= ID_MAX
+            && id.starts_with(|c: char| c.is_ascii_alphanumeric())
+            && id.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'));
+        if !valid {
+            return Err(SpecError::Id(id.to_owned()));
+        }
+        Ok(Self { id: id.to_owned(), source })
+    }
+}
+
+fn parse_kvm(options: &str) -> Result<SourceSpec, SpecError> {
+    let (mut elf, mut memory, mut cpus) = (None, None, None);
+    for option in options.split(',').filter(|_| !options.is_empty()) {
+        let (key, value) = option.split_once('=').unwrap_or((option, ""));
+        let twice = match key {
+            "elf" if value.is_empty() => return Err(SpecError::NoElf),
+            "elf" => elf.replace(PathBuf::from(value)).is_some(),
+            "mem" => memory.replace(parse_memory(value)?).is_some(),
+            "cpus" => cpus.replace(parse_cpus(value)?).is_some(),
+            _ => {
+                let known = "elf, mem and cpus";
+                return Err(SpecError::Key { source_kind: "kvm", key: key.to_owned(), known });
+            }
+        };
+        if twice {
+            return Err(SpecError::Twice(key.to_owned()));
+        }
+    }
+    Ok(SourceSpec::Kvm {
+        elf: elf.ok_or(SpecError::NoElf)?,
+        memory: memory.unwrap_or(MEMORY_DEFAULT),
+        cpus: cpus.unwrap_or(1),
+    })
+}
+
+fn parse_memory(value: &str) -> Result<u64, SpecError> {
+    let (digits, shift) = match value.as_bytes().last() {
+        Some(b'K') => (value.trim_end_matches('K'), 10),
+        Some(b'M') => (value.trim_end_matches('M'), 20),
+        Some(b'G') => (value.trim_end_matches('G'), 30),
+        _ => (value, 0),
+    };
+    decimal(digits)
+        // Exactly one suffix: `64MM` must not pass for `64M`.
+        .filter(|_| value.len() <= digits.len() + 1)
+        .and_then(|n| n.checked_mul(1 << shift))
+        .filter(|size| (MEMORY_MIN..=kvm::MEMORY_MAX).contains(size) && size % 4096 == 0)
+        .ok_or_else(|| SpecError::Value {
+            key: "mem",
+            value: value.to_owned(),
+            expected: "use bytes or a number with K, M or G, from 1M to 16G, in whole 4K pages",
+        })
+}
+
+fn parse_cpus(value: &str) -> Result<u32, SpecError> {
+    decimal(value)
+        .and_then(|n| u32::try_from(n).ok())
+        .filter(|cpus| (1..=kvm::VCPUS_MAX).contains(cpus))
+        .ok_or_else(|| SpecError::Value {
+            key: "cpus",
+            value: value.to_owned(),
+            expected: "use a number from 1 to 16",
+        })
+}
+
+/// Digits and nothing else: `str::parse` alone would take `+1`.
+fn decimal(text: &str) -> Option<u64> {
+    if text.bytes().all(|b| b.is_ascii_digit()) { text.parse().ok() } else { None }
+}
+
+impl MachineSpec {
+    /// Makes the machine. Its guest, if it can, runs at once.
+    ///
+    /// # Errors
+    /// When the file cannot be loaded or the host lacks something. The demo machine makes do with plain memory where
+    /// `/dev/kvm` cannot be used.
+    pub fn open(&self) -> Result<Machine, OpenError> {
+        let source = match &self.source {
+            SourceSpec::Demo { plain } => demo::open(&self.id, *plain)?,
+            SourceSpec::Kvm { elf, memory, cpus } => kvm::open_elf(&self.id, elf, *memory, *cpus)?,
+        };
+        tracing::info!(machine = %self.id, "{}", source.description);
+        Ok(Machine::new(&self.id, Arc::new(source)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn parse(text: &str) -> Result<MachineSpec, SpecError> {
+        text.parse()
+    }
+
+    fn kvm(elf: &str, memory: u64, cpus: u32) -> SourceSpec {
+        SourceSpec::Kvm { elf: elf.into(), memory, cpus }
+    }
+
+    #[test]
+    fn accepts() {
+        for (text, id, source) in [
+            ("demo", "demo", SourceSpec::Demo { plain: false }),
+            ("demo:plain", "demo", SourceSpec::Demo { plain: true }),
+            ("a.b-c_1=demo", "a.b-c_1", SourceSpec::Demo { plain: false }),
+            ("kvm:elf=k.elf", "kvm", kvm("k.elf", 64 << 20, 1)),
+            ("kvm:cpus=16,mem=16G,elf=/a=b:c", "kvm", kvm("/a=b:c", 16 << 30, 16)),
+            ("x=kvm:elf=f,mem=1024K", "x", kvm("f", 1 << 20, 1)),
+            ("x=kvm:elf=f,mem=1052672", "x", kvm("f", (1 << 20) + 4096, 1)),
+        ] {
+            assert_eq!(parse(text).unwrap(), MachineSpec { id: id.into(), source }, "{text}");
+        }
+    }
+
+    #[test]
+    fn refuses() {
+        type Check = fn(&SpecError) -> bool;
+        let source: Check = |e| matches!(e, SpecError::Source(_));
+        let id: Check = |e| matches!(e, SpecError::Id(_));
+        let key: Check = |e| matches!(e, SpecError::Key { .. });
+        let value: Check = |e| matches!(e, SpecError::Value { .. });
+        let no_elf: Check = |e| matches!(e, SpecError::NoElf);
+        let twice: Check = |e| matches!(e, SpecError::Twice(_));
+        for (text, check) in [
+            ("", source),
+            ("demo ", source),
+            ("qemu", source),
+            ("elf=f", source),
+            ("=demo", id),
+            ("-x=demo", id),
+            ("a b=demo", id),
+            ("demo:fast", key),
+            ("demo:", key),
+            ("kvm:elf=f,ram=64M", key),
+            ("kvm:elf=f,", key),
+            ("kvm:elf=f,mem=64M,mem=64M", twice),
+            ("kvm", no_elf),
+            ("kvm:", no_elf),
+            ("kvm:mem=64M", no_elf),
+            ("kvm:elf=", no_elf),
+            ("kvm:elf=f,mem=", value),
+            ("kvm:elf=f,mem=M", value),
+            ("kvm:elf=f,mem=64MM", value),
+            ("kvm:elf=f,mem=64m", value),
+            ("kvm:elf=f,mem=+64M", value),
+            ("kvm:elf=f,mem=-1", value),
+            ("kvm:elf=f,mem=1023K", value),
+            ("kvm:elf=f,mem=17G", value),
+            ("kvm:elf=f,mem=1048577", value),
+            ("kvm:elf=f,mem=18446744073709551615G", value),
+            ("kvm:elf=f,mem=18446744073709551616", value),
+            ("kvm:elf=f,cpus=0", value),
+            ("kvm:elf=f,cpus=17", value),
+            ("kvm:elf=f,cpus=1x", value),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(check(&error), "{text:?}: {error:?}");
+        }
+        assert!(parse(&format!("{}=demo", "x".repeat(64))).is_ok());
+        assert!(id(&parse(&format!("{}=demo", "x".repeat(65))).unwrap_err()));
+        let message = parse("kvm:elf=f,ram=1M").unwrap_err().to_string();
+        assert!(message.contains("ram") && message.contains("elf, mem and cpus"), "{message}");
+    }
+}

@@ -1,0 +1,77 @@
+//! What a vCPU's thread drives: something that runs, and whose registers can be read and written.
+
+use std::ptr::NonNull;
+
+use super::command::VcpuError;
+use super::registers::{RegisterChanges, Registers};
+
+/// Why a backend came back from running.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// The guest executed HLT.
+    Halted,
+    /// Somebody asked it to come out.
+    Kicked,
+    /// One instruction was executed.
+    Stepped,
+    /// The guest shut down: a triple fault. Says where.
+    Shutdown(String),
+    /// It cannot run on. Says why.
+    Failed(String),
+}
+
+/// Where a signal handler can ask KVM_RUN to return: the `immediate_exit` byte of a `kvm_run`.
+#[derive(Clone, Copy, Debug)]
+pub struct ImmediateExit(NonNull<u8>);
+
+impl ImmediateExit {
+    /// # Safety
+    /// `byte` must stay valid for atomic accesses as long as the [`Backend`] that gives it lives.
+    #[allow(unsafe_code)] // The promise about the pointer can only be made by its owner.
+    pub unsafe fn new(byte: NonNull<u8>) -> Self {
+        Self(byte)
+    }
+
+    pub(super) fn as_ptr(self) -> *mut u8 {
+        self.0.as_ptr()
+    }
+}
+
+/// One virtual CPU, owned by its thread. Nobody else touches it.
+pub trait Backend: Send + 'static {
+    /// Why nothing can run here, for a source of plain memory; `None` where the guest executes.
+    fn static_reason(&self) -> Option<String> {
+        None
+    }
+
+    /// Lets the guest run until something happens that the thread has to know.
+    fn run(&mut self) -> Exit;
+
+    /// Executes one instruction, whatever kicks arrive meanwhile.
+    ///
+    /// # Errors
+    /// When the backend cannot, and nothing was executed.
+    fn step(&mut self) -> Result<Exit, VcpuError>;
+
+    /// Reads the registers.
+    ///
+    /// # Errors
+    /// When the hypervisor refuses, which ends the vCPU.
+    fn registers(&mut self) -> Result<Registers, String>;
+
+    /// Writes what is present in `changes`, all of it or nothing.
+    ///
+    /// # Errors
+    /// Says which register was refused.
+    fn set_registers(&mut self, changes: &RegisterChanges) -> Result<(), VcpuError>;
+
+    /// The byte through which a kick reaches [`Backend::run`].
+    fn immediate_exit(&mut self) -> Option<ImmediateExit> {
+        None
+    }
+
+    /// Registers that `registers` could not read, each with the value that stands in for it: `PKRU=0x0`.
+    fn assumed(&self, _registers: &Registers) -> Vec<String> {
+        Vec::new()
+    }
+}

@@ -1,0 +1,56 @@
+//! A vCPU that is registers and nothing else: the guest's memory can be walked, and nothing executes.
+
+use pagewalk::{CpuProfile, PageWalk, StateError};
+
+use super::backend::{Backend, Exit};
+use super::command::VcpuError;
+use super::registers::{RegisterChanges, Registers};
+
+/// Registers over plain memory.
+#[derive(Debug)]
+pub struct PlainBackend {
+    registers: Registers,
+    cpu: CpuProfile,
+    reason: String,
+}
+
+impl PlainBackend {
+    /// A vCPU that holds `registers`; `reason` says why nothing runs.
+    #[must_use]
+    pub fn new(registers: Registers, cpu: CpuProfile, reason: impl Into<String>) -> Self {
+        Self { registers, cpu, reason: reason.into() }
+    }
+}
+
+impl Backend for PlainBackend {
+    fn static_reason(&self) -> Option<String> {
+        Some(self.reason.clone())
+    }
+
+    fn run(&mut self) -> Exit {
+        Exit::Failed(self.reason.clone())
+    }
+
+    fn step(&mut self) -> Result<Exit, VcpuError> {
+        Err(VcpuError::Unsupported(self.reason.clone()))
+    }
+
+    fn registers(&mut self) -> Result<Registers, String> {
+        Ok(self.registers.clone())
+    }
+
+    fn set_registers(&mut self, changes: &RegisterChanges) -> Result<(), VcpuError> {
+        if changes.pkru.is_some() && self.registers.pkru.is_none() {
+            return Err(VcpuError::InvalidRegisters("this vCPU has no PKRU".into()));
+        }
+        let changed = changes.applied_to(&self.registers);
+        match PageWalk::new(&changed.control(), &self.cpu) {
+            // A mode that the walker does not know yet is a fine state for a vCPU all the same.
+            Ok(_) | Err(StateError::Unsupported(_)) => {
+                self.registers = changed;
+                Ok(())
+            }
+            Err(e) => Err(VcpuError::InvalidRegisters(e.to_string())),
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! The registers of a vCPU as plain values, and changes to them.
+//!
+//! Intel SDM volume 1, "Basic Program Execution Registers", and volume 3, "Control Registers". Floating-point and vector
+//! state, debug registers and MSRs other than EFER and PAT are left out: no walk depends on them.
+
+use pagewalk::ControlRegisters;
+
+macro_rules! registers {
+    ($($field:ident $name:literal $doc:literal),* $(,)?) => {
+        /// The registers of a vCPU at one moment.
+        #[derive(Clone, Debug, Default, PartialEq, Eq)]
+        pub struct Registers {
+            $(#[doc = $doc] pub $field: u64,)*
+            /// PKRU; `None` where the vCPU has none.
+            pub pkru: Option<u32>,
+            /// Current privilege level, 0 to 3.
+            pub cpl: u8,
+            /// Selectors of CS, SS, DS, ES, FS and GS.
+            pub selectors: Selectors,
+        }
+
+        /// Registers to write: those that are present.
+        #[derive(Clone, Debug, Default, PartialEq, Eq)]
+        pub struct RegisterChanges {
+            $(#[doc = $doc] pub $field: Option<u64>,)*
+            /// PKRU.
+            pub pkru: Option<u32>,
+        }
+
+        impl RegisterChanges {
+            /// Whether there is nothing to write.
+            #[must_use]
+            pub fn is_empty(&self) -> bool {
+                *self == Self::default()
+            }
+
+            /// `registers` with these changes made.
+            #[must_use]
+            pub fn applied_to(&self, registers: &Registers) -> Registers {
+                let mut changed = registers.clone();
+                $(if let Some(value) = self.$field { changed.$field = value; })*
+                if self.pkru.is_some() { changed.pkru = self.pkru; }
+                changed
+            }
+        }
+
+        impl Registers {
+            /// The first register that differs: its name, the value here and the other.
+            #[must_use]
+            pub fn first_difference(&self, other: &Self) -> Option<(&'static str, u64, u64)> {
+                $(if self.$field != other.$field { return Some(($name, self.$field, other.$field)); })*
+                if self.pkru != other.pkru {
+                    let value = |pkru: Option<u32>| u64::from(pkru.unwrap_or_default());
+                    return Some(("PKRU", value(self.pkru), value(other.pkru)));
+                }
+                None
+            }
+        }
+    };
+}
+
+registers! {
+    cr0 "CR0" "CR0.",
+    cr2 "CR2" "CR2: linear address of the last page fault.",
+    cr3 "CR3" "CR3.",
+    cr4 "CR4" "CR4.",
+    cr8 "CR8" "CR8: task priority.",
+    efer "EFER" "IA32_EFER.",
+    pat "PAT" "IA32_PAT.",
+    rip "RIP" "RIP.",
+    rflags "RFLAGS" "RFLAGS.",
+    rax "RAX" "RAX.",
+    rbx "RBX" "RBX.",
+    rcx "RCX" "RCX.",
+    rdx "RDX" "RDX.",
+    rsi "RSI" "RSI.",
+    rdi "RDI" "RDI.",
+    rbp "RBP" "RBP.",
+    rsp "RSP" "RSP.",
+    r8 "R8" "R8.",
+    r9 "R9" "R9.",
+    r10 "R10" "R10.",
+    r11 "R11" "R11.",
+    r12 "R12" "R12.",
+    r13 "R13" "R13.",
+    r14 "R14" "R14.",
+    r15 "R15" "R15.",
+    fs_base "FS.base" "Base of FS.",
+    gs_base "GS.base" "Base of GS.",
+}
+
+/// The visible parts of the segment registers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Selectors {
+    /// CS.
+    pub cs: u16,
+    /// SS.
+    pub ss: u16,
+    /// DS.
+    pub ds: u16,
+    /// ES.
+    pub es: u16,
+    /// FS.
+    pub fs: u16,
+    /// GS.
+    pub gs: u16,
+}
+
+impl Registers {
+    /// The part that a walk depends on.
+    #[must_use]
+    pub fn control(&self) -> ControlRegisters {
+        ControlRegisters { cr0: self.cr0, cr3: self.cr3, cr4: self.cr4, efer: self.efer, pat: self.pat }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn changes_touch_only_what_is_present() {
+        let before = Registers { rax: 1, cr3: 0x1000, pkru: Some(4), ..Registers::default() };
+        let after = RegisterChanges { rax: Some(2), ..RegisterChanges::default() }.applied_to(&before);
+        assert_eq!(after, Registers { rax: 2, ..before.clone() });
+        assert_eq!(before.first_difference(&after), Some(("RAX", 1, 2)));
+        assert_eq!(before.first_difference(&before), None);
+        assert!(RegisterChanges::default().is_empty());
+        assert!(!RegisterChanges { pkru: Some(0), ..RegisterChanges::default() }.is_empty());
+    }
+}

@@ -1,0 +1,300 @@
+//! The one OS thread of a vCPU: owns the backend, carries out commands, publishes snapshots.
+//!
+//! Each turn of its loop takes note of kicks, draws the highest ticket, carries out what was asked, publishes if there is
+//! something to tell, and then runs the guest, rests, or waits. A ticket is drawn before the registers are read, so that a
+//! snapshot answers every ticket up to its own. Port accesses are served inside the backend and publish nothing: a guest
+//! that loops on them must not keep readers busy.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use pagewalk::CpuProfile;
+use tokio::sync::{mpsc, watch};
+
+use super::backend::{Backend, Exit};
+use super::command::{Action, Command, Reply, VcpuError};
+use super::kick::{Kicker, OnThread};
+use super::registers::Registers;
+use super::snapshot::{NestedMode, RunState, Snapshot};
+
+/// How long a vCPU rests after HLT: nothing here sends it interrupts.
+pub(super) const HALT_REST: Duration = Duration::from_millis(50);
+
+/// What the thread shares with its handle.
+pub(super) struct Shared {
+    pub(super) kicker: Kicker,
+    pub(super) stop: AtomicBool,
+    /// The last ticket given out.
+    pub(super) tickets: AtomicU64,
+    pub(super) latest: ArcSwap<Snapshot>,
+}
+
+/// What the vCPU does when nobody asks anything of it.
+enum Activity {
+    Run,
+    Rest { until: Instant },
+    Pause,
+    Stay,
+}
+
+pub(super) struct VcpuThread<B> {
+    pub(super) name: String,
+    pub(super) cpu: CpuProfile,
+    pub(super) backend: B,
+    pub(super) shared: Arc<Shared>,
+    pub(super) commands: mpsc::Receiver<Command>,
+    pub(super) served: watch::Sender<u64>,
+    pub(super) generation: watch::Sender<u64>,
+}
+
+/// The first snapshot of a vCPU, before its thread runs.
+pub(super) fn first_snapshot<B: Backend>(backend: &mut B, cpu: CpuProfile) -> Result<Snapshot, String> {
+    let registers = backend.registers()?;
+    let (run_state, run_state_reason) = match backend.static_reason() {
+        Some(reason) => (RunState::Static, reason),
+        None => (RunState::Running, String::new()),
+    };
+    Ok(Snapshot {
+        generation: 1,
+        ticket: 0,
+        taken: Instant::now(),
+        run_state,
+        run_state_reason,
+        walker: NestedMode::Off.walker(registers.control(), &cpu),
+        assumed: backend.assumed(&registers),
+        registers,
+        cpu,
+        nested: NestedMode::Off,
+    })
+}
+
+impl<B: Backend> VcpuThread<B> {
+    /// Runs until the handle says stop.
+    pub(super) fn main(self) {
+        let Self { name, cpu, mut backend, shared, commands, served, generation } = self;
+        let on_thread = match shared.kicker.enter(backend.immediate_exit()) {
+            Ok(on_thread) => on_thread,
+            // Without kicks the vCPU could never be made to come out: better not to run it.
+            Err(problem) => return tracing::error!(vcpu = %name, problem, "the vCPU thread cannot start"),
+        };
+        let first = shared.latest.load_full();
+        let mut driver = Driver {
+            name,
+            cpu,
+            backend: Some(&mut backend),
+            shared: &shared,
+            commands,
+            served,
+            generation,
+            activity: if first.run_state == RunState::Static { Activity::Stay } else { Activity::Run },
+            run_state: first.run_state,
+            reason: first.run_state_reason.clone(),
+            nested: NestedMode::Off,
+        };
+        while !shared.stop.load(Ordering::Acquire) {
+            driver.turn(&on_thread);
+        }
+    }
+}
+
+struct Driver<'a, B> {
+    name: String,
+    cpu: CpuProfile,
+    /// `None` once it has panicked: nothing is known about it then.
+    backend: Option<&'a mut B>,
+    shared: &'a Shared,
+    commands: mpsc::Receiver<Command>,
+    served: watch::Sender<u64>,
+    generation: watch::Sender<u64>,
+    activity: Activity,
+    run_state: RunState,
+    reason: String,
+    nested: NestedMode,
+}
+
+impl<B: Backend> Driver<'_, B> {
+    fn turn(&mut self, on_thread: &OnThread<'_>) {
+        on_thread.acknowledge();
+        let ticket = self.shared.tickets.load(Ordering::Acquire);
+        while let Ok(command) = self.commands.try_recv() {
+            if !command.reply.is_closed() {
+                let reply = self.perform(&command.action, ticket);
+                // The asker may have gone meanwhile; what was done is published all the same.
+                let _ = command.reply.send(reply);
+            }
+        }
+        if ticket > self.shared.latest.load().ticket {
+            self.publish(ticket);
+        }
+        match self.activity {
+            Activity::Run if on_thread.pending() => {}
+            Activity::Run => self.run(ticket),
+            Activity::Rest { until } => {
+                on_thread.wait(Some(until));
+                if Instant::now() >= until {
+                    self.enter(Activity::Run, RunState::Running, String::new());
+                    self.publish(ticket);
+                }
+            }
+            Activity::Pause | Activity::Stay => on_thread.wait(None),
+        }
+    }
+
+    fn run(&mut self, ticket: u64) {
+        let exit = self.guarded(Backend::run).unwrap_or_else(Exit::Failed);
+        // A kick alone changes nothing that is worth telling: whoever kicked is served by the next turn.
+        if exit != Exit::Kicked {
+            self.after(exit);
+            self.publish(ticket);
+        }
+    }
+
+    /// Takes note of why the guest came out.
+    fn after(&mut self, exit: Exit) {
+        match exit {
+            Exit::Kicked => {}
+            Exit::Halted => {
+                let until = Instant::now() + HALT_REST;
+                self.enter(Activity::Rest { until }, RunState::Halted, String::new());
+            }
+            Exit::Stepped => self.enter(Activity::Pause, RunState::Paused, "stepped".into()),
+            Exit::Shutdown(reason) => {
+                tracing::warn!(vcpu = %self.name, reason, "the vCPU shut down");
+                self.enter(Activity::Stay, RunState::Shutdown, reason);
+            }
+            Exit::Failed(reason) => {
+                tracing::warn!(vcpu = %self.name, reason, "the vCPU cannot run on");
+                self.enter(Activity::Stay, RunState::InternalError, reason);
+            }
+        }
+    }
+
+    fn enter(&mut self, activity: Activity, run_state: RunState, reason: String) {
+        self.activity = activity;
+        self.run_state = run_state;
+        self.reason = reason;
+    }
+
+    fn perform(&mut self, action: &Action, ticket: u64) -> Reply {
+        match action {
+            Action::Pause => {
+                self.must_execute()?;
+                if !matches!(self.activity, Activity::Pause) {
+                    self.enter(Activity::Pause, RunState::Paused, "paused on request".into());
+                }
+            }
+            Action::Resume => {
+                self.must_execute()?;
+                if matches!(self.activity, Activity::Pause) {
+                    self.enter(Activity::Run, RunState::Running, String::new());
+                }
+            }
+            Action::Step => {
+                self.must_execute()?;
+                match self.guarded(Backend::step) {
+                    Ok(Ok(exit @ (Exit::Shutdown(_) | Exit::Failed(_)))) => self.after(exit),
+                    Ok(Ok(_)) => self.after(Exit::Stepped),
+                    Ok(Err(e)) => return Err(e),
+                    Err(panicked) => self.after(Exit::Failed(panicked)),
+                }
+            }
+            Action::SetRegisters(changes) => {
+                if changes.is_empty() {
+                    return Err(VcpuError::NothingToWrite);
+                }
+                match self.guarded(|backend| backend.set_registers(changes)) {
+                    Ok(written) => written?,
+                    Err(panicked) => {
+                        self.after(Exit::Failed(panicked.clone()));
+                        return Err(VcpuError::Hypervisor(panicked));
+                    }
+                }
+            }
+            Action::SetNested(mode) => {
+                // Against the registers of now: a running vCPU may have left those of the last snapshot behind.
+                let own = self.publish(ticket).registers.control();
+                mode.walker(own, &self.cpu).map_err(VcpuError::InvalidNested)?;
+                self.nested = **mode;
+            }
+        }
+        Ok(self.publish(ticket))
+    }
+
+    fn must_execute(&self) -> Result<(), VcpuError> {
+        match self.run_state {
+            RunState::Static => Err(VcpuError::Unsupported(self.reason.clone())),
+            state if state.is_final() => Err(VcpuError::Stopped { state, reason: self.reason.clone() }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Reads the registers and publishes them, with the walkers they select.
+    fn publish(&mut self, ticket: u64) -> Arc<Snapshot> {
+        let previous = self.shared.latest.load_full();
+        let read = self
+            .guarded(|backend| backend.registers().map(|registers| (backend.assumed(&registers), registers)));
+        let (assumed, registers) = match read {
+            Ok(Ok(read)) => read,
+            Ok(Err(problem)) | Err(problem) => self.without_registers(&problem, &previous),
+        };
+        let walker = self.nested.walker(registers.control(), &self.cpu);
+        let changed = walker != previous.walker || self.nested != previous.nested;
+        let generation = previous.generation + u64::from(changed);
+        let snapshot = Arc::new(Snapshot {
+            generation,
+            ticket,
+            taken: Instant::now(),
+            run_state: self.run_state,
+            run_state_reason: self.reason.clone(),
+            registers,
+            cpu: self.cpu,
+            walker,
+            nested: self.nested,
+            assumed,
+        });
+        self.shared.latest.store(Arc::clone(&snapshot));
+        if changed {
+            self.generation.send_replace(generation);
+        }
+        self.served.send_if_modified(|served| std::mem::replace(served, ticket) != ticket);
+        snapshot
+    }
+
+    /// What to publish when the registers cannot be read: the last ones, and the vCPU is done for.
+    fn without_registers(&mut self, problem: &str, previous: &Snapshot) -> (Vec<String>, Registers) {
+        if !self.run_state.is_final() {
+            self.after(Exit::Failed(format!("its registers cannot be read: {problem}")));
+        }
+        let mut assumed = previous.assumed.clone();
+        if !assumed.iter().any(|a| a == STALE) {
+            assumed.push(STALE.to_owned());
+        }
+        (assumed, previous.registers.clone())
+    }
+
+    /// Calls the backend; a panic in there ends the vCPU, not the daemon.
+    fn guarded<T>(&mut self, call: impl FnOnce(&mut B) -> T) -> Result<T, String> {
+        let Some(backend) = self.backend.as_deref_mut() else {
+            return Err("the vCPU's backend has panicked".to_owned());
+        };
+        catch_unwind(AssertUnwindSafe(|| call(backend))).map_err(|payload| {
+            self.backend = None;
+            format!("the vCPU's backend has panicked: {}", panic_message(&*payload))
+        })
+    }
+}
+
+/// Says in `assumed` that all registers are those of an earlier moment.
+const STALE: &str = "all registers as last read before the failure";
+
+fn panic_message(payload: &(dyn Any + Send)) -> &str {
+    payload
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no message")
+}

@@ -57,7 +57,7 @@ address! {
 #[must_use]
 #[inline]
 pub const fn is_canonical(address: u64, width: u32) -> bool {
-    let unused = 64u32.saturating_sub(width) & 63;
+    let unused = 64u32.wrapping_sub(width) & 63;
     ((address << unused) as i64 >> unused) as u64 == address
 }
 

@@ -8,6 +8,23 @@ use crate::format::PageFormat;
 use crate::memory::{ExchangeError, Memory};
 use crate::permission::Rights;
 
+/// The entries of all levels so far, folded: a right that a set bit grants must be set in all, one that a set bit
+/// withholds must be set in none.
+#[derive(Clone, Copy)]
+pub(crate) struct Grants {
+    all: u64,
+    any: u64,
+}
+
+impl Grants {
+    pub(crate) const ALL: Self = Self { all: u64::MAX, any: 0 };
+
+    #[inline(always)]
+    pub(crate) const fn through(self, entry: u64) -> Self {
+        Self { all: self.all & entry, any: self.any | entry }
+    }
+}
+
 /// The layout of one kind of paging-structure entry.
 pub(crate) trait EntryLayout {
     /// Bytes of one entry, as a power of two.
@@ -21,6 +38,8 @@ pub(crate) trait EntryLayout {
     const ACCESSED: u64;
     const DIRTY: u64;
     const GLOBAL: u64;
+    /// The protection key.
+    const KEY: u64;
     /// Bits 51:12, as far as the layout has them: reserved bits are refused before a frame is used.
     const FRAME: u64;
 
@@ -29,11 +48,8 @@ pub(crate) trait EntryLayout {
     fn compare_exchange<M: Memory>(memory: &M, gpa: Gpa, current: u64, new: u64)
     -> Result<(), ExchangeError>;
 
-    /// The entry's rights in a form that a bitwise AND accumulates over the levels.
-    fn grants(entry: u64) -> u64;
-
-    /// The rights that accumulated `grants` stand for.
-    fn rights(grants: u64) -> Rights;
+    /// The rights that the entries seen so far grant together.
+    fn rights(grants: Grants) -> Rights;
 
     /// The bits of an entry that decide `right`.
     fn right_bits(right: Rights) -> u64;
@@ -59,6 +75,7 @@ impl EntryLayout for LongMode {
     const ACCESSED: u64 = 1 << 5;
     const DIRTY: u64 = 1 << 6;
     const GLOBAL: u64 = 1 << 8;
+    const KEY: u64 = 0xf << 59;
     const FRAME: u64 = 0x000f_ffff_ffff_f000;
 
     #[inline(always)]
@@ -76,14 +93,9 @@ impl EntryLayout for LongMode {
     }
 
     #[inline(always)]
-    fn grants(entry: u64) -> u64 {
-        entry ^ NO_EXECUTE
-    }
-
-    #[inline(always)]
-    fn rights(grants: u64) -> Rights {
-        let execute = (grants >> 63) as u8 * Rights::EXECUTE.0;
-        Rights(Rights::READ.0 | (grants & (READ_WRITE | USER)) as u8 | execute)
+    fn rights(grants: Grants) -> Rights {
+        let execute = (!grants.any >> 60) as u8 & Rights::EXECUTE.0;
+        Rights(Rights::READ.0 | (grants.all & (READ_WRITE | USER)) as u8 | execute)
     }
 
     fn right_bits(right: Rights) -> u64 {
@@ -117,6 +129,7 @@ pub(crate) enum Meaning {
 }
 
 /// The one authority on what an entry at `level` (1 to 5) means. Rights are not its business: they accumulate.
+#[inline(never)]
 pub(crate) fn step<E: EntryLayout>(format: &PageFormat, level: u32, entry: u64) -> Meaning {
     if entry & E::PRESENT == 0 {
         return Meaning::Absent;

@@ -189,7 +189,7 @@ impl Refusal {
     #[cold]
     pub(crate) fn in_guest(self, format: &PageFormat, access: &Access, gva: u64) -> Fault {
         let kind = match self.reason {
-            Reason::NonCanonical if access.stack => FaultKind::StackFault,
+            Reason::NonCanonical if access.is_stack() => FaultKind::StackFault,
             Reason::NonCanonical => FaultKind::GeneralProtection,
             _ => FaultKind::PageFault { error_code: self.error_code(format, access) },
         };

@@ -1,10 +1,12 @@
 //! The page format: everything that the meaning of an entry depends on, computed once for a set of registers.
 
+use crate::access::Access;
 use crate::mode::{
     CR0_WP, CR4_PKE, CR4_SMAP, CR4_SMEP, ControlRegisters, CpuProfile, EFER_NXE, PagingMode, StateError,
 };
-use crate::permission::Protections;
+use crate::permission::{Protections, Rights};
 use crate::reserved::ReservedBits;
+use crate::walk::Translation;
 
 /// A memory type (Intel SDM volume 3, "Memory Types Available").
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -50,7 +52,7 @@ pub struct PageFormat {
     /// Present, page-size and reserved bits of a table entry; an entry that shows only "present" under this mask is a
     /// plain table reference. Index 0, level 1, is the same for a 4 KiB leaf, which has no page-size bit.
     plain: [u64; 8],
-    permissions: [u16; 16],
+    permissions: [u16; 32],
     protection_key_mask: u32,
     memory_types: [MemoryType; 8],
 }
@@ -161,8 +163,8 @@ impl PageFormat {
     /// The permission words. Word index: [`Access::permission_index`](crate::Access::permission_index); bit number:
     /// [`Rights::bits`](crate::Rights::bits); a set bit refuses the access.
     #[must_use]
-    pub fn permissions(&self) -> &[u16; 16] {
-        &self.permissions
+    pub fn permissions(&self) -> &[u16] {
+        self.permissions.get(..16).unwrap_or_default()
     }
 
     /// The protection-key mask: sixteen 2-bit fields, indexed by error-code bits 4:1 with RSVD's place taken by the page's
@@ -170,6 +172,12 @@ impl PageFormat {
     #[must_use]
     pub fn protection_key_mask(&self) -> u32 {
         self.protection_key_mask
+    }
+
+    /// Whether the permission words refuse `access` to a page with `rights`.
+    #[inline(always)]
+    pub(crate) fn refuses(&self, access: &Access, rights: Rights) -> bool {
+        (self.permissions[access.word_index()] >> (rights.bits() & 15)) & 1 != 0
     }
 
     #[inline(always)]
@@ -187,9 +195,11 @@ impl PageFormat {
         self.plain[index(level)]
     }
 
-    #[inline(always)]
-    pub(crate) fn memory_type(&self, pat_index: usize) -> MemoryType {
-        self.memory_types[pat_index & 7]
+    /// The memory type that a page's PAT, PCD and PWT bits select in IA32_PAT; write back where paging is off. MTRRs and
+    /// the second dimension are not applied.
+    #[must_use]
+    pub fn pat_type(&self, page: &Translation) -> MemoryType {
+        page.pat_index().map_or(MemoryType::WriteBack, |index| self.memory_types[index & 7])
     }
 }
 

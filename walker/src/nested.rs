@@ -9,9 +9,9 @@ use crate::entry::LongMode;
 use crate::fault::{Dimension, EXIT_INFO_1_FINAL, EXIT_INFO_1_TABLE, Fault, Reason, Refusal};
 use crate::format::PageFormat;
 use crate::memory::Memory;
-use crate::mode::{ControlRegisters, CpuProfile, StateError};
+use crate::mode::{ControlRegisters, CpuProfile, PagingMode, StateError};
 use crate::permission::Rights;
-use crate::trace::Recorder;
+use crate::trace::{Recorder, Trace};
 use crate::walk::{PageSize, PageWalk, Purpose, Stop, descend};
 
 /// `ngpa_walk`: the page walk that L1 put under L2.
@@ -69,11 +69,8 @@ impl NgpaWalk {
         access: &Access,
         recorder: &mut R,
     ) -> Result<NestedPage, Fault> {
-        let privilege = match access.privilege {
-            Privilege::Exempt => Privilege::Exempt,
-            _ => Privilege::User,
-        };
-        self.translate(memory, ngpa, &Access::new(access.kind, privilege), EXIT_INFO_1_FINAL, recorder)
+        let privilege = if access.is_exempt() { Privilege::Exempt } else { Privilege::User };
+        self.translate(memory, ngpa, &Access::new(access.kind(), privilege), EXIT_INFO_1_FINAL, recorder)
     }
 
     fn translate<M: Memory, R: Recorder>(
@@ -93,19 +90,28 @@ impl NgpaWalk {
             dimension: Dimension::Nested,
             second: None,
             writes: access.is_write(),
-            exempt: access.privilege == Privilege::Exempt,
+            exempt: access.is_exempt(),
         };
-        match descend::<LongMode, M, R>(walk, memory, ngpa.0, purpose, recorder) {
-            Ok(leaf) => match leaf.permit::<LongMode>(format, access) {
-                Ok(()) => Ok(NestedPage {
-                    gpa: Gpa(leaf.output),
-                    rights: leaf.rights,
-                    size: PageSize::of_long_mode(leaf.level),
-                }),
-                Err(refusal) => Err(refusal.in_npt(format, access, ngpa, phase)),
-            },
-            Err(Stop::Refused(refusal)) => Err(refusal.in_npt(format, access, ngpa, phase)),
-            Err(Stop::Second(fault)) => Err(fault),
+        let leaf = match format.mode() {
+            PagingMode::FiveLevel => descend::<LongMode, M, R, 5>(walk, memory, ngpa.0, purpose, recorder),
+            _ => descend::<LongMode, M, R, 4>(walk, memory, ngpa.0, purpose, recorder),
+        };
+        let leaf = match leaf {
+            Ok(leaf) => leaf,
+            Err(Stop::Refused(refusal)) => return Err(refusal.in_npt(format, access, ngpa, phase)),
+            Err(Stop::Second(fault)) => return Err(fault),
+        };
+        if !leaf.permit::<LongMode>(format, access).granted() {
+            let blame = leaf.blame::<LongMode, R>(format, access, (Dimension::Nested, ngpa.0), recorder);
+            return match blame {
+                Some(refusal) => Err(refusal.in_npt(format, access, ngpa, phase)),
+                None => self.translate(memory, ngpa, access, phase, &mut Trace::new()),
+            };
         }
+        Ok(NestedPage {
+            gpa: Gpa(leaf.output),
+            rights: leaf.rights,
+            size: PageSize::of_long_mode(leaf.level),
+        })
     }
 }

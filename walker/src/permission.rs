@@ -105,9 +105,10 @@ impl Protections {
         !rights.read()
     }
 
-    /// The sixteen permission words: bit `rights` of word `index` is set where the access is refused.
-    pub(crate) const fn words(self) -> [u16; 16] {
-        let mut words = [0; 16];
+    /// The sixteen permission words: bit `rights` of word `index` is set where the access is refused. Sixteen empty ones
+    /// follow, for exempt accesses.
+    pub(crate) const fn words(self) -> [u16; 32] {
+        let mut words = [0; 32];
         let mut index = 0;
         while index < 16 {
             let mut rights = 0;
@@ -144,5 +145,5 @@ impl Protections {
 pub(crate) const fn key_refusal(mask: u32, access: &Access, rights: Rights, key: u8) -> u8 {
     let index = (access.permission_index() & !SMAP_SUSPENDED) | (rights.user() as usize * SMAP_SUSPENDED);
     let decides = mask >> (2 * index);
-    (access.pkru >> (2 * (key as u32 & 15)) & decides & 0b11) as u8
+    (access.pkru() >> (2 * (key as u32 & 15)) & decides & 0b11) as u8
 }

@@ -60,6 +60,9 @@ pub trait Recorder {
 
     /// Forgets all steps: the walk starts over.
     fn clear(&mut self);
+
+    /// The steps taken so far, in order.
+    fn steps(&self) -> &[Step];
 }
 
 /// Records nothing.
@@ -74,6 +77,10 @@ impl Recorder for NoTrace {
 
     #[inline(always)]
     fn clear(&mut self) {}
+
+    fn steps(&self) -> &[Step] {
+        &[]
+    }
 }
 
 /// Records every step of one attempt.
@@ -102,12 +109,6 @@ impl Trace {
     pub const fn new() -> Self {
         Self { steps: [Self::EMPTY_STEP; MAX_STEPS], len: 0 }
     }
-
-    /// The steps in the order in which the entries were read.
-    #[must_use]
-    pub fn steps(&self) -> &[Step] {
-        self.steps.get(..self.len).unwrap_or_default()
-    }
 }
 
 impl Default for Trace {
@@ -128,5 +129,9 @@ impl Recorder for Trace {
 
     fn clear(&mut self) {
         self.len = 0;
+    }
+
+    fn steps(&self) -> &[Step] {
+        self.steps.get(..self.len).unwrap_or_default()
     }
 }

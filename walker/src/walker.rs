@@ -7,7 +7,7 @@ use crate::fault::{Fault, FaultKind, Reason};
 use crate::memory::Memory;
 use crate::nested::NgpaWalk;
 use crate::trace::{NoTrace, Recorder, Step, Trace};
-use crate::walk::{PageWalk, Translation, translate};
+use crate::walk::{PageWalk, Translation, translate, translate_nested};
 
 /// What a walk does to accessed and dirty bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -123,8 +123,8 @@ impl Walker {
         recorder: &mut R,
     ) -> Result<Translation, Fault> {
         match &self.ngpa_walk {
-            None => translate(&self.gva_walk, None, memory, gva.0, access, recorder),
-            Some(second) => translate(&self.gva_walk, Some(second), memory, gva.0, access, recorder),
+            None => translate(&self.gva_walk, memory, gva.0, access, recorder),
+            Some(second) => translate_nested(&self.gva_walk, second, memory, gva.0, access, recorder),
         }
     }
 

@@ -109,6 +109,12 @@ impl Trace {
     pub const fn new() -> Self {
         Self { steps: [Self::EMPTY_STEP; MAX_STEPS], len: 0 }
     }
+
+    /// The steps in the order in which the entries were read.
+    #[must_use]
+    pub fn steps(&self) -> &[Step] {
+        self.steps.get(..self.len).unwrap_or_default()
+    }
 }
 
 impl Default for Trace {
@@ -132,6 +138,6 @@ impl Recorder for Trace {
     }
 
     fn steps(&self) -> &[Step] {
-        self.steps.get(..self.len).unwrap_or_default()
+        Self::steps(self)
     }
 }

@@ -329,7 +329,7 @@ fn ask(walker: &Walker, copy: Ram, play: &Play) -> (Result<Translation, Fault>, 
         (false, _) => Privilege::Supervisor,
     };
     let stack = matches!(play.act, Act::StackLoad | Act::StackStore);
-    let access = Access { ac: play.ac, stack, ..Access::new(kind, privilege) };
+    let access = Access::new(kind, privilege).with_ac(play.ac).through_stack(stack);
     let walk = |access: &Access| {
         walker.translate_with(&Window::new(copy.words()), Gva(play.gva), access, AdPolicy::Set, &mut NoTrace)
     };

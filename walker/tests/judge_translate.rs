@@ -217,7 +217,7 @@ impl Soup {
 /// The walker's answer in the ioctl's terms, counted by class.
 fn ask(walker: &Walker, copy: Ram, gva: u64, ac: bool, judge: &mut Judge) -> Option<Translation> {
     let memory = Window::new(copy.words());
-    let access = Access { ac, ..Access::new(AccessKind::Read, Privilege::Supervisor) };
+    let access = Access::new(AccessKind::Read, Privilege::Supervisor).with_ac(ac);
     let twin = (gva << 16) as i64 >> 16;
     if twin as u64 != gva {
         judge.count("non-canonical", 0);

@@ -336,7 +336,9 @@ fn ask(walker: &Walker, copy: Ram, play: &Play) -> (Result<Translation, Fault>, 
     let first = walk(&access);
     let prop = first.ok().filter(|page| page.backing != Backing::None).map(|page| page.gpa.0);
     match play.act {
-        Act::DescriptorTouch if first.is_ok() => (walk(&Access { kind: AccessKind::Write, ..access }), prop),
+        Act::DescriptorTouch if first.is_ok() => {
+            (walk(&Access::new(AccessKind::Write, privilege).with_ac(play.ac).through_stack(stack)), prop)
+        }
         _ => (first, prop),
     }
 }

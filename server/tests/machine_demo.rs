@@ -1,6 +1,8 @@
 //! The demo machine on `/dev/kvm`: it runs, and each landmark means what it promises.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 #[allow(dead_code)]
+mod demo_landmarks;
+#[allow(dead_code)]
 mod kvm_bed;
 
 use std::collections::BTreeSet;
@@ -12,10 +14,14 @@ use kvm_bed::{block_on, soon};
 use libtest_mimic::Failed;
 use pagewalk::{Access, AccessKind, Backing, Gva, Memory, PageSize, Privilege};
 use pagewalkd::machine::{Machine, MachineSpec, demo};
-use pagewalkd::vcpu::{RunState, Vcpu};
+use pagewalkd::vcpu::{NestedMode, RunState, Vcpu};
 
 fn main() -> ExitCode {
-    kvm_bed::main(&[("runs_and_switches_and_remaps", runs_and_switches_and_remaps), ("rests", rests)])
+    kvm_bed::main(&[
+        ("runs_and_switches_and_remaps", runs_and_switches_and_remaps),
+        ("every_landmark_means_what_it_promises", every_landmark_means_what_it_promises),
+        ("rests", rests),
+    ])
 }
 
 fn open() -> (Machine, Arc<Vcpu>) {
@@ -70,6 +76,18 @@ fn runs_and_switches_and_remaps() -> Result<(), Failed> {
         (PageSize::Size2M, Backing::Ram, true, false)
     );
     Ok(())
+}
+
+fn every_landmark_means_what_it_promises() -> Result<(), Failed> {
+    let (machine, vcpu) = open();
+    block_on(async {
+        let own = vcpu.pause(soon()).await?;
+        let nested = vcpu.set_nested(demo_landmarks::overlay(), soon()).await?;
+        demo_landmarks::check(&machine, &own, &nested);
+        let off = vcpu.set_nested(NestedMode::Off, soon()).await?;
+        assert_eq!(off.walker, own.walker);
+        Ok(())
+    })
 }
 
 /// The demo guest takes under a twentieth of a CPU, all threads of this process together.

@@ -58,7 +58,7 @@ fn open_plain(id: &str, memory: Arc<GuestRam>, why: &str) -> Result<LocalSource,
     let cpu = PLAIN_CPU;
     image::write(&memory, &cpu)?;
     let reason = format!("nothing executes here, the demo guest is served from plain memory: {why}");
-    let vcpu = Vcpu::spawn(id, 0, cpu, PlainBackend::new(entry().registers(), cpu, reason))?;
+    let vcpu = Vcpu::spawn(id, 0, cpu, PlainBackend::new(entry().registers(), reason))?;
     Ok(LocalSource {
         kind: "demo",
         description: format!("demo guest, served from plain memory, nothing executes: {why}"),

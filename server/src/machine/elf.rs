@@ -116,7 +116,7 @@ pub enum ElfProblem {
     },
     /// A segment lies where the boot tables and stacks are.
     #[error(
-        "has a segment at {at:#x}, inside the boot area below {end:#x}: link it at 1 MiB or above, as with -Wl,-Ttext=0x100000"
+        "has a segment at {at:#x}, inside the boot area below {end:#x}: link it at 1 MiB or above, as with -Wl,-Ttext-segment=0x100000"
     )]
     BootArea {
         /// p_paddr.

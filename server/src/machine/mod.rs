@@ -18,7 +18,7 @@ use pagewalk::CpuProfile;
 
 use crate::vcpu::{SpawnError, Vcpu};
 
-pub use elf::ElfError;
+pub use elf::{ElfError, ElfProblem};
 pub use kvm::KvmError;
 pub use memory::{GuestRam, MemoryError, Region};
 pub use spec::{MachineSpec, SourceSpec, SpecError};

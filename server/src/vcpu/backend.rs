@@ -59,7 +59,7 @@ pub trait Backend: Send + 'static {
     /// When the hypervisor refuses, which ends the vCPU.
     fn registers(&mut self) -> Result<Registers, String>;
 
-    /// Writes what is present in `changes`, all of it or nothing.
+    /// Writes what is present in `changes`, all of it or nothing. Only states that some CPU accepts get here.
     ///
     /// # Errors
     /// Says which register was refused.

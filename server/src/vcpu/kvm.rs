@@ -306,10 +306,7 @@ impl<K: Send + Sync + 'static> Backend for KvmBackend<K> {
         let mut wanted = changes.applied_to(&current);
         wanted.rflags |= RFLAGS_FIXED;
         if let Err((what, e)) = self.write(&merged(&before, &wanted)) {
-            let refused = match wanted.control().mode() {
-                Err(problem) => VcpuError::InvalidRegisters(problem.to_string()),
-                Ok(_) => VcpuError::InvalidRegisters(format!("{what}: {e}")),
-            };
+            let refused = VcpuError::InvalidRegisters(format!("{what}: {e}"));
             return Err(self.restore(&before, refused));
         }
         let found = match self.registers() {

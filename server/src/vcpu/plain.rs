@@ -1,7 +1,5 @@
 //! A vCPU that is registers and nothing else: the guest's memory can be walked, and nothing executes.
 
-use pagewalk::{CpuProfile, PageWalk, StateError};
-
 use super::backend::{Backend, Exit};
 use super::command::VcpuError;
 use super::registers::{RegisterChanges, Registers};
@@ -10,15 +8,14 @@ use super::registers::{RegisterChanges, Registers};
 #[derive(Debug)]
 pub struct PlainBackend {
     registers: Registers,
-    cpu: CpuProfile,
     reason: String,
 }
 
 impl PlainBackend {
     /// A vCPU that holds `registers`; `reason` says why nothing runs.
     #[must_use]
-    pub fn new(registers: Registers, cpu: CpuProfile, reason: impl Into<String>) -> Self {
-        Self { registers, cpu, reason: reason.into() }
+    pub fn new(registers: Registers, reason: impl Into<String>) -> Self {
+        Self { registers, reason: reason.into() }
     }
 }
 
@@ -43,14 +40,7 @@ impl Backend for PlainBackend {
         if changes.pkru.is_some() && self.registers.pkru.is_none() {
             return Err(VcpuError::InvalidRegisters("this vCPU has no PKRU".into()));
         }
-        let changed = changes.applied_to(&self.registers);
-        match PageWalk::new(&changed.control(), &self.cpu) {
-            // A mode that the walker does not know yet is a fine state for a vCPU all the same.
-            Ok(_) | Err(StateError::Unsupported(_)) => {
-                self.registers = changed;
-                Ok(())
-            }
-            Err(e) => Err(VcpuError::InvalidRegisters(e.to_string())),
-        }
+        self.registers = changes.applied_to(&self.registers);
+        Ok(())
     }
 }

@@ -12,13 +12,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use pagewalk::CpuProfile;
+use pagewalk::{CpuProfile, PageWalk, StateError};
 use tokio::sync::{mpsc, watch};
 
 use super::backend::{Backend, Exit};
 use super::command::{Action, Command, Reply, VcpuError};
 use super::kick::{Kicker, OnThread};
-use super::registers::Registers;
+use super::registers::{RegisterChanges, Registers};
 use super::snapshot::{NestedMode, RunState, Snapshot};
 
 /// How long a vCPU rests after HLT: nothing here sends it interrupts.
@@ -206,7 +206,8 @@ impl<B: Backend> Driver<'_, B> {
                 if changes.is_empty() {
                     return Err(VcpuError::NothingToWrite);
                 }
-                match self.guarded(|backend| backend.set_registers(changes)) {
+                let cpu = self.cpu;
+                match self.guarded(|backend| accept(backend, changes, &cpu)) {
                     Ok(written) => written?,
                     Err(panicked) => {
                         self.after(Exit::Failed(panicked.clone()));
@@ -286,6 +287,20 @@ impl<B: Backend> Driver<'_, B> {
             format!("the vCPU's backend has panicked: {}", panic_message(&*payload))
         })
     }
+}
+
+/// Has `backend` write `changes`, unless they make a state that no CPU accepts: hypervisors let some of those pass.
+fn accept<B: Backend>(backend: &mut B, changes: &RegisterChanges, cpu: &CpuProfile) -> Result<(), VcpuError> {
+    let current = backend.registers().map_err(VcpuError::Hypervisor)?;
+    let wanted = changes.applied_to(&current).control();
+    if wanted != current.control() {
+        match PageWalk::new(&wanted, cpu) {
+            // A mode that the walker does not know yet is a fine state for a vCPU all the same.
+            Ok(_) | Err(StateError::Unsupported(_)) => {}
+            Err(problem) => return Err(VcpuError::InvalidRegisters(problem.to_string())),
+        }
+    }
+    backend.set_registers(changes)
 }
 
 /// Says in `assumed` that all registers are those of an earlier moment.

@@ -1,5 +1,6 @@
 //! The bed `kvm`: tests that need `/dev/kvm` run where it can be opened, say so where it cannot, and fail there if
 //! `PAGEWALK_REQUIRE` names the bed.
+#![allow(clippy::print_stdout)]
 
 use std::fs::OpenOptions;
 use std::path::PathBuf;

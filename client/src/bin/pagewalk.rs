@@ -1,2 +1,7 @@
-//! A client for the pagewalk daemon.
-fn main() {}
+//! The `pagewalk` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    pagewalk_client::cli::run()
+}

@@ -1,0 +1,28 @@
+//! `doctor`: what this host and the daemon can do, and what to do about what they cannot. Works without a daemon.
+
+mod check;
+mod daemon;
+mod huge_pages;
+mod kvm;
+
+use std::process::ExitCode;
+
+use self::check::Report;
+use super::{
+    Context,
+    exit::{Failure, NEGATIVE},
+};
+
+pub(super) async fn run(context: &Context) -> Result<ExitCode, Failure> {
+    let endpoint = context.connection.endpoint()?;
+    let mut report = Report::default();
+    kvm::examine(&mut report);
+    huge_pages::examine(&mut report);
+    daemon::examine(&mut report, endpoint, &context.connection).await;
+    if context.output.is_json() {
+        context.output.print(&format!("{:#}", report.json()))?;
+    } else {
+        context.output.print(&report.text())?;
+    }
+    Ok(if report.has_failed() { ExitCode::from(NEGATIVE) } else { ExitCode::SUCCESS })
+}

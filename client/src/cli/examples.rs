@@ -1,0 +1,73 @@
+//! Examples and exit codes behind each verb's help. The examples ask the demo machine of `pagewalkd demo`, and a test runs
+//! every one of them against it.
+
+macro_rules! examples {
+    ($first:literal $(, $more:literal)*) => {
+        concat!("Examples, with the demo machine:\n  ", $first $(, "\n  ", $more)*)
+    };
+}
+
+macro_rules! exit_codes {
+    ($($special:literal)?) => {
+        concat!(
+            "\n\nExit codes:\n  0  answered\n",
+            $($special,)?
+            "  2  the command line is wrong\n  3  no answer: no connection, or the daemon refused"
+        )
+    };
+}
+
+pub(super) const PAGEWALK: &str = concat!(
+    examples!(
+        "pagewalk machines",
+        "pagewalk translate 0xffff800000010000 --explain",
+        "pagewalk --json walker"
+    ),
+    exit_codes!("  1  `translate`: the access would fault; `doctor`: a check failed\n")
+);
+
+pub(super) const TRANSLATE: &str = concat!(
+    examples!(
+        "pagewalk translate 0xffff800000010000 --explain",
+        "pagewalk translate 0xffff_8000_0001_1000 0xffff_8000_0020_0000 --access write",
+        "pagewalk translate 0x401000 --as user --cr3 0x21000",
+        "pagewalk translate 0xffffffff81000000 --cr3 0x1000 --ncr3 0x50000 --trace"
+    ),
+    "\n\nSeveral addresses give a line each; with --json an array.",
+    exit_codes!("  1  answered, and for one address at least the access would fault\n")
+);
+
+pub(super) const WALKER: &str =
+    concat!(examples!("pagewalk walker", "pagewalk walker --watch --updates 3"), exit_codes!());
+
+pub(super) const NESTED: &str = concat!(
+    examples!("pagewalk nested npt --ncr3 0x50000 --l2-cr3 0x1000", "pagewalk nested off"),
+    exit_codes!()
+);
+
+pub(super) const VCPUS: &str = concat!(examples!("pagewalk vcpus"), exit_codes!());
+
+pub(super) const REGS: &str =
+    concat!(examples!("pagewalk regs --sync", "pagewalk regs set r15=0x1000 r14=7"), exit_codes!());
+
+pub(super) const PAUSE: &str = concat!(examples!("pagewalk pause"), exit_codes!());
+
+pub(super) const RESUME: &str = concat!(examples!("pagewalk resume"), exit_codes!());
+
+pub(super) const STEP: &str = concat!(examples!("pagewalk step"), exit_codes!());
+
+pub(super) const MACHINES: &str =
+    concat!(examples!("pagewalk machines", "pagewalk machines --machine demo"), exit_codes!());
+
+pub(super) const EXPLAIN_FAULT: &str = concat!(
+    examples!(
+        "pagewalk explain-fault --error-code 0x7 --cr2 0x402000",
+        "pagewalk explain-fault --error-code 9 --cr2 0xffff_8000_0040_0000"
+    ),
+    exit_codes!()
+);
+
+pub(super) const DOCTOR: &str = concat!(
+    examples!("pagewalk doctor"),
+    "\n\nExit codes:\n  0  nothing failed\n  1  a check failed\n  2  the command line is wrong"
+);

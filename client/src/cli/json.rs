@@ -1,0 +1,29 @@
+//! Messages as canonical protobuf JSON: what grpcurl prints. 64-bit integers are strings there, in decimal; fields at
+//! their default are left out.
+
+use std::io;
+
+use pagewalk_proto::FILE_DESCRIPTOR_SET;
+use prost::Message;
+use prost_reflect::{DescriptorPool, DynamicMessage};
+
+const PACKAGE: &str = "pagewalk.v1";
+
+/// A message that knows its fields' names.
+pub(super) fn document<M: Message>(name: &str, message: &M) -> io::Result<DynamicMessage> {
+    let pool = DescriptorPool::decode(FILE_DESCRIPTOR_SET).map_err(io::Error::other)?;
+    let descriptor = pool
+        .get_message_by_name(&format!("{PACKAGE}.{name}"))
+        .ok_or_else(|| io::Error::other(format!("the contract has no message {name}")))?;
+    DynamicMessage::decode(descriptor, message.encode_to_vec().as_slice()).map_err(io::Error::other)
+}
+
+/// One document, indented.
+pub(super) fn pretty(document: &impl serde::Serialize) -> io::Result<String> {
+    serde_json::to_string_pretty(document).map_err(io::Error::other)
+}
+
+/// One document on one line.
+pub(super) fn line(document: &impl serde::Serialize) -> io::Result<String> {
+    serde_json::to_string(document).map_err(io::Error::other)
+}

@@ -1,0 +1,139 @@
+//! The `pagewalk` command: a thin verb for each RPC, for people and, with `--json`, for programs.
+//!
+//! Data flows one way: arguments -> request -> [`crate::Client`] -> response -> `render` or `json` -> `output`.
+
+mod connection;
+mod doctor;
+mod examples;
+mod exit;
+mod explain_fault;
+mod json;
+mod machines;
+mod nested;
+mod number;
+mod output;
+mod regs;
+mod render;
+mod run_control;
+mod translate;
+mod usage;
+mod vcpu;
+mod vcpus;
+mod walker;
+mod walker_override;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use self::{connection::ConnectionArgs, exit::Failure, output::Output, vcpu::VcpuArgs};
+use crate::{Client, Error};
+
+/// Asks the pagewalk daemon what a guest virtual address means right now, and if nothing, why not.
+#[derive(Debug, Parser)]
+#[command(name = "pagewalk", version, after_help = examples::PAGEWALK, subcommand_required = true)]
+struct Cli {
+    #[command(flatten)]
+    connection: ConnectionArgs,
+    #[command(flatten)]
+    vcpu: VcpuArgs,
+    #[command(flatten)]
+    output: output::OutputArgs,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Translate guest virtual addresses
+    #[command(after_help = examples::TRANSLATE)]
+    Translate(translate::Args),
+    /// Show the state of a vCPU's page walkers
+    #[command(after_help = examples::WALKER)]
+    Walker(walker::Args),
+    /// Switch nested mode on or off
+    #[command(after_help = examples::NESTED)]
+    Nested(nested::Args),
+    /// List the vCPUs of a machine
+    #[command(after_help = examples::VCPUS)]
+    Vcpus,
+    /// Print a vCPU's registers, or write some
+    #[command(after_help = examples::REGS)]
+    Regs(regs::Args),
+    /// Stop a vCPU until `resume`
+    #[command(after_help = examples::PAUSE)]
+    Pause,
+    /// Let a stopped vCPU run on
+    #[command(after_help = examples::RESUME)]
+    Resume,
+    /// Execute one instruction and leave the vCPU stopped
+    #[command(after_help = examples::STEP)]
+    Step,
+    /// List the machines that the daemon serves
+    #[command(after_help = examples::MACHINES)]
+    Machines,
+    /// Explain a page fault that somebody saw
+    #[command(after_help = examples::EXPLAIN_FAULT)]
+    ExplainFault(explain_fault::Args),
+    /// Check this host and the daemon, and say what to do
+    #[command(after_help = examples::DOCTOR)]
+    Doctor,
+}
+
+/// What a verb works with: the way to the daemon, the vCPU that is meant, and where answers go.
+struct Context {
+    connection: ConnectionArgs,
+    vcpu: VcpuArgs,
+    output: Output,
+}
+
+impl Context {
+    /// Connects. Verbs do so once their arguments are known to be sound.
+    async fn client(&self) -> Result<Client, Error> {
+        self.connection.connect().await
+    }
+}
+
+/// Runs the command with the arguments of this process.
+pub fn run() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage::report(&error),
+    };
+    let output = Output::new(&cli.output);
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return exit::report(&output, &Failure::Host(format!("cannot start: {error}"))),
+    };
+    match runtime.block_on(dispatch(cli, output)) {
+        Ok(code) => code,
+        Err(failure) => exit::report(&output, &failure),
+    }
+}
+
+async fn dispatch(cli: Cli, output: Output) -> Result<ExitCode, Failure> {
+    let context = Context { connection: cli.connection, vcpu: cli.vcpu, output };
+    match cli.verb {
+        Verb::Translate(args) => translate::run(&context, &args).await,
+        Verb::Walker(args) => walker::run(&context, &args).await,
+        Verb::Nested(args) => nested::run(&context, &args).await,
+        Verb::Vcpus => vcpus::run(&context).await,
+        Verb::Regs(args) => regs::run(&context, &args).await,
+        Verb::Pause => run_control::pause(&context).await,
+        Verb::Resume => run_control::resume(&context).await,
+        Verb::Step => run_control::step(&context).await,
+        Verb::Machines => machines::run(&context).await,
+        Verb::ExplainFault(args) => explain_fault::run(&context, &args).await,
+        Verb::Doctor => doctor::run(&context).await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,74 @@
+//! Numbers on the command line, as the contract writes them: `0x` and hex digits, or decimal; `_` may separate digits.
+
+/// An address or a 64-bit register.
+pub(super) fn u64(text: &str) -> Result<u64, String> {
+    let (digits, radix) = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        Some(digits) => (digits, 16),
+        None => (text, 10),
+    };
+    if digits.is_empty() {
+        return Err("digits are missing".into());
+    }
+    if digits.starts_with('_') || digits.ends_with('_') {
+        return Err("`_` may only stand between digits".into());
+    }
+    let bare: String = digits.chars().filter(|&digit| digit != '_').collect();
+    if !bare.chars().all(|digit| digit.is_digit(radix)) {
+        return Err(if radix == 10 && bare.chars().all(|digit| digit.is_ascii_hexdigit()) {
+            format!("hex needs 0x in front: 0x{digits}")
+        } else {
+            "it is no number; write 0x and hex digits, or decimal digits".into()
+        });
+    }
+    u64::from_str_radix(&bare, radix)
+        .map_err(|_| "it does not fit 64 bits; the largest is 0xffff_ffff_ffff_ffff".into())
+}
+
+/// A 32-bit register.
+pub(super) fn u32(text: &str) -> Result<u32, String> {
+    u32::try_from(u64(text)?).map_err(|_| "it does not fit 32 bits; the largest is 0xffff_ffff".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hex_decimal_and_separators() {
+        for (text, value) in [
+            ("0", 0),
+            ("42", 42),
+            ("1_000", 1000),
+            ("0x10", 16),
+            ("0XfF", 255),
+            ("0xffff_8000_0000_1234", 0xffff_8000_0000_1234),
+            ("0x0000000000000000000000001", 1),
+            ("18446744073709551615", u64::MAX),
+            ("0xffffffffffffffff", u64::MAX),
+        ] {
+            assert_eq!(u64(text), Ok(value), "{text}");
+        }
+    }
+
+    #[test]
+    fn everything_else_is_refused_with_the_reason() {
+        for (text, reason) in [
+            ("", "missing"),
+            ("0x", "missing"),
+            ("0x_1", "between digits"),
+            ("1_", "between digits"),
+            ("-1", "no number"),
+            ("+1", "no number"),
+            ("0x+1", "no number"),
+            ("main+0x10", "no number"),
+            ("٣", "no number"),
+            ("ffff8000", "0xffff8000"),
+            ("0x1_0000_0000_0000_0000", "64 bits"),
+            ("18446744073709551616", "64 bits"),
+        ] {
+            let error = u64(text).expect_err(text);
+            assert!(error.contains(reason), "{text}: {error}");
+        }
+        assert!(u32("0x1_0000_0000").expect_err("33 bits").contains("32 bits"));
+    }
+}

@@ -1,0 +1,97 @@
+//! Machines: what they are, their memory, and addresses worth asking about.
+
+use super::{
+    paint,
+    table::{Cell, Table},
+};
+use crate::v1::{GetMachineResponse, ListMachinesResponse, Machine};
+
+pub(in crate::cli) fn list(answer: &ListMachinesResponse) -> String {
+    if answer.machines.is_empty() {
+        return "the daemon serves no machine".into();
+    }
+    answer.machines.iter().map(machine).collect::<Vec<_>>().join("\n\n")
+}
+
+pub(in crate::cli) fn one(answer: &GetMachineResponse) -> String {
+    answer.machine.as_ref().map_or_else(|| "the daemon described no machine".into(), machine)
+}
+
+fn machine(machine: &Machine) -> String {
+    let mut parts = vec![format!(
+        "{}  source {}, {} vCPU{}, {} of memory, MAXPHYADDR {}",
+        paint::heading(paint::plain(&machine.id)),
+        paint::plain(&machine.source),
+        machine.vcpus,
+        if machine.vcpus == 1 { "" } else { "s" },
+        size(machine.memory_bytes),
+        machine.maxphyaddr,
+    )];
+    if !machine.description.is_empty() {
+        parts.push(format!("  {}", paint::plain(&machine.description)));
+    }
+    if let Some(can) = &machine.capabilities {
+        let words: Vec<&str> = [
+            (can.live, "runs"),
+            (can.can_pause, "pause and resume"),
+            (can.can_step, "step"),
+            (can.can_set_registers, "regs set"),
+            (can.real_nested, "nested mode on the real vCPU"),
+        ]
+        .into_iter()
+        .filter_map(|(can, word)| can.then_some(word))
+        .collect();
+        let words = if words.is_empty() { "nothing but look".into() } else { words.join(", ") };
+        parts.push(format!("  can: {words}"));
+    }
+    let mut regions = Table::default().indented(2);
+    for region in &machine.regions {
+        regions.row([
+            Cell::new("memory"),
+            Cell::address(region.start),
+            size(region.size).into(),
+            Cell::new(if region.read_only { "read-only" } else { "" }),
+        ]);
+    }
+    parts.push(regions.render());
+    let mut landmarks = Table::default().indented(2);
+    for landmark in &machine.landmarks {
+        landmarks.row([
+            Cell::new(paint::plain(&landmark.name)),
+            Cell::address(landmark.address),
+            Cell::dim(paint::plain(&landmark.description)),
+        ]);
+    }
+    parts.push(landmarks.render());
+    parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("\n")
+}
+
+/// Bytes in the largest unit that divides them.
+fn size(bytes: u64) -> String {
+    match bytes {
+        0 => "0 bytes".into(),
+        _ if bytes.is_multiple_of(1 << 30) => format!("{} GiB", bytes >> 30),
+        _ if bytes.is_multiple_of(1 << 20) => format!("{} MiB", bytes >> 20),
+        _ if bytes.is_multiple_of(1 << 10) => format!("{} KiB", bytes >> 10),
+        _ => format!("{bytes} bytes"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_in_their_largest_whole_unit() {
+        for (bytes, text) in [
+            (0, "0 bytes"),
+            (1000, "1000 bytes"),
+            (4096, "4 KiB"),
+            (64 << 20, "64 MiB"),
+            (3 << 30, "3 GiB"),
+            ((3 << 30) + 4096, "3145732 KiB"),
+        ] {
+            assert_eq!(size(bytes), text);
+        }
+    }
+}

@@ -1,0 +1,22 @@
+//! Answers as text for people: compact, aligned, in hex.
+//!
+//! One file per thing shown. Words from the daemon pass through [`paint::plain`], so that they cannot steer the terminal.
+
+pub(super) mod explanation;
+pub(super) mod machine;
+mod names;
+pub(super) mod outcome;
+mod page_format;
+pub(super) mod paint;
+mod permission_words;
+pub(super) mod provenance;
+pub(super) mod registers;
+pub(super) mod steps;
+pub(super) mod table;
+pub(super) mod vcpu;
+pub(super) mod walker;
+
+/// A 64-bit value in full width.
+pub(super) fn hex(value: u64) -> String {
+    format!("{value:#018x}")
+}

@@ -1,0 +1,175 @@
+//! One line for one address: what it means, or why nothing.
+
+use super::{hex, names, paint, provenance};
+use crate::v1::{Backing, Fault, FaultKind, TranslateResponse, Translation, translate_response::Outcome};
+
+/// `GVA -> GPA  size  rights  A/D  type  backing  (provenance)`, or `GVA -> fault  entry  bits  reason  (provenance)`.
+pub(in crate::cli) fn line(address: u64, answer: &TranslateResponse) -> String {
+    let outcome = match &answer.outcome {
+        Some(Outcome::Translation(found)) => translation(found),
+        Some(Outcome::Fault(refused)) => fault(refused),
+        None => paint::bad("an outcome that this client does not know; update it"),
+    };
+    format!("{} -> {outcome}  {}", hex(address), provenance::short(answer.provenance.as_ref()))
+}
+
+fn translation(found: &Translation) -> String {
+    let rights = found.effective.as_ref().map_or_else(|| "unknown rights".into(), names::rights);
+    let size = match found.nested_page_size {
+        None => names::page_size(found.page_size()).to_owned(),
+        Some(_) => format!(
+            "{} in {}",
+            names::page_size(found.page_size()),
+            names::page_size(found.nested_page_size())
+        ),
+    };
+    let nested = found.nested_gpa.map(|nested| format!("nGPA {} -> ", hex(nested))).unwrap_or_default();
+    let backing = match found.backing() {
+        Backing::Ram => paint::good(names::backing(Backing::Ram)),
+        other => paint::warning(names::backing(other)),
+    };
+    let letter = |set, letter| if set { letter } else { '-' };
+    let mut line = format!(
+        "{nested}{}  {size:<7}  {rights:<14}  {}{}  {:<3}  {backing}",
+        paint::address(hex(found.gpa)),
+        letter(found.accessed, 'A'),
+        letter(found.dirty, 'D'),
+        names::memory_type(found.pat_type()),
+    );
+    if found.global {
+        line += "  global";
+    }
+    if found.protection_key != 0 {
+        line += &format!("  key {}", found.protection_key);
+    }
+    if found.ad_skipped {
+        line += "  A/D bits not all set: a table lies in read-only memory";
+    }
+    line
+}
+
+fn fault(refused: &Fault) -> String {
+    let mut words = vec![paint::bad(names::fault(refused.kind()))];
+    if let Some(code) = refused.error_code {
+        words.push(format!("{code:#x} ({})", names::error_code(code.into())));
+    }
+    if let Some(info) = refused.exit_info_1 {
+        words.push(format!("{info:#x} ({})", names::error_code(info)));
+    }
+    if let Some(qualification) = refused.exit_qualification {
+        words.push(format!("qualification {qualification:#x}"));
+    }
+    if refused.nested_gpa != 0 || refused.kind() == FaultKind::NestedPageFault {
+        words.push(format!("for nGPA {}", hex(refused.nested_gpa)));
+    }
+    if refused.level != 0 {
+        let name = names::entry_in(refused.dimension(), refused.level);
+        let at = paint::address(hex(refused.entry_gpa));
+        words.push(if refused.kind() == FaultKind::Unbacked {
+            format!(" {name} at {at}")
+        } else {
+            format!(" {name} {} at {at}", hex(refused.entry))
+        });
+    }
+    if refused.bits != 0 {
+        words.push(format!(" {}", names::entry_bits(refused.bits, refused.entry)));
+    }
+    if !refused.reason.is_empty() {
+        words.push(format!(" {}", paint::plain(&refused.reason)));
+    }
+    words.join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::v1::{Dimension, MemoryType, PageSize, Provenance, Rights, RunState};
+
+    fn shown(outcome: Outcome) -> String {
+        let provenance = Provenance {
+            generation: 12,
+            run_state: RunState::Halted.into(),
+            snapshot_age: Some(prost_types::Duration { seconds: 0, nanos: 3_000_000 }),
+            ..Provenance::default()
+        };
+        let answer = TranslateResponse {
+            outcome: Some(outcome),
+            provenance: Some(provenance),
+            ..TranslateResponse::default()
+        };
+        anstream::adapter::strip_str(&line(0xffff_8000_0000_1234, &answer)).to_string()
+    }
+
+    fn page() -> Translation {
+        Translation {
+            gpa: 0x0010_5234,
+            page_size: PageSize::PageSize4k.into(),
+            effective: Some(Rights { read: true, write: false, user: false, execute: true }),
+            accessed: true,
+            backing: Backing::Ram.into(),
+            pat_type: MemoryType::Wb.into(),
+            ..Translation::default()
+        }
+    }
+
+    #[test]
+    fn a_translation_is_one_line() {
+        assert_eq!(
+            shown(Outcome::Translation(page())),
+            "0xffff800000001234 -> 0x0000000000105234  4 KiB    r-x supervisor  A-  WB   RAM  \
+             (vcpu 0, generation 12, 3 ms old, halted)"
+        );
+    }
+
+    #[test]
+    fn a_nested_translation_shows_both_dimensions() {
+        let nested = Translation {
+            nested_gpa: Some(0x5234),
+            nested_page_size: Some(PageSize::PageSize2m.into()),
+            protection_key: 5,
+            global: true,
+            backing: Backing::None.into(),
+            ..page()
+        };
+        let line = shown(Outcome::Translation(nested));
+        for part in [
+            "nGPA 0x0000000000005234 -> 0x0000000000105234",
+            "4 KiB in 2 MiB",
+            "no memory",
+            "global",
+            "key 5",
+        ] {
+            assert!(line.contains(part), "{part}: {line}");
+        }
+    }
+
+    #[test]
+    fn a_fault_is_one_line_with_its_entry_and_bits() {
+        let fault = Fault {
+            kind: FaultKind::PageFault.into(),
+            error_code: Some(3),
+            level: 1,
+            dimension: Dimension::Guest.into(),
+            entry_gpa: 0x0010_4008,
+            entry: 0x0010_5025,
+            bits: 2,
+            reason: "the page is read-only".into(),
+            ..Fault::default()
+        };
+        assert_eq!(
+            shown(Outcome::Fault(fault)),
+            "0xffff800000001234 -> #PF 0x3 (present, write, supervisor)  PTE 0x0000000000105025 at \
+             0x0000000000104008  R/W=0  the page is read-only  (vcpu 0, generation 12, 3 ms old, halted)"
+        );
+    }
+
+    #[test]
+    fn faults_without_an_entry_show_none() {
+        let fault = Fault {
+            kind: FaultKind::GeneralProtection.into(),
+            reason: "not canonical".into(),
+            ..Fault::default()
+        };
+        assert!(shown(Outcome::Fault(fault)).contains("-> #GP  not canonical  (vcpu 0"));
+    }
+}

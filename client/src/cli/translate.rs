@@ -1,0 +1,142 @@
+//! `translate`: what guest virtual addresses mean.
+
+use std::process::ExitCode;
+
+use clap::{ArgAction, ValueEnum, builder::BoolishValueParser};
+
+use super::{
+    Context,
+    exit::{Failure, NEGATIVE},
+    json, number, render,
+    vcpu::FreshnessArgs,
+    walker_override::OverrideArgs,
+};
+use crate::v1::{
+    Access, AccessKind, AdPolicy, Address, Privilege, TranslateRequest, TranslateResponse, address,
+    translate_response::Outcome,
+};
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum KindArg {
+    Read,
+    Write,
+    Fetch,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum PrivilegeArg {
+    /// As the vCPU would now: user if its CPL is 3, else supervisor
+    Cpl,
+    /// User mode: CPL 3
+    User,
+    /// Explicit supervisor access: RFLAGS.AC suspends SMAP
+    Supervisor,
+    /// Implicit supervisor access, to a descriptor table or TSS
+    Implicit,
+    /// Check no rights: only whether and where it is mapped
+    Exempt,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Guest virtual addresses: 0x and hex digits, or decimal; `_` may separate digits
+    #[arg(required = true, value_name = "ADDRESS", value_parser = number::u64)]
+    addresses: Vec<u64>,
+    /// Print the walk as a ladder: each entry, its bits, the rights so far
+    #[arg(long)]
+    explain: bool,
+    /// Print the entries read, as a table
+    #[arg(long)]
+    trace: bool,
+    #[command(flatten)]
+    freshness: FreshnessArgs,
+    /// Set the accessed and dirty bits that the access would set; needs the control role
+    #[arg(long)]
+    set: bool,
+    /// What the access does
+    #[arg(long, value_name = "KIND", default_value = "read", help_heading = "Access")]
+    access: KindArg,
+    /// On whose behalf
+    #[arg(long = "as", value_name = "WHO", default_value = "cpl", help_heading = "Access")]
+    privilege: PrivilegeArg,
+    /// RFLAGS.AC [default: the vCPU's]
+    #[arg(long, value_name = "BOOL", action = ArgAction::Set, value_parser = BoolishValueParser::new(), help_heading = "Access")]
+    ac: Option<bool>,
+    /// PKRU, rights of the protection keys [default: the vCPU's]
+    #[arg(long, value_name = "VALUE", value_parser = number::u32, help_heading = "Access")]
+    pkru: Option<u32>,
+    /// The access goes through the stack segment: #SS instead of #GP
+    #[arg(long, help_heading = "Access")]
+    stack: bool,
+    #[command(flatten)]
+    walker: OverrideArgs,
+}
+
+impl Args {
+    fn request(&self, context: &Context, address: u64) -> TranslateRequest {
+        let kind = match self.access {
+            KindArg::Read => AccessKind::Read,
+            KindArg::Write => AccessKind::Write,
+            KindArg::Fetch => AccessKind::Fetch,
+        };
+        let privilege = match self.privilege {
+            PrivilegeArg::Cpl => Privilege::AsCpl,
+            PrivilegeArg::User => Privilege::User,
+            PrivilegeArg::Supervisor => Privilege::Supervisor,
+            PrivilegeArg::Implicit => Privilege::ImplicitSupervisor,
+            PrivilegeArg::Exempt => Privilege::Exempt,
+        };
+        TranslateRequest {
+            vcpu: context.vcpu.reference(),
+            address: Some(Address { value: Some(address::Value::Number(address)) }),
+            access: Some(Access {
+                kind: kind.into(),
+                privilege: privilege.into(),
+                ac: self.ac,
+                pkru: self.pkru,
+                pkrs: None,
+                stack: self.stack,
+            }),
+            ad_policy: if self.set { AdPolicy::Set } else { AdPolicy::Observe }.into(),
+            freshness: self.freshness.freshness().into(),
+            r#override: self.walker.message(),
+            trace: self.trace,
+            explain: self.explain,
+            validate: false,
+        }
+    }
+}
+
+pub(super) async fn run(context: &Context, args: &Args) -> Result<ExitCode, Failure> {
+    let client = context.client().await?;
+    let mut documents = Vec::new();
+    let mut faults = false;
+    for &address in &args.addresses {
+        let answer = client.translate(args.request(context, address)).await?;
+        faults |= !matches!(answer.outcome, Some(Outcome::Translation(_)));
+        if context.output.is_json() {
+            documents.push(json::document("TranslateResponse", &answer)?);
+        } else {
+            context.output.print(&text(address, &answer))?;
+        }
+    }
+    if context.output.is_json() {
+        let text = match documents.as_slice() {
+            [document] => json::pretty(document)?,
+            several => json::pretty(&several)?,
+        };
+        context.output.print(&text)?;
+    }
+    Ok(if faults { ExitCode::from(NEGATIVE) } else { ExitCode::SUCCESS })
+}
+
+fn text(address: u64, answer: &TranslateResponse) -> String {
+    let mut text = render::outcome::line(address, answer);
+    if !answer.explanation.is_empty() {
+        text = format!("{text}\n\n{}\n", render::explanation::coloured(&answer.explanation));
+    }
+    if !answer.steps.is_empty() {
+        text = format!("{text}\n\n{}\n", render::steps::table(&answer.steps));
+    }
+    text
+}

@@ -1,0 +1,20 @@
+//! Wrong command lines.
+
+use std::{env, process::ExitCode};
+
+use super::exit::{USAGE, json_error};
+
+/// Prints help or a complaint. Parsing has failed, so whether JSON is wanted is read from the arguments themselves.
+pub(super) fn report(error: &clap::Error) -> ExitCode {
+    let wants_json =
+        || env::args_os().take_while(|argument| argument != "--").any(|argument| argument == "--json");
+    if error.use_stderr() && wants_json() {
+        let text = error.render().to_string();
+        let message = text.trim().trim_start_matches("error: ");
+        anstream::eprintln!("{:#}", json_error("INVALID_ARGUMENT", Some("USAGE"), message));
+        return ExitCode::from(USAGE);
+    }
+    // Nobody is left to tell if even this cannot be written.
+    let _ = error.print();
+    if error.use_stderr() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS }
+}

@@ -1,0 +1,138 @@
+//! One connection to a daemon, and one method per RPC.
+
+use std::time::Duration;
+
+use pagewalk_proto::v1::{
+    self, machine_service_client::MachineServiceClient, translation_service_client::TranslationServiceClient,
+    vcpu_service_client::VcpuServiceClient, walker_service_client::WalkerServiceClient,
+};
+use tonic::{Request, Response, Status, transport::Channel};
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
+
+use crate::{connection::ConnectionError, endpoint::Endpoint, error::Error, watch::WalkerUpdates};
+
+/// How long a call may take unless told otherwise.
+pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(10);
+
+/// The transport panics where the wire has no way to write a deadline.
+const LONGEST_DEADLINE: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// A connection to a daemon. Clones share it; calls do not wait for each other.
+///
+/// Every call carries its deadline to the daemon, which stops working when it passes, and is given up here as well, should
+/// the daemon not keep to it.
+#[derive(Clone, Debug)]
+pub struct Client {
+    channel: Channel,
+    endpoint: Endpoint,
+    deadline: Duration,
+}
+
+macro_rules! unary {
+    ($($(#[$doc:meta])* $method:ident: $service:ident, $request:ident -> $response:ident;)*) => {$(
+        $(#[$doc])*
+        ///
+        /// # Errors
+        /// If the daemon cannot be reached, refuses, or does not answer in time.
+        pub async fn $method(&self, request: v1::$request) -> Result<v1::$response, Error> {
+            let mut service = $service::new(self.channel.clone());
+            self.bounded(service.$method(self.request(request))).await
+        }
+    )*};
+}
+
+impl Client {
+    /// Connects.
+    ///
+    /// # Errors
+    /// If the endpoint contradicts itself, or no connection comes about within its timeout.
+    pub async fn connect(endpoint: Endpoint) -> Result<Self, Error> {
+        let transport = endpoint.transport()?;
+        // The transport's own bound covers neither the TLS handshake nor the name's resolution.
+        let channel = match tokio::time::timeout(endpoint.connect_timeout(), transport.connect()).await {
+            Ok(Ok(channel)) => channel,
+            Ok(Err(error)) => return Err(ConnectionError::from_transport(&endpoint, &error).into()),
+            Err(_) => return Err(ConnectionError::timeout(&endpoint).into()),
+        };
+        Ok(Self { channel, endpoint, deadline: DEFAULT_DEADLINE })
+    }
+
+    /// Gives every call so long, a year at most. Default: [`DEFAULT_DEADLINE`].
+    #[must_use]
+    pub fn with_deadline(self, deadline: Duration) -> Self {
+        Self { deadline: deadline.min(LONGEST_DEADLINE), ..self }
+    }
+
+    /// Where it is connected to.
+    #[must_use]
+    pub fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
+    unary! {
+        /// Translates one guest virtual address. A fault is an answer.
+        translate: TranslationServiceClient, TranslateRequest -> TranslateResponse;
+        /// Explains a fault that somebody saw.
+        explain_fault: TranslationServiceClient, ExplainFaultRequest -> ExplainFaultResponse;
+        /// Gives the whole of both walkers.
+        get_walker_state: WalkerServiceClient, GetWalkerStateRequest -> GetWalkerStateResponse;
+        /// Switches nested mode on or off.
+        set_nested_mode: WalkerServiceClient, SetNestedModeRequest -> SetNestedModeResponse;
+        /// Lists the vCPUs of a machine.
+        list_vcpus: VcpuServiceClient, ListVcpusRequest -> ListVcpusResponse;
+        /// Gives the registers of a vCPU.
+        get_registers: VcpuServiceClient, GetRegistersRequest -> GetRegistersResponse;
+        /// Writes registers of a vCPU.
+        set_registers: VcpuServiceClient, SetRegistersRequest -> SetRegistersResponse;
+        /// Stops a vCPU.
+        pause_vcpu: VcpuServiceClient, PauseVcpuRequest -> PauseVcpuResponse;
+        /// Lets a stopped vCPU run on.
+        resume_vcpu: VcpuServiceClient, ResumeVcpuRequest -> ResumeVcpuResponse;
+        /// Executes one instruction and leaves the vCPU stopped.
+        step_vcpu: VcpuServiceClient, StepVcpuRequest -> StepVcpuResponse;
+        /// Lists the machines.
+        list_machines: MachineServiceClient, ListMachinesRequest -> ListMachinesResponse;
+        /// Gives one machine.
+        get_machine: MachineServiceClient, GetMachineRequest -> GetMachineResponse;
+    }
+
+    /// Streams the walker state: what it is now, then each change. Only the stream's start has a deadline.
+    ///
+    /// # Errors
+    /// If the daemon cannot be reached, refuses, or does not begin to answer in time.
+    pub async fn watch_walker_state(
+        &self,
+        request: v1::WatchWalkerStateRequest,
+    ) -> Result<WalkerUpdates, Error> {
+        let mut service = WalkerServiceClient::new(self.channel.clone());
+        let stream = self.bounded(service.watch_walker_state(request)).await?;
+        Ok(WalkerUpdates::new(stream, self.endpoint.clone()))
+    }
+
+    /// Whether the daemon says that it serves, by the standard health protocol.
+    ///
+    /// # Errors
+    /// If the daemon cannot be reached, refuses, or does not answer in time.
+    pub async fn is_serving(&self) -> Result<bool, Error> {
+        let mut service = HealthClient::new(self.channel.clone());
+        let answer =
+            self.bounded(service.check(self.request(HealthCheckRequest { service: String::new() }))).await?;
+        Ok(answer.status() == ServingStatus::Serving)
+    }
+
+    fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        request.set_timeout(self.deadline);
+        request
+    }
+
+    async fn bounded<T>(&self, call: impl Future<Output = Result<Response<T>, Status>>) -> Result<T, Error> {
+        match tokio::time::timeout(self.deadline, call).await {
+            Ok(Ok(response)) => Ok(response.into_inner()),
+            Ok(Err(status)) => Err(Error::from_status(&self.endpoint, Some(self.deadline), &status)),
+            Err(_) => Err(Error::Deadline { endpoint: self.endpoint.to_string(), after: self.deadline }),
+        }
+    }
+}

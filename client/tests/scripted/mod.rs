@@ -1,0 +1,331 @@
+//! A daemon of scripted answers: it implements the contract's traits and understands nothing.
+//!
+//! `translate` chooses its answer by the address asked for, the others by the machine: `nobody` is not found.
+
+use std::{net::SocketAddr, path::PathBuf, pin::Pin, thread, time::Duration};
+
+use pagewalk_client::v1::{
+    self, machine_service_server as machine, translation_service_server as translation,
+    vcpu_service_server as vcpu, walker_service_server as walker,
+};
+use tokio::net::{TcpListener, UnixListener};
+use tokio_stream::{
+    Stream,
+    wrappers::{TcpListenerStream, UnixListenerStream},
+};
+use tonic::{
+    Code, Request, Response, Status,
+    transport::{Server, ServerTlsConfig},
+};
+use tonic_types::{ErrorDetails, StatusExt as _};
+
+pub(crate) const MAPPED: u64 = 0x1000;
+pub(crate) const FAULTS: u64 = 0x2000;
+pub(crate) const REFUSED: u64 = 0x3000;
+pub(crate) const SILENT: u64 = 0x4000;
+pub(crate) const MUTE_REFUSAL: u64 = 0x5000;
+pub(crate) const STEERING: u64 = 0x6000;
+pub(crate) const EMPTY: u64 = 0x7000;
+
+/// Starts one on a free port of the loopback, for as long as the test process lives.
+pub(crate) fn start(tls: Option<ServerTlsConfig>) -> SocketAddr {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let address = listener.local_addr().unwrap();
+    serve(tls, async move |server| {
+        let listener = TcpListener::from_std(listener).unwrap();
+        server.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
+    });
+    address
+}
+
+/// Starts one on a Unix socket.
+pub(crate) fn start_unix(path: PathBuf) {
+    let listener = std::os::unix::net::UnixListener::bind(path).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    serve(None, async move |server| {
+        let listener = UnixListener::from_std(listener).unwrap();
+        server.serve_with_incoming(UnixListenerStream::new(listener)).await.unwrap();
+    });
+}
+
+fn serve(
+    tls: Option<ServerTlsConfig>,
+    listen: impl AsyncFnOnce(tonic::transport::server::Router) + Send + 'static,
+) {
+    thread::spawn(move || {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async move {
+            let (_, health) = tonic_health::server::health_reporter();
+            let mut server = Server::builder();
+            if let Some(tls) = tls {
+                server = server.tls_config(tls).unwrap();
+            }
+            let router = server
+                .add_service(health)
+                .add_service(translation::TranslationServiceServer::new(Scripted))
+                .add_service(walker::WalkerServiceServer::new(Scripted))
+                .add_service(vcpu::VcpuServiceServer::new(Scripted))
+                .add_service(machine::MachineServiceServer::new(Scripted));
+            listen(router).await;
+        });
+    });
+}
+
+struct Scripted;
+
+pub(crate) fn provenance() -> v1::Provenance {
+    v1::Provenance {
+        machine: "script".into(),
+        source: "demo".into(),
+        generation: 7,
+        run_state: v1::RunState::Halted.into(),
+        snapshot_age: Some(prost_types::Duration { seconds: 0, nanos: 3_000_000 }),
+        ..v1::Provenance::default()
+    }
+}
+
+fn not_found(what: &str) -> Status {
+    let mut details = ErrorDetails::new();
+    details.set_error_info("NO_SUCH_THING", "pagewalk", [("known".to_owned(), "script".to_owned())]);
+    Status::with_error_details(Code::NotFound, format!("there is no {what}; there is `script`"), details)
+}
+
+fn known(reference: Option<&v1::VcpuRef>) -> Result<(), Status> {
+    if reference.is_some_and(|reference| reference.machine == "nobody") {
+        return Err(not_found("machine `nobody`"));
+    }
+    Ok(())
+}
+
+fn info(index: u32, state: v1::RunState) -> v1::VcpuInfo {
+    v1::VcpuInfo {
+        index,
+        run_state: state.into(),
+        rip: 0x1234,
+        cr3: 0x2_0000,
+        generation: 7,
+        ..v1::VcpuInfo::default()
+    }
+}
+
+fn script_machine() -> v1::Machine {
+    v1::Machine { id: "script".into(), source: "demo".into(), vcpus: 1, ..v1::Machine::default() }
+}
+
+#[tonic::async_trait]
+impl translation::TranslationService for Scripted {
+    async fn translate(
+        &self,
+        request: Request<v1::TranslateRequest>,
+    ) -> Result<Response<v1::TranslateResponse>, Status> {
+        let timeout = request.metadata().get("grpc-timeout").map(|value| value.to_str().unwrap().to_owned());
+        let request = request.into_inner();
+        known(request.vcpu.as_ref())?;
+        let Some(v1::address::Value::Number(address)) =
+            request.address.clone().and_then(|address| address.value)
+        else {
+            return Err(Status::invalid_argument("the script takes numbers"));
+        };
+        let translation = v1::Translation {
+            gpa: 0x0010_5000 | address & 0xfff,
+            page_size: v1::PageSize::PageSize4k.into(),
+            effective: Some(v1::Rights { read: true, write: true, ..v1::Rights::default() }),
+            backing: v1::Backing::Ram.into(),
+            pat_type: v1::MemoryType::Wb.into(),
+            ..v1::Translation::default()
+        };
+        let mut answer = v1::TranslateResponse {
+            outcome: Some(v1::translate_response::Outcome::Translation(translation)),
+            provenance: Some(provenance()),
+            ..v1::TranslateResponse::default()
+        };
+        if request.explain {
+            // What came over the wire, for tests to see.
+            answer.explanation = format!("timeout {} request {request:?}", timeout.unwrap_or_default());
+        }
+        match address {
+            FAULTS => {
+                answer.outcome = Some(v1::translate_response::Outcome::Fault(v1::Fault {
+                    kind: v1::FaultKind::PageFault.into(),
+                    address,
+                    error_code: Some(0),
+                    level: 1,
+                    dimension: v1::Dimension::Guest.into(),
+                    entry_gpa: 0x0010_4010,
+                    bits: 1,
+                    reason: "the PTE is not present".into(),
+                    ..v1::Fault::default()
+                }));
+            }
+            REFUSED => return Err(not_found("vCPU 9")),
+            SILENT => tokio::time::sleep(Duration::from_secs(60)).await,
+            MUTE_REFUSAL => return Err(Status::new(Code::Unavailable, "")),
+            STEERING => answer.explanation = "\u{1b}]0;owned\u{7}\u{1b}[2J".into(),
+            EMPTY => answer.outcome = None,
+            _ => {}
+        }
+        Ok(Response::new(answer))
+    }
+
+    async fn explain_fault(
+        &self,
+        request: Request<v1::ExplainFaultRequest>,
+    ) -> Result<Response<v1::ExplainFaultResponse>, Status> {
+        let request = request.into_inner();
+        known(request.vcpu.as_ref())?;
+        Ok(Response::new(v1::ExplainFaultResponse {
+            explanation: format!("{request:?}"),
+            provenance: Some(provenance()),
+            ..v1::ExplainFaultResponse::default()
+        }))
+    }
+}
+
+#[tonic::async_trait]
+impl walker::WalkerService for Scripted {
+    async fn get_walker_state(
+        &self,
+        request: Request<v1::GetWalkerStateRequest>,
+    ) -> Result<Response<v1::GetWalkerStateResponse>, Status> {
+        known(request.get_ref().vcpu.as_ref())?;
+        Ok(Response::new(v1::GetWalkerStateResponse {
+            provenance: Some(provenance()),
+            ..v1::GetWalkerStateResponse::default()
+        }))
+    }
+
+    async fn set_nested_mode(
+        &self,
+        request: Request<v1::SetNestedModeRequest>,
+    ) -> Result<Response<v1::SetNestedModeResponse>, Status> {
+        let request = request.into_inner();
+        known(request.vcpu.as_ref())?;
+        Ok(Response::new(v1::SetNestedModeResponse {
+            effect: Some(v1::NestedEffect {
+                kind: v1::NestedEffectKind::WalkerOnly.into(),
+                reason: format!("{request:?}"),
+            }),
+            ..v1::SetNestedModeResponse::default()
+        }))
+    }
+
+    type WatchWalkerStateStream =
+        Pin<Box<dyn Stream<Item = Result<v1::GetWalkerStateResponse, Status>> + Send + 'static>>;
+
+    /// As many updates as asked for; without a number two, and then the machine goes.
+    async fn watch_walker_state(
+        &self,
+        request: Request<v1::WatchWalkerStateRequest>,
+    ) -> Result<Response<Self::WatchWalkerStateStream>, Status> {
+        let request = request.into_inner();
+        known(request.vcpu.as_ref())?;
+        let state = |generation| {
+            let provenance = v1::Provenance { generation, ..provenance() };
+            Ok(v1::GetWalkerStateResponse {
+                provenance: Some(provenance),
+                ..v1::GetWalkerStateResponse::default()
+            })
+        };
+        let mut updates: Vec<_> = (1..=u64::from(request.max_updates.unwrap_or(2))).map(state).collect();
+        if request.max_updates.is_none() {
+            updates.push(Err(Status::unavailable("the machine has gone")));
+        }
+        Ok(Response::new(Box::pin(tokio_stream::iter(updates))))
+    }
+}
+
+#[tonic::async_trait]
+impl vcpu::VcpuService for Scripted {
+    async fn list_vcpus(
+        &self,
+        request: Request<v1::ListVcpusRequest>,
+    ) -> Result<Response<v1::ListVcpusResponse>, Status> {
+        if request.get_ref().machine == "nobody" {
+            return Err(not_found("machine `nobody`"));
+        }
+        let vcpus = vec![info(0, v1::RunState::Running)];
+        Ok(Response::new(v1::ListVcpusResponse { vcpus, provenance: Some(provenance()) }))
+    }
+
+    async fn get_registers(
+        &self,
+        request: Request<v1::GetRegistersRequest>,
+    ) -> Result<Response<v1::GetRegistersResponse>, Status> {
+        known(request.get_ref().vcpu.as_ref())?;
+        let registers = v1::Registers { rip: Some(0x1234), cpl: Some(3), ..v1::Registers::default() };
+        Ok(Response::new(v1::GetRegistersResponse {
+            registers: Some(registers),
+            provenance: Some(provenance()),
+        }))
+    }
+
+    async fn set_registers(
+        &self,
+        request: Request<v1::SetRegistersRequest>,
+    ) -> Result<Response<v1::SetRegistersResponse>, Status> {
+        let request = request.into_inner();
+        known(request.vcpu.as_ref())?;
+        Ok(Response::new(v1::SetRegistersResponse {
+            registers: request.registers,
+            provenance: Some(provenance()),
+        }))
+    }
+
+    async fn pause_vcpu(
+        &self,
+        request: Request<v1::PauseVcpuRequest>,
+    ) -> Result<Response<v1::PauseVcpuResponse>, Status> {
+        known(request.get_ref().vcpu.as_ref())?;
+        let vcpu = Some(info(0, v1::RunState::Paused));
+        Ok(Response::new(v1::PauseVcpuResponse { vcpu, provenance: Some(provenance()) }))
+    }
+
+    async fn resume_vcpu(
+        &self,
+        request: Request<v1::ResumeVcpuRequest>,
+    ) -> Result<Response<v1::ResumeVcpuResponse>, Status> {
+        known(request.get_ref().vcpu.as_ref())?;
+        let vcpu = Some(info(0, v1::RunState::Running));
+        Ok(Response::new(v1::ResumeVcpuResponse { vcpu, provenance: Some(provenance()) }))
+    }
+
+    async fn step_vcpu(
+        &self,
+        request: Request<v1::StepVcpuRequest>,
+    ) -> Result<Response<v1::StepVcpuResponse>, Status> {
+        known(request.get_ref().vcpu.as_ref())?;
+        let registers = v1::Registers { rip: Some(0x1236), ..v1::Registers::default() };
+        Ok(Response::new(v1::StepVcpuResponse {
+            vcpu: Some(info(0, v1::RunState::Paused)),
+            registers: Some(registers),
+            provenance: Some(provenance()),
+        }))
+    }
+}
+
+#[tonic::async_trait]
+impl machine::MachineService for Scripted {
+    async fn list_machines(
+        &self,
+        _: Request<v1::ListMachinesRequest>,
+    ) -> Result<Response<v1::ListMachinesResponse>, Status> {
+        Ok(Response::new(v1::ListMachinesResponse {
+            machines: vec![script_machine()],
+            provenance: Some(v1::Provenance::default()),
+            daemon_version: "9.9.9".into(),
+        }))
+    }
+
+    async fn get_machine(
+        &self,
+        request: Request<v1::GetMachineRequest>,
+    ) -> Result<Response<v1::GetMachineResponse>, Status> {
+        if request.get_ref().machine == "nobody" {
+            return Err(not_found("machine `nobody`"));
+        }
+        Ok(Response::new(v1::GetMachineResponse {
+            machine: Some(script_machine()),
+            provenance: Some(provenance()),
+        }))
+    }
+}

@@ -41,6 +41,26 @@ async fn nothing_executes_and_it_says_why() {
     }
 }
 
+#[test]
+fn the_demo_runs_where_it_can_and_says_where_it_cannot() {
+    let kvm = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    let (machine, vcpu) = open("demo");
+    let (description, state) = (machine.source().description(), vcpu.latest().run_state);
+    match kvm {
+        Ok(_) => {
+            assert_eq!(description, "demo guest, running on /dev/kvm");
+            assert_ne!(state, RunState::Static);
+        }
+        Err(e) => {
+            assert!(
+                description.contains("plain memory") && description.contains(&e.to_string()),
+                "{description}"
+            );
+            assert_eq!(state, RunState::Static);
+        }
+    }
+}
+
 #[tokio::test]
 async fn registers_are_written_whole_or_not_at_all() {
     let (_machine, vcpu) = open("demo:plain");

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use kvm_bed::{CODE, block_on, elf, soon, write_file};
 use libtest_mimic::Failed;
+use pagewalk::{Access, AccessKind, Backing, Gpa, Gva, Privilege};
 use pagewalkd::machine::{Machine, MachineSpec};
 use pagewalkd::vcpu::{RegisterChanges, RunState, Snapshot, Vcpu, VcpuError};
 
@@ -25,6 +26,8 @@ fn main() -> ExitCode {
         ("an_access_without_memory_is_a_state", an_access_without_memory_is_a_state),
         ("an_instruction_outside_memory_is_a_state", an_instruction_outside_memory_is_a_state),
         ("several_vcpus_know_their_index", several_vcpus_know_their_index),
+        ("all_of_memory_is_mapped_to_itself", all_of_memory_is_mapped_to_itself),
+        ("no_request_is_lost_under_load", no_request_is_lost_under_load),
         ("dropping_a_machine_ends_its_threads", dropping_a_machine_ends_its_threads),
     ])
 }
@@ -271,6 +274,86 @@ fn several_vcpus_know_their_index() -> Result<(), Failed> {
     assert_eq!(stacks.len(), 3);
     assert!(machine.vcpu(3).is_err());
     Ok(())
+}
+
+fn all_of_memory_is_mapped_to_itself() -> Result<(), Failed> {
+    for (size, bytes) in [("2M", 2u64 << 20), ("2052K", 2052 << 10), ("1030M", 1030 << 20), ("16G", 16 << 30)]
+    {
+        let file = write_file("identity", &elf(SPIN));
+        let spec = format!("kvm:elf={},mem={size},cpus=16", file.display());
+        let machine = spec.parse::<MachineSpec>()?.open();
+        std::fs::remove_file(&file)?;
+        let machine = machine?;
+        let memory = &**machine.source().memory();
+        assert_eq!(memory.size(), bytes);
+        let read = Access::new(AccessKind::Read, Privilege::Supervisor);
+        for index in [0, 15] {
+            let snapshot = block_on(machine.vcpu(index)?.sync(soon()))?;
+            let walker = snapshot.walker.as_ref().unwrap();
+            for at in [0, CODE, bytes / 2, bytes - 1] {
+                let page = walker.translate(memory, Gva(at), &read).unwrap();
+                assert_eq!((page.gpa, page.backing), (Gpa(at), Backing::Ram), "{size}");
+            }
+            let end = bytes.next_multiple_of(2 << 20);
+            assert!(walker.translate(memory, Gva(end), &read).is_err(), "{size}: nothing above memory");
+        }
+    }
+    Ok(())
+}
+
+/// Many askers at once, some giving up early: each request that waits long enough is answered, and the vCPU comes to rest
+/// in the state that was asked for last.
+fn no_request_is_lost_under_load() -> Result<(), Failed> {
+    let (_machine, vcpu) = guest("load", COUNT);
+    let until = Instant::now() + Duration::from_secs(2);
+    let answered: u64 = block_on(async {
+        let tasks: Vec<_> = (0..16u64)
+            .map(|task| {
+                let vcpu = Arc::clone(&vcpu);
+                tokio::spawn(async move {
+                    let mut answered = 0;
+                    while Instant::now() < until {
+                        let impatient = Instant::now() + Duration::from_micros(30);
+                        let changes = RegisterChanges { r15: Some(task), ..RegisterChanges::default() };
+                        match task % 8 {
+                            0 => vcpu.pause(soon()).await,
+                            1 => vcpu.resume(soon()).await,
+                            2 => vcpu.step(soon()).await,
+                            3 => vcpu.set_registers(changes, soon()).await,
+                            4 => match vcpu.step(impatient).await {
+                                Err(VcpuError::Timeout { .. }) => continue,
+                                reply => reply,
+                            },
+                            5 => match vcpu.sync(impatient).await {
+                                Err(VcpuError::Timeout { .. }) => continue,
+                                reply => reply,
+                            },
+                            _ => vcpu.sync(soon()).await,
+                        }
+                        .unwrap();
+                        answered += 1;
+                    }
+                    answered
+                })
+            })
+            .collect();
+        let mut answered = 0;
+        for task in tasks {
+            answered += task.await.unwrap();
+        }
+        answered
+    });
+    println!("load: {answered} requests answered in 2 s");
+    assert!(answered > 500, "{answered}");
+    block_on(async {
+        assert_eq!(vcpu.resume(soon()).await?.run_state, RunState::Running);
+        let first = vcpu.sync(soon()).await?.registers.rbx;
+        std::thread::sleep(Duration::from_millis(30));
+        let later = vcpu.sync(soon()).await?;
+        assert!(later.registers.rbx > first);
+        assert_eq!(vcpu.run_state(&later), RunState::Running);
+        Ok(())
+    })
 }
 
 fn dropping_a_machine_ends_its_threads() -> Result<(), Failed> {

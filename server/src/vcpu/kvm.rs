@@ -180,7 +180,7 @@ impl<K: Send + Sync + 'static> KvmBackend<K> {
                 Ok(VcpuExit::Hlt) => Seen::Exit(Exit::Halted),
                 Ok(VcpuExit::Debug(_)) => Seen::Exit(Exit::Stepped),
                 Ok(VcpuExit::Intr) => Seen::Exit(Exit::Kicked),
-                Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => Seen::Exit(Exit::Kicked),
+                Err(e) if e.errno() == libc::EINTR => Seen::Exit(Exit::Kicked),
                 Ok(VcpuExit::Shutdown) => Seen::TripleFault,
                 Ok(VcpuExit::InternalError) => Seen::InternalError,
                 Ok(VcpuExit::MmioRead(gpa, data)) => {

@@ -111,7 +111,8 @@ impl Vcpu {
             served: served_by_thread,
             generation: generation_by_thread,
         };
-        let handle = Builder::new().name(name.clone()).spawn(move || {
+        // The system takes no NUL in a thread's name, and an embedder's machine may be called anything.
+        let handle = Builder::new().name(name.replace('\0', "")).spawn(move || {
             let _alive: blocking::Sender<()> = alive;
             thread.main();
         })?;
@@ -243,7 +244,7 @@ impl Vcpu {
 
     fn timed_out(&self, ticket: u64, start: Instant) -> VcpuError {
         self.unanswered.fetch_max(ticket, Ordering::AcqRel);
-        tracing::warn!(vcpu = %self.name, "the vCPU did not come out in time");
+        tracing::debug!(vcpu = %self.name, "the vCPU did not come out in time");
         VcpuError::Timeout { vcpu: self.name.clone(), waited: start.elapsed() }
     }
 

@@ -79,7 +79,13 @@ impl<B: Backend> VcpuThread<B> {
         let on_thread = match shared.kicker.enter(backend.immediate_exit()) {
             Ok(on_thread) => on_thread,
             // Without kicks the vCPU could never be made to come out: better not to run it.
-            Err(problem) => return tracing::error!(vcpu = %name, problem, "the vCPU thread cannot start"),
+            Err(problem) => {
+                tracing::error!(vcpu = %name, problem, "the vCPU's thread cannot start");
+                let first = Snapshot::clone(&shared.latest.load());
+                let run_state = RunState::InternalError;
+                shared.latest.store(Arc::new(Snapshot { run_state, run_state_reason: problem, ..first }));
+                return;
+            }
         };
         let first = shared.latest.load_full();
         let mut driver = Driver {

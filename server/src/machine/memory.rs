@@ -7,7 +7,6 @@
 #![allow(unsafe_code)] // Atomic access to memory that the guest writes at the same time has no safe form.
 
 use std::fmt;
-use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use pagewalk::{Backing, ExchangeError, Gpa, Memory};
@@ -60,11 +59,13 @@ struct Window {
     start: u64,
     /// Size in 8-byte words.
     words: u64,
-    host: NonNull<u64>,
+    /// Where guest physical address 0 would lie, so that an address is one addition away. It carries the provenance of
+    /// the mapping and points into it only after an address inside the region is added.
+    origin: *mut u8,
     read_only: bool,
 }
 
-// SAFETY: `host` points into a mapping that `GuestRam::map` owns and keeps, and is only used for atomic accesses.
+// SAFETY: `origin` leads into a mapping that `GuestRam::map` owns and keeps, and is only used for atomic accesses.
 unsafe impl Send for Window {}
 // SAFETY: as for `Send`; atomic accesses may come from several threads at once.
 unsafe impl Sync for Window {}
@@ -74,14 +75,12 @@ impl Window {
     #[inline]
     fn word(&self, gpa: Gpa) -> Option<&AtomicU64> {
         // Rotating moves the low three bits to the top: one comparison refuses what lies outside and what is unaligned.
-        let index = gpa.0.wrapping_sub(self.start).rotate_right(3);
-        if index >= self.words {
+        if gpa.0.wrapping_sub(self.start).rotate_right(3) >= self.words {
             return None;
         }
-        // SAFETY: `index < words`, so the result stays inside the mapping, whose size fits `isize`.
-        let word = unsafe { self.host.as_ptr().add(index as usize) };
-        // SAFETY: `word` is valid and aligned as long as `self` lives (the mapping is owned next to it), and everyone
-        // in this process reaches this memory by atomic or volatile accesses only.
+        let word = self.origin.wrapping_add(gpa.0 as usize).cast::<u64>();
+        // SAFETY: `word` lies inside the mapping, by the comparison, and is aligned, as the region is; the mapping lives
+        // as long as `self`, and everyone in this process reaches it by atomic or volatile accesses only.
         Some(unsafe { AtomicU64::from_ptr(word) })
     }
 }
@@ -139,11 +138,13 @@ impl GuestRam {
             }
             let host = region
                 .get_host_address(MemoryRegionAddress(0))
-                .map_err(|e| MemoryError::Map(e.to_string()))?
-                .cast::<u64>();
-            let host = NonNull::new(host).filter(|p| p.is_aligned()).ok_or(unaligned)?;
+                .map_err(|e| MemoryError::Map(e.to_string()))?;
+            if !host.cast::<u64>().is_aligned() {
+                return Err(unaligned);
+            }
             let read_only = read_only.contains(&Gpa(start));
-            windows.push(Window { start, words: size / 8, host, read_only });
+            let origin = host.wrapping_sub(start as usize);
+            windows.push(Window { start, words: size / 8, origin, read_only });
             regions.push(Region { start: Gpa(start), size, read_only });
         }
         let mut windows = windows.into_iter();

@@ -6,8 +6,6 @@ use clap::Args;
 
 use crate::{Client, DEFAULT_ADDRESS, Endpoint, Error, Tls, endpoint::EndpointError};
 
-const LONGEST_CONNECT: Duration = Duration::from_secs(5);
-
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Daemon")]
 pub(super) struct ConnectionArgs {
@@ -30,7 +28,7 @@ pub(super) struct ConnectionArgs {
     /// Private key of the client certificate (PEM)
     #[arg(long, global = true, value_name = "FILE", env = "PAGEWALK_TLS_KEY", hide_env_values = true)]
     tls_key: Option<PathBuf>,
-    /// How long a call may take: 10s, 500ms, 2m, or seconds
+    /// How long connecting may take, and then a call: 10s, 500ms, 2m, or seconds
     #[arg(long, global = true, value_name = "TIME", default_value = "10s", value_parser = duration)]
     timeout: Duration,
 }
@@ -41,7 +39,7 @@ impl ConnectionArgs {
     }
 
     pub(super) fn endpoint(&self) -> Result<Endpoint, EndpointError> {
-        let endpoint = Endpoint::parse(&self.addr)?.with_connect_timeout(self.timeout.min(LONGEST_CONNECT));
+        let endpoint = Endpoint::parse(&self.addr)?.with_connect_timeout(self.timeout);
         let identity = match (&self.tls_cert, &self.tls_key) {
             (Some(certificate), Some(key)) => Some((certificate.as_path(), key.as_path())),
             (None, None) => None,

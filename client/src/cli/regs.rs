@@ -8,7 +8,6 @@ use super::{Context, exit::Failure, number, render, vcpu::FreshnessArgs};
 use crate::v1::{GetRegistersRequest, Registers, SetRegistersRequest};
 
 #[derive(Debug, clap::Args)]
-#[command(args_conflicts_with_subcommands = true)]
 pub(super) struct Args {
     #[command(subcommand)]
     action: Option<Action>,
@@ -83,6 +82,11 @@ fn registers(assignments: &[Assignment]) -> Result<Registers, Failure> {
 pub(super) async fn run(context: &Context, args: &Args) -> Result<ExitCode, Failure> {
     let vcpu = context.vcpu.reference();
     if let Some(Action::Set { assignments }) = &args.action {
+        if args.freshness.is_sync() {
+            return Err(Failure::Usage(
+                "--sync is for printing: a write has the vCPU come out by itself".into(),
+            ));
+        }
         let request = SetRegistersRequest { vcpu, registers: Some(registers(assignments)?) };
         let answer = context.client().await?.set_registers(request).await?;
         context.output.answer("SetRegistersResponse", &answer, |answer| {

@@ -10,7 +10,8 @@ pub(super) fn report(error: &clap::Error) -> ExitCode {
         || env::args_os().take_while(|argument| argument != "--").any(|argument| argument == "--json");
     if error.use_stderr() && wants_json() {
         let text = error.render().to_string();
-        let message = text.trim().trim_start_matches("error: ");
+        let message = text.trim_start_matches("error: ");
+        let message = message.split_once("\n\nFor more").map_or(message, |(message, _)| message).trim();
         anstream::eprintln!("{:#}", json_error("INVALID_ARGUMENT", Some("USAGE"), message));
         return ExitCode::from(USAGE);
     }

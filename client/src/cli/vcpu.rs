@@ -34,6 +34,10 @@ pub(super) struct FreshnessArgs {
 }
 
 impl FreshnessArgs {
+    pub(super) fn is_sync(self) -> bool {
+        self.sync
+    }
+
     pub(super) fn freshness(self) -> Freshness {
         if self.sync { Freshness::Sync } else { Freshness::Latest }
     }

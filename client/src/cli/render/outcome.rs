@@ -49,33 +49,33 @@ fn translation(found: &Translation) -> String {
 }
 
 fn fault(refused: &Fault) -> String {
+    let entry = if refused.level == 0 {
+        String::new()
+    } else {
+        let name = names::entry_in(refused.dimension(), refused.level);
+        let at = paint::address(hex(refused.entry_gpa));
+        // An entry that nobody can read has no value.
+        match refused.kind() {
+            FaultKind::Unbacked => format!("{name} at {at}"),
+            _ => format!("{name} {} at {at}", hex(refused.entry)),
+        }
+    };
+    let bits = names::entry_bits(refused.bits, refused.entry);
+    let parts = [what(refused), entry, bits, paint::plain(&refused.reason)];
+    parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("  ")
+}
+
+/// The fault's kind, its code decoded, and the nGPA it is about.
+fn what(refused: &Fault) -> String {
     let mut words = vec![paint::bad(names::fault(refused.kind()))];
-    if let Some(code) = refused.error_code {
-        words.push(format!("{code:#x} ({})", names::error_code(code.into())));
-    }
-    if let Some(info) = refused.exit_info_1 {
-        words.push(format!("{info:#x} ({})", names::error_code(info)));
+    if let Some(code) = refused.error_code.map(u64::from).or(refused.exit_info_1) {
+        words.push(format!("{code:#x} ({})", names::error_code(code)));
     }
     if let Some(qualification) = refused.exit_qualification {
         words.push(format!("qualification {qualification:#x}"));
     }
     if refused.nested_gpa != 0 || refused.kind() == FaultKind::NestedPageFault {
         words.push(format!("for nGPA {}", hex(refused.nested_gpa)));
-    }
-    if refused.level != 0 {
-        let name = names::entry_in(refused.dimension(), refused.level);
-        let at = paint::address(hex(refused.entry_gpa));
-        words.push(if refused.kind() == FaultKind::Unbacked {
-            format!(" {name} at {at}")
-        } else {
-            format!(" {name} {} at {at}", hex(refused.entry))
-        });
-    }
-    if refused.bits != 0 {
-        words.push(format!(" {}", names::entry_bits(refused.bits, refused.entry)));
-    }
-    if !refused.reason.is_empty() {
-        words.push(format!(" {}", paint::plain(&refused.reason)));
     }
     words.join(" ")
 }

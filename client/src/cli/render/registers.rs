@@ -20,7 +20,7 @@ pub(in crate::cli) fn table(r: &Registers) -> String {
         vec![("r10", r.r10), ("r11", r.r11), ("r12", r.r12), ("r13", r.r13)],
         vec![("r14", r.r14), ("r15", r.r15), ("fs_base", r.fs_base), ("gs_base", r.gs_base)],
         vec![("cr0", r.cr0), ("cr2", r.cr2), ("cr3", r.cr3), ("cr4", r.cr4)],
-        vec![("cr8", r.cr8), ("efer", r.efer), ("pat", r.pat), ("pkru", r.pkru.map(u64::from))],
+        vec![("cr8", r.cr8), ("efer", r.efer), ("pat", r.pat)],
     ];
     let mut table = Table::default();
     for group in groups {
@@ -34,6 +34,7 @@ pub(in crate::cli) fn table(r: &Registers) -> String {
     let selectors = [("cs", r.cs), ("ss", r.ss), ("ds", r.ds), ("es", r.es), ("fs", r.fs), ("gs", r.gs)]
         .into_iter()
         .filter_map(|(name, value)| Some(format!("{name} {:#06x}", value?)))
+        .chain(r.pkru.map(|pkru| format!("pkru {pkru:#010x}")))
         .chain(r.cpl.map(|cpl| format!("cpl {cpl}")))
         .collect::<Vec<_>>()
         .join("  ");

@@ -11,21 +11,18 @@ macro_rules! address {
 
         impl fmt::Display for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                fmt::LowerHex::fmt(self, f)
+                write!(f, "{:#x}", self.0)
             }
         }
 
         impl fmt::Debug for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(concat!(stringify!($name), "("))?;
-                fmt::LowerHex::fmt(self, f)?;
-                f.write_str(")")
+                write!(f, concat!(stringify!($name), "({:#x})"), self.0)
             }
         }
 
         impl fmt::LowerHex for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("0x")?;
                 fmt::LowerHex::fmt(&self.0, f)
             }
         }

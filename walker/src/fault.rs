@@ -196,7 +196,7 @@ impl Refusal {
         self.into_fault(kind, Dimension::Guest, gva)
     }
 
-    /// How NPT reports this refusal, met on the way to `phase`. Every access under NPT is reported as a user access.
+    /// How NPT reports this refusal, with `phase` the bit of EXITINFO1 that says what the nGPA was for. Every access under NPT is reported as a user access.
     #[cold]
     pub(crate) fn in_npt(self, format: &PageFormat, access: &Access, ngpa: NestedGpa, phase: u64) -> Fault {
         let exit_info_1 = u64::from(self.error_code(format, access) | PFEC_USER) | phase;

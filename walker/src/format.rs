@@ -2,7 +2,8 @@
 
 use crate::access::Access;
 use crate::mode::{
-    CR0_WP, CR4_PKE, CR4_SMAP, CR4_SMEP, ControlRegisters, CpuProfile, EFER_NXE, PagingMode, StateError,
+    CR0_WP, CR4_PGE, CR4_PKE, CR4_SMAP, CR4_SMEP, ControlRegisters, CpuProfile, EFER_NXE, PagingMode,
+    StateError,
 };
 use crate::permission::{Protections, Rights};
 use crate::reserved::ReservedBits;
@@ -48,6 +49,7 @@ pub struct PageFormat {
     linear_width: u32,
     maxphyaddr: u8,
     fetch_reported: bool,
+    global_pages: bool,
     reserved: ReservedBits,
     /// Present, page-size and reserved bits of a table entry; an entry that shows only "present" under this mask is a
     /// plain table reference. Index 0, level 1, is the same for a 4 KiB leaf, which has no page-size bit.
@@ -110,6 +112,7 @@ impl PageFormat {
             linear_width,
             maxphyaddr: cpu.maxphyaddr,
             fetch_reported: nxe || smep,
+            global_pages: registers.cr4 & CR4_PGE != 0,
             reserved,
             plain,
             permissions: protections.words(),
@@ -146,6 +149,12 @@ impl PageFormat {
     #[must_use]
     pub fn fetch_reported(&self) -> bool {
         self.fetch_reported
+    }
+
+    /// Whether a leaf's global bit has a meaning: CR4.PGE is set.
+    #[must_use]
+    pub fn global_pages(&self) -> bool {
+        self.global_pages
     }
 
     /// Reserved bits of an entry that maps a page; index 0 is level 1. A level without a leaf reserves bit 7 itself.

@@ -39,7 +39,7 @@ pub use fault::{
 pub use format::{MemoryType, PageFormat};
 pub use memory::{Backing, ExchangeError, Memory, Window};
 pub use mode::{ControlRegisters, CpuProfile, PagingMode, StateError, Vendor};
-pub use nested::NgpaWalk;
+pub use nested::{NestedPhase, NgpaWalk};
 pub use permission::Rights;
 pub use trace::{MAX_STEPS, NoTrace, Recorder, Step, Trace, Verdict};
 pub use walk::{PageSize, PageWalk, Translation};

@@ -16,6 +16,8 @@ const CR0_CD: u64 = 1 << 30;
 pub const CR0_PG: u64 = 1 << 31;
 /// CR4.PAE: 64-bit entries.
 pub const CR4_PAE: u64 = 1 << 5;
+/// CR4.PGE: global pages.
+pub const CR4_PGE: u64 = 1 << 7;
 /// CR4.LA57: 57-bit linear addresses.
 pub const CR4_LA57: u64 = 1 << 12;
 const CR4_PCIDE: u64 = 1 << 17;

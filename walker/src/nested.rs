@@ -12,13 +12,31 @@ use crate::memory::Memory;
 use crate::mode::{ControlRegisters, CpuProfile, PagingMode, StateError};
 use crate::permission::Rights;
 use crate::trace::{Recorder, Trace};
-use crate::walk::{PageSize, PageWalk, Purpose, Stop, descend};
+use crate::walk::{PageSize, PageWalk, Purpose, Stop, Translation, descend};
 
 /// `ngpa_walk`: the page walk that L1 put under L2.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NgpaWalk {
     /// AMD nested paging, in the host format that L1's CR4 and EFER select.
     Npt(PageWalk),
+}
+
+/// What an nGPA is translated for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum NestedPhase {
+    /// It is the address of a guest's paging structure: EXITINFO1 bit 33.
+    Table,
+    /// It is the final address of an access: EXITINFO1 bit 32.
+    Final,
+}
+
+impl NestedPhase {
+    const fn exit_info_1(self) -> u64 {
+        match self {
+            Self::Table => EXIT_INFO_1_TABLE,
+            Self::Final => EXIT_INFO_1_FINAL,
+        }
+    }
 }
 
 /// A page that the second dimension maps.
@@ -46,6 +64,36 @@ impl NgpaWalk {
         }
     }
 
+    /// Walks the second dimension alone: what `ngpa` means for an access of L2, or of the CPU on L2's behalf.
+    ///
+    /// `access` decides read, write or fetch; under NPT every access that is not exempt is a user access. The answer has
+    /// no guest page: its page size is [`PageSize::Unpaged`].
+    ///
+    /// # Errors
+    /// The fault that L1 would see. Its `address` is 0: no GVA is known.
+    pub fn translate<M: Memory, R: Recorder>(
+        &self,
+        memory: &M,
+        ngpa: NestedGpa,
+        access: &Access,
+        phase: NestedPhase,
+        recorder: &mut R,
+    ) -> Result<Translation, Fault> {
+        recorder.clear();
+        let privilege = if access.is_exempt() { Privilege::Exempt } else { Privilege::User };
+        let page = self.page(memory, ngpa, &Access::new(access.kind(), privilege), phase, recorder)?;
+        Ok(Translation {
+            gpa: page.gpa,
+            entry: 0,
+            nested_gpa: Some(ngpa),
+            nested_page_size: Some(page.size),
+            page_size: PageSize::Unpaged,
+            rights: page.rights,
+            backing: memory.backing(page.gpa),
+            ad_skipped: false,
+        })
+    }
+
     /// Where the guest's paging-structure entry at `ngpa` lies.
     #[inline(never)]
     pub(crate) fn table_entry<M: Memory, R: Recorder>(
@@ -57,7 +105,7 @@ impl NgpaWalk {
     ) -> Result<Gpa, Fault> {
         let privilege = if exempt { Privilege::Exempt } else { Privilege::User };
         let access = Access::new(AccessKind::Write, privilege);
-        self.translate(memory, ngpa, &access, EXIT_INFO_1_TABLE, recorder).map(|page| page.gpa)
+        self.page(memory, ngpa, &access, NestedPhase::Table, recorder).map(|page| page.gpa)
     }
 
     /// The page behind the final address `ngpa` of an access.
@@ -70,21 +118,22 @@ impl NgpaWalk {
         recorder: &mut R,
     ) -> Result<NestedPage, Fault> {
         let privilege = if access.is_exempt() { Privilege::Exempt } else { Privilege::User };
-        self.translate(memory, ngpa, &Access::new(access.kind(), privilege), EXIT_INFO_1_FINAL, recorder)
+        self.page(memory, ngpa, &Access::new(access.kind(), privilege), NestedPhase::Final, recorder)
     }
 
-    fn translate<M: Memory, R: Recorder>(
+    fn page<M: Memory, R: Recorder>(
         &self,
         memory: &M,
         ngpa: NestedGpa,
         access: &Access,
-        phase: u64,
+        phase: NestedPhase,
         recorder: &mut R,
     ) -> Result<NestedPage, Fault> {
         let Self::Npt(walk) = self;
+        let exit_info_1 = phase.exit_info_1();
         let format = walk.format();
         if ngpa.0 >> (format.linear_width() & 63) != 0 {
-            return Err(Refusal::without_entry(Reason::TooWide).in_npt(format, access, ngpa, phase));
+            return Err(Refusal::without_entry(Reason::TooWide).in_npt(format, access, ngpa, exit_info_1));
         }
         let purpose = Purpose {
             dimension: Dimension::Nested,
@@ -98,14 +147,14 @@ impl NgpaWalk {
         };
         let leaf = match leaf {
             Ok(leaf) => leaf,
-            Err(Stop::Refused(refusal)) => return Err(refusal.in_npt(format, access, ngpa, phase)),
+            Err(Stop::Refused(refusal)) => return Err(refusal.in_npt(format, access, ngpa, exit_info_1)),
             Err(Stop::Second(fault)) => return Err(fault),
         };
         if !leaf.permit::<LongMode>(format, access).granted() {
             let blame = leaf.blame::<LongMode, R>(format, access, (Dimension::Nested, ngpa.0), recorder);
             return match blame {
-                Some(refusal) => Err(refusal.in_npt(format, access, ngpa, phase)),
-                None => self.translate(memory, ngpa, access, phase, &mut Trace::new()),
+                Some(refusal) => Err(refusal.in_npt(format, access, ngpa, exit_info_1)),
+                None => self.page(memory, ngpa, access, phase, &mut Trace::new()),
             };
         }
         Ok(NestedPage {

@@ -1,2 +1,88 @@
 //! The pagewalk daemon.
-fn main() {}
+
+use std::io::{IsTerminal as _, Write as _};
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use pagewalkd::config::{Cli, Command, Config, LogFormat, Options};
+use pagewalkd::machine::{Machine, MachineSpec, Machines};
+use pagewalkd::serve::Server;
+use pagewalkd::tour;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+type Error = Box<dyn std::error::Error + Send + Sync>;
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // The log may not be set up yet, and the reader is a person at a prompt.
+            let _ = writeln!(std::io::stderr(), "pagewalkd: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<(), Error> {
+    let (options, machines, tour) = match cli.command {
+        Command::Demo { once, options } => (demo_options(options, once), vec!["demo".to_owned()], Some(once)),
+        Command::Serve { machines, options } => (options, machines, None),
+    };
+    let quiet = tour.is_some() && options.log.is_none();
+    let config = Config::resolve(options, machines)?;
+    start_logging(if quiet { "warn" } else { &config.log }, config.log_format)?;
+    let machines: Vec<Machine> = config.machines.iter().map(MachineSpec::open).collect::<Result<_, _>>()?;
+    let machines = Machines::new(machines)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(serve(&config, machines, tour))
+}
+
+/// A tour that ends by itself must not get in the way of a daemon that is there.
+fn demo_options(options: Options, once: bool) -> Options {
+    match options.listen.as_slice() {
+        [] if once => Options { listen: vec![([127, 0, 0, 1], 0).into()], ..options },
+        _ => options,
+    }
+}
+
+async fn serve(config: &Config, machines: Machines, tour: Option<bool>) -> Result<(), Error> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let server = Server::bind(config, machines).await?;
+    let addresses = server.addresses();
+    let mut out = std::io::stdout();
+    for address in &addresses {
+        writeln!(out, "listening on {address}")?;
+    }
+    if let Some(path) = server.uds() {
+        writeln!(out, "listening on unix:{}", path.display())?;
+    }
+    out.flush()?;
+    let signalled = async {
+        tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+    };
+    let (Some(once), Some(address)) = (tour, addresses.first()) else {
+        return Ok(server.run(signalled).await?);
+    };
+    let (toured, tour_is_over) = tokio::sync::oneshot::channel();
+    let tour = tokio::spawn(tour::run(*address, once, toured));
+    let stop = async {
+        tokio::select! {
+            () = signalled => {}
+            // A tour that goes on serving never says that it is over.
+            Ok(()) = tour_is_over => {}
+        }
+    };
+    server.run(stop).await?;
+    if once { tour.await? } else { Ok(()) }
+}
+
+fn start_logging(filter: &str, format: LogFormat) -> Result<(), Error> {
+    let filter = EnvFilter::try_new(filter).map_err(|error| format!("--log {filter}: {error}"))?;
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Human => log.with_ansi(std::io::stderr().is_terminal()).init(),
+        LogFormat::Json => log.json().init(),
+    }
+    Ok(())
+}

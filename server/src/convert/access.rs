@@ -1,0 +1,71 @@
+//! Accesses. What a request leaves open is the vCPU's.
+
+use pagewalk::{Access, AccessKind, Privilege};
+use pagewalk_proto::v1;
+
+use crate::status::Error;
+use crate::vcpu::Registers;
+
+/// RFLAGS.AC.
+const RFLAGS_AC: u64 = 1 << 18;
+
+pub(crate) fn access(request: Option<v1::Access>, registers: &Registers) -> Result<Access, Error> {
+    let request = request
+        .ok_or_else(|| Error::invalid("access", r#"required, for its kind: {"kind": "ACCESS_KIND_READ"}"#))?;
+    let kind = kind(request.kind)?;
+    let privilege = privilege(request.privilege, registers)?;
+    if request.pkrs.is_some() {
+        return Err(Error::unimplemented("access.pkrs", "supervisor protection keys are not served yet"));
+    }
+    if request.stack && kind == AccessKind::Fetch {
+        return Err(Error::invalid("access.stack", "a fetch does not go through the stack segment"));
+    }
+    let ac = request.ac.unwrap_or(registers.rflags & RFLAGS_AC != 0);
+    let pkru = request.pkru.or(registers.pkru).unwrap_or_default();
+    Ok(Access::new(kind, privilege).with_ac(ac).with_pkru(pkru).through_stack(request.stack))
+}
+
+fn kind(kind: i32) -> Result<AccessKind, Error> {
+    match v1::AccessKind::try_from(kind) {
+        Ok(v1::AccessKind::Read) => Ok(AccessKind::Read),
+        Ok(v1::AccessKind::Write) => Ok(AccessKind::Write),
+        Ok(v1::AccessKind::Fetch) => Ok(AccessKind::Fetch),
+        Ok(v1::AccessKind::ShadowStackRead | v1::AccessKind::ShadowStackWrite) => {
+            Err(Error::unimplemented("access.kind", "shadow-stack accesses are not served yet"))
+        }
+        Ok(v1::AccessKind::Unspecified) => Err(Error::invalid(
+            "access.kind",
+            "required: ACCESS_KIND_READ, ACCESS_KIND_WRITE or ACCESS_KIND_FETCH",
+        )),
+        Err(_) => Err(Error::invalid("access.kind", format!("{kind} is no access kind"))),
+    }
+}
+
+fn privilege(privilege: i32, registers: &Registers) -> Result<Privilege, Error> {
+    match v1::Privilege::try_from(privilege) {
+        Ok(v1::Privilege::Exempt) => Ok(Privilege::Exempt),
+        Ok(v1::Privilege::User) => Ok(Privilege::User),
+        Ok(v1::Privilege::Supervisor) => Ok(Privilege::Supervisor),
+        Ok(v1::Privilege::ImplicitSupervisor) => Ok(Privilege::ImplicitSupervisor),
+        Ok(v1::Privilege::Unspecified | v1::Privilege::AsCpl) if registers.cpl == 3 => Ok(Privilege::User),
+        Ok(v1::Privilege::Unspecified | v1::Privilege::AsCpl) => Ok(Privilege::Supervisor),
+        Err(_) => Err(Error::invalid("access.privilege", format!("{privilege} is no privilege"))),
+    }
+}
+
+/// "supervisor write", as a person says it.
+pub(crate) fn describe(access: &Access) -> String {
+    let who = match access.privilege() {
+        Privilege::Exempt => "exempt",
+        Privilege::User => "user",
+        Privilege::Supervisor => "supervisor",
+        Privilege::ImplicitSupervisor => "implicit supervisor",
+    };
+    let what = match access.kind() {
+        AccessKind::Read => "read",
+        AccessKind::Write => "write",
+        AccessKind::Fetch => "fetch",
+    };
+    let stack = if access.is_stack() { " through the stack" } else { "" };
+    format!("{who} {what}{stack}")
+}

@@ -1,0 +1,56 @@
+//! Page walks and page formats.
+
+use pagewalk::{PageFormat, PageWalk, PagingMode};
+use pagewalk_proto::v1;
+
+pub(crate) fn page_walk(walk: &PageWalk) -> v1::PageWalk {
+    v1::PageWalk { root: walk.root(), pdptrs: Vec::new(), format: Some(page_format(walk.format())) }
+}
+
+pub(crate) fn mode(mode: PagingMode) -> v1::PagingMode {
+    match mode {
+        PagingMode::None => v1::PagingMode::None,
+        PagingMode::TwoLevel => v1::PagingMode::TwoLevel,
+        PagingMode::Pae => v1::PagingMode::Pae,
+        PagingMode::FourLevel => v1::PagingMode::FourLevel,
+        PagingMode::FiveLevel => v1::PagingMode::FiveLevel,
+    }
+}
+
+fn page_format(format: &PageFormat) -> v1::PageFormat {
+    let paged = format.levels() != 0;
+    v1::PageFormat {
+        mode: mode(format.mode()).into(),
+        levels: format.levels(),
+        reserved_leaf: format.reserved_leaf().to_vec(),
+        reserved_table: format.reserved_table().to_vec(),
+        permissions: format.permissions().iter().map(|word| u32::from(*word)).collect(),
+        protection_key_mask: format.protection_key_mask(),
+        bad_memory_type_xwr: 0,
+        linear_width: format.linear_width(),
+        maxphyaddr: u32::from(format.maxphyaddr()),
+        fetch_bit_reported: format.fetch_reported(),
+        entry_bytes: if paged { 8 } else { 0 },
+        index_bits: if paged { 9 } else { 0 },
+        bits: paged.then(|| entry_bits(format)),
+    }
+}
+
+/// The entries of 4-level and 5-level paging.
+fn entry_bits(format: &PageFormat) -> v1::EntryBits {
+    let no_execute = 1 << 63;
+    let reserved = format.reserved_leaf().first().copied().unwrap_or_default();
+    v1::EntryBits {
+        present: 1,
+        write: 1 << 1,
+        user: 1 << 2,
+        no_execute: no_execute & !reserved,
+        execute: 0,
+        accessed: 1 << 5,
+        dirty: 1 << 6,
+        page_size: 1 << 7,
+        global: if format.global_pages() { 1 << 8 } else { 0 },
+        protection_key: if format.protection_key_mask() == 0 { 0 } else { 0xf << 59 },
+        frame: ((1 << format.maxphyaddr()) - 1) & !0xfff,
+    }
+}

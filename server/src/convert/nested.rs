@@ -1,0 +1,40 @@
+//! Nested mode and the second dimension.
+
+use pagewalk::ControlRegisters;
+use pagewalk_proto::v1;
+
+use crate::vcpu::{NestedMode, NptOverlay};
+
+/// LME, LMA, NXE and SVME.
+const HOST_EFER: u64 = 0x1d00;
+/// PE, WP and PG.
+const HOST_CR0: u64 = 0x8001_0001;
+/// PAE.
+const HOST_CR4: u64 = 0x20;
+
+/// The registers that select NPT's format: L1's at VMRUN.
+pub(crate) fn npt_host(npt: &v1::Npt) -> ControlRegisters {
+    ControlRegisters {
+        cr0: npt.host_cr0.unwrap_or(HOST_CR0),
+        cr4: npt.host_cr4.unwrap_or(HOST_CR4),
+        efer: npt.host_efer.unwrap_or(HOST_EFER),
+        ..Default::default()
+    }
+}
+
+pub(crate) fn nested_mode(mode: &NestedMode) -> v1::NestedMode {
+    match mode {
+        NestedMode::Off => v1::NestedMode { kind: v1::NestedModeKind::Off.into(), ..Default::default() },
+        NestedMode::Npt(NptOverlay { ncr3, host, .. }) => v1::NestedMode {
+            kind: v1::NestedModeKind::WalkerOnly.into(),
+            reason: "switched on by SetNestedMode in the walkers alone; the vCPU itself runs on as L1"
+                .to_owned(),
+            second_dimension: Some(v1::nested_mode::SecondDimension::Npt(v1::Npt {
+                ncr3: *ncr3,
+                host_cr4: Some(host.cr4),
+                host_efer: Some(host.efer),
+                host_cr0: Some(host.cr0),
+            })),
+        },
+    }
+}

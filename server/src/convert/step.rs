@@ -1,0 +1,32 @@
+//! Steps.
+
+use pagewalk::{Step, Verdict};
+use pagewalk_proto::v1;
+
+use super::fault::dimension;
+use super::rights::rights;
+
+pub(crate) fn step(step: &Step) -> v1::Step {
+    v1::Step {
+        dimension: dimension(step.dimension).into(),
+        level: step.level,
+        table_gpa: step.table_gpa.0,
+        index: step.index,
+        entry_gpa: step.entry_gpa.0,
+        entry: step.entry,
+        rights_so_far: Some(rights(step.rights_so_far)),
+        verdict: verdict(step.verdict).to_owned(),
+        input: Some(step.input),
+        leaf: step.verdict == Verdict::Leaf,
+    }
+}
+
+pub(crate) fn verdict(verdict: Verdict) -> &'static str {
+    match verdict {
+        Verdict::Table => "table",
+        Verdict::Leaf => "maps a page",
+        Verdict::NotPresent => "not present",
+        Verdict::Reserved => "reserved bits set",
+        Verdict::Unbacked => "outside memory",
+    }
+}

@@ -1,0 +1,74 @@
+//! The caller's own walker state, laid over the vCPU's.
+
+use pagewalk::mode::{CR0_PG, EFER_LMA, EFER_LME};
+use pagewalk::{CpuProfile, NgpaWalk, PageWalk, PagingMode, StateError, Vendor, Walker};
+use pagewalk_proto::v1;
+use pagewalk_proto::v1::walker_override::SecondDimension;
+
+use super::nested::npt_host;
+use crate::status::Error;
+use crate::vcpu::{NestedMode, NptOverlay, Snapshot};
+
+/// The walkers that a request describes: absent fields are the vCPU's, or those of the L2 laid over it.
+///
+/// EFER.LMA follows EFER.LME and CR0.PG where the request changes CR0 and not EFER, as it does in a CPU.
+pub(crate) fn walker(request: &v1::WalkerOverride, snapshot: &Snapshot) -> Result<Walker, Error> {
+    let mut registers = snapshot.nested.gva_control(snapshot.registers.control());
+    registers.cr0 = request.cr0.unwrap_or(registers.cr0);
+    registers.cr3 = request.cr3.unwrap_or(registers.cr3);
+    registers.cr4 = request.cr4.unwrap_or(registers.cr4);
+    registers.pat = request.pat.unwrap_or(registers.pat);
+    registers.efer = match (request.efer, request.cr0) {
+        (Some(efer), _) => efer,
+        (None, None) => registers.efer,
+        (None, Some(cr0)) => {
+            let active = cr0 & CR0_PG != 0 && registers.efer & EFER_LME != 0;
+            registers.efer & !EFER_LMA | if active { EFER_LMA } else { 0 }
+        }
+    };
+    let cpu = cpu(request, &snapshot.cpu)?;
+    if !request.pdptrs.is_empty() {
+        return Err(match registers.mode() {
+            Ok(PagingMode::Pae) => Error::RequestState(StateError::Unsupported(PagingMode::Pae)),
+            _ => Error::invalid("override.pdptrs", "only PAE paging has PDPTE registers: leave them out"),
+        });
+    }
+    let gva_walk = PageWalk::new(&registers, &cpu).map_err(Error::RequestState)?;
+    let npt = |ncr3, host| NgpaWalk::npt(ncr3, host, &cpu).map_err(Error::RequestState);
+    let second = match &request.second_dimension {
+        Some(SecondDimension::Npt(request)) => Some(npt(request.ncr3, &npt_host(request))?),
+        Some(SecondDimension::Ept(_)) => {
+            return Err(Error::unimplemented("override.ept", "EPT is not served yet; NPT is"));
+        }
+        Some(SecondDimension::None(true)) => None,
+        Some(SecondDimension::None(false)) => {
+            return Err(Error::invalid("override.none", "must be true, or be left out"));
+        }
+        None => match snapshot.nested {
+            NestedMode::Off => None,
+            NestedMode::Npt(NptOverlay { ncr3, host, .. }) => Some(npt(ncr3, &host)?),
+        },
+    };
+    Ok(match second {
+        Some(second) => Walker::nested(gva_walk, second),
+        None => Walker::new(gva_walk),
+    })
+}
+
+fn cpu(request: &v1::WalkerOverride, own: &CpuProfile) -> Result<CpuProfile, Error> {
+    let vendor = match request.vendor.map(v1::Vendor::try_from) {
+        None => own.vendor,
+        Some(Ok(v1::Vendor::Intel)) => Vendor::Intel,
+        Some(Ok(v1::Vendor::Amd)) => Vendor::Amd,
+        Some(Ok(v1::Vendor::Unspecified) | Err(_)) => {
+            return Err(Error::invalid("override.vendor", "VENDOR_INTEL or VENDOR_AMD, or leave it out"));
+        }
+    };
+    let maxphyaddr = match request.maxphyaddr {
+        None => own.maxphyaddr,
+        Some(bits) => u8::try_from(bits).ok().filter(|bits| (32..=52).contains(bits)).ok_or_else(|| {
+            Error::invalid("override.maxphyaddr", format!("{bits} is not between 32 and 52"))
+        })?,
+    };
+    Ok(CpuProfile { vendor, maxphyaddr, gib_pages: request.gib_pages.unwrap_or(own.gib_pages) })
+}

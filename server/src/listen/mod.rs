@@ -1,0 +1,47 @@
+//! Where clients reach the daemon: TCP, behind mutual TLS wherever it is not loopback, and a Unix socket.
+
+mod tcp;
+mod tls;
+mod uds;
+
+pub(crate) use tcp::bind as bind_tcp;
+pub use tls::{Tls, TlsError};
+pub(crate) use uds::UdsListener;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// Why the daemon cannot listen.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// An address that others can reach, without mutual TLS.
+    #[error(
+        "{0} is not a loopback address, and without mutual TLS the daemon listens on no other: \
+         pass --tls-cert, --tls-key and --client-ca (deploy/make-lab-certs.sh makes a set), or listen on 127.0.0.1"
+    )]
+    NeedsTls(SocketAddr),
+    /// The address cannot be bound.
+    #[error(
+        "cannot listen on {address}: {problem}; another daemon may have it, pass another --listen (port 0 picks one)"
+    )]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// What the system says.
+        problem: std::io::Error,
+    },
+    /// The socket cannot be bound.
+    #[error("cannot listen on unix:{path}: {problem}")]
+    Uds {
+        /// The path.
+        path: PathBuf,
+        /// What the system says.
+        problem: std::io::Error,
+    },
+    /// Somebody serves the socket.
+    #[error("cannot listen on unix:{0}: another daemon serves it, pass another --uds")]
+    UdsTaken(PathBuf),
+    /// Something that is no socket is in its place.
+    #[error("cannot listen on unix:{0}: there is a file that is no socket, remove it or pass another --uds")]
+    UdsOccupied(PathBuf),
+}

@@ -1,0 +1,83 @@
+//! A Unix socket: for the daemon's own user and group.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use tokio::net::UnixListener;
+
+use super::ListenError;
+
+/// Owner and group.
+const MODE: u32 = 0o660;
+
+/// A bound socket; its file goes with it.
+#[derive(Debug)]
+pub(crate) struct UdsListener {
+    pub(crate) listener: UnixListener,
+    pub(crate) file: SocketFile,
+}
+
+/// Removes the socket's file when the daemon ends.
+#[derive(Debug)]
+pub(crate) struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // The folder may have gone first.
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+impl UdsListener {
+    /// Binds `path`, and takes the place of a socket that a dead daemon left there.
+    pub(crate) fn bind(path: &Path) -> Result<Self, ListenError> {
+        let failed = |problem| ListenError::Uds { path: path.to_owned(), problem };
+        match fs::symlink_metadata(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(failed(error)),
+            Ok(found) if !found.file_type().is_socket() => {
+                return Err(ListenError::UdsOccupied(path.to_owned()));
+            }
+            Ok(_) => match UnixStream::connect(path) {
+                Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+                    fs::remove_file(path).map_err(failed)?;
+                }
+                Err(error) => return Err(failed(error)),
+                Ok(_) => return Err(ListenError::UdsTaken(path.to_owned())),
+            },
+        }
+        let listener = UnixListener::bind(path).map_err(failed)?;
+        let file = SocketFile(path.to_owned());
+        fs::set_permissions(path, fs::Permissions::from_mode(MODE)).map_err(failed)?;
+        Ok(Self { listener, file })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[tokio::test]
+    async fn takes_over_a_dead_socket_only() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let alive = UdsListener::bind(&path).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, MODE);
+        assert!(matches!(UdsListener::bind(&path), Err(ListenError::UdsTaken(_))));
+
+        let UdsListener { listener, file } = alive;
+        std::mem::forget(file);
+        drop(listener);
+        let again = UdsListener::bind(&path).unwrap();
+        drop(again);
+        assert!(!path.exists());
+
+        fs::write(&path, "precious").unwrap();
+        assert!(matches!(UdsListener::bind(&path), Err(ListenError::UdsOccupied(_))));
+        assert_eq!(fs::read(&path).unwrap(), b"precious");
+    }
+}

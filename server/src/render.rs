@@ -1,0 +1,225 @@
+//! The ladder: a walk as text, one line an entry, in the order in which a CPU reads them.
+//!
+//! Entries of the second dimension stand indented before the guest's entry whose address they translate.
+
+use std::fmt::{self, Write as _};
+
+use pagewalk::{
+    Backing, Dimension, Fault, FaultKind, MemoryType, PageFormat, PageSize, Reason, Rights, Step,
+    Translation, Verdict,
+};
+
+use crate::convert::fault::decode;
+use crate::convert::step::verdict;
+
+/// A walk and what came of it.
+pub(crate) struct Ladder<'a> {
+    /// What was asked, of whom.
+    pub(crate) title: &'a str,
+    pub(crate) format: &'a PageFormat,
+    pub(crate) steps: &'a [Step],
+    pub(crate) outcome: &'a Result<Translation, Fault>,
+}
+
+impl fmt::Display for Ladder<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}", self.title)?;
+        if self.steps.is_empty() {
+            writeln!(f, "  no entry was read")?;
+        } else {
+            writeln!(
+                f,
+                "  {:<12} {:>5}  {:<18}  {:<18}  {:<20} {:<9} verdict",
+                "level", "index", "entry at GPA", "entry", "bits", "so far"
+            )?;
+        }
+        for step in self.steps {
+            let name = match step.dimension {
+                Dimension::Guest => level_name(step.level).to_owned(),
+                Dimension::Nested => format!("  NPT {}", level_name(step.level)),
+            };
+            let entry = match step.verdict {
+                Verdict::Unbacked => "-".to_owned(),
+                _ => format!("{:#018x}", step.entry),
+            };
+            writeln!(
+                f,
+                "  {name:<12} {:>5}  {:#018x}  {entry:<18}  {:<20} {:<9} {}",
+                step.index,
+                step.entry_gpa.0,
+                bits(step),
+                rights(step.rights_so_far),
+                said(step),
+            )?;
+        }
+        match self.outcome {
+            Ok(page) => writeln!(f, "=> {}", self.page(page)),
+            Err(refused) => writeln!(f, "=> {}", fault(refused)),
+        }
+    }
+}
+
+impl Ladder<'_> {
+    fn page(&self, page: &Translation) -> String {
+        let through = page.nested_gpa.map(|gpa| format!(" through nGPA {gpa:#x}")).unwrap_or_default();
+        let nested_size = page
+            .nested_page_size
+            .map(|size| format!(" in an NPT page of {}", size_name(size)))
+            .unwrap_or_default();
+        let key = match page.key() {
+            0 => String::new(),
+            key => format!(", key {key}"),
+        };
+        format!(
+            "GPA {:#x}{through}: {}{nested_size}, {}, {}, {}{key}",
+            page.gpa,
+            size_name(page.page_size),
+            rights(page.rights),
+            memory_type(self.format.pat_type(page)),
+            backing(page.backing),
+        )
+    }
+}
+
+/// The manuals' name of an entry.
+pub(crate) fn level_name(level: u32) -> &'static str {
+    match level {
+        1 => "PTE",
+        2 => "PDE",
+        3 => "PDPTE",
+        4 => "PML4E",
+        5 => "PML5E",
+        _ => "-",
+    }
+}
+
+/// Rights as a person reads them.
+pub(crate) fn rights(rights: Rights) -> String {
+    let letter = |has, letter| if has { letter } else { '-' };
+    format!(
+        "{}{}{} {}",
+        letter(rights.read(), 'r'),
+        letter(rights.write(), 'w'),
+        letter(rights.execute(), 'x'),
+        if rights.user() { "user" } else { "super" },
+    )
+}
+
+/// A fault in one or two sentences: what the CPU raises, and which bits of which entry are responsible.
+pub(crate) fn fault(fault: &Fault) -> String {
+    let mut text = match fault.kind {
+        FaultKind::PageFault { error_code } => {
+            format!("#PF, error code {error_code:#x} ({})", code_names(u64::from(error_code), false))
+        }
+        FaultKind::GeneralProtection => "#GP(0)".to_owned(),
+        FaultKind::StackFault => "#SS(0)".to_owned(),
+        FaultKind::NestedPageFault { exit_info_1 } => {
+            format!("#VMEXIT(NPF), EXITINFO1 {exit_info_1:#x} ({})", code_names(exit_info_1, true))
+        }
+        FaultKind::Unbacked => "the walk leaves memory (KVM would report a not-present #PF)".to_owned(),
+        FaultKind::Contended => "no answer: the guest kept changing its tables".to_owned(),
+    };
+    if let Some(gpa) = fault.nested_gpa {
+        let _ = write!(text, ", nGPA {gpa:#x}");
+    }
+    let _ = write!(text, ": {}", fault.reason);
+    if fault.level != 0 {
+        let dimension = if fault.dimension == Dimension::Nested { "NPT " } else { "" };
+        let _ = write!(text, ": {dimension}{} at GPA {:#x}", level_name(fault.level), fault.entry_gpa);
+        if fault.reason != Reason::TableUnbacked {
+            let _ = write!(text, " is {:#x}", fault.entry);
+        }
+        if fault.bits != 0 {
+            let state = if fault.entry & fault.bits == 0 { "clear" } else { "set" };
+            let _ = write!(text, ", {} {state}", bit_list(fault.bits));
+        }
+    }
+    text
+}
+
+fn code_names(code: u64, nested: bool) -> String {
+    let names: Vec<_> = decode(code, nested)
+        .into_iter()
+        .filter(|bit| bit.set)
+        .map(|bit| if bit.name.is_empty() { format!("bit {}", bit.bit) } else { bit.name })
+        .collect();
+    if names.is_empty() { "not present, supervisor read".to_owned() } else { names.join(" ") }
+}
+
+/// "bit 63" or "bits 51:48" or "bits 13, 20".
+fn bit_list(mask: u64) -> String {
+    let bits: Vec<u32> = (0..64).filter(|bit| mask >> bit & 1 != 0).collect();
+    match bits.as_slice() {
+        [only] => format!("bit {only}"),
+        [low, .., high] if *high as usize - *low as usize + 1 == bits.len() => format!("bits {high}:{low}"),
+        _ => format!("bits {}", bits.iter().map(u32::to_string).collect::<Vec<_>>().join(", ")),
+    }
+}
+
+fn said(step: &Step) -> String {
+    match step.verdict {
+        Verdict::Leaf if step.level > 1 => "maps a large page".to_owned(),
+        other => verdict(other).to_owned(),
+    }
+}
+
+/// The bits that are set, by their short names.
+fn bits(step: &Step) -> String {
+    let entry = step.entry;
+    let leaf = step.level == 1 || entry & 0x80 != 0;
+    let names = [
+        (0, "P"),
+        (1, "W"),
+        (2, "U"),
+        (3, "PWT"),
+        (4, "PCD"),
+        (5, "A"),
+        (6, if leaf { "D" } else { "" }),
+        (7, if step.level == 1 { "PAT" } else { "PS" }),
+        (8, if leaf { "G" } else { "" }),
+        (63, "NX"),
+    ];
+    let set = names.into_iter().filter(|(bit, name)| entry >> bit & 1 != 0 && !name.is_empty());
+    let text = set.map(|(_, name)| name).collect::<Vec<_>>().join(" ");
+    if text.is_empty() { "-".to_owned() } else { text }
+}
+
+fn size_name(size: PageSize) -> &'static str {
+    match size {
+        PageSize::Unpaged => "no paging",
+        PageSize::Size4K => "4 KiB",
+        PageSize::Size2M => "2 MiB",
+        PageSize::Size1G => "1 GiB",
+    }
+}
+
+fn memory_type(memory_type: MemoryType) -> &'static str {
+    match memory_type {
+        MemoryType::Uncacheable => "UC",
+        MemoryType::WriteCombining => "WC",
+        MemoryType::WriteThrough => "WT",
+        MemoryType::WriteProtected => "WP",
+        MemoryType::WriteBack => "WB",
+        MemoryType::UncacheableMinus => "UC-",
+    }
+}
+
+fn backing(backing: Backing) -> &'static str {
+    match backing {
+        Backing::Ram => "RAM",
+        Backing::ReadOnly => "read-only memory",
+        Backing::None => "no memory behind it (MMIO or a hole)",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::bit_list;
+
+    #[test]
+    fn bit_lists() {
+        assert_eq!(bit_list(1 << 63), "bit 63");
+        assert_eq!(bit_list(0xf << 48), "bits 51:48");
+        assert_eq!(bit_list(1 << 13 | 1 << 20), "bits 13, 20");
+    }
+}

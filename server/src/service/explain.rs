@@ -1,0 +1,202 @@
+//! `ExplainFault`: what somebody saw, decoded, and the same access made again now.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+
+use pagewalk::{
+    Access, AccessKind, AdPolicy, EXIT_INFO_1_FINAL, EXIT_INFO_1_TABLE, Fault, FaultKind, Gva, NestedGpa,
+    NestedPhase, PFEC_FETCH, PFEC_KEY, PFEC_PRESENT, PFEC_RESERVED, PFEC_USER, PFEC_WRITE, Privilege, Trace,
+    Translation, Walker,
+};
+use pagewalk_proto::v1;
+use pagewalk_proto::v1::explain_fault_request::Seen;
+
+use super::Daemon;
+use super::resolve::Target;
+use super::translation::{check_width, ladder, title, walker};
+use crate::convert;
+use crate::render::Ladder;
+use crate::status::Error;
+use crate::vcpu::Snapshot;
+
+const PFEC_SHADOW_STACK: u32 = 1 << 6;
+const RFLAGS_AC: u64 = 1 << 18;
+
+pub(super) fn fault(
+    daemon: &Daemon,
+    target: &Target,
+    snapshot: &Arc<Snapshot>,
+    request: v1::ExplainFaultRequest,
+) -> Result<v1::ExplainFaultResponse, Error> {
+    let mut state = request.r#override;
+    if let Some(cr3) = request.cr3 {
+        let state = state.get_or_insert_default();
+        if state.cr3.replace(cr3).is_some() {
+            return Err(Error::invalid("cr3", "given twice: here and in `override`"));
+        }
+    }
+    let walker = walker(state.as_ref(), snapshot)?;
+    let again = match request.seen {
+        Some(Seen::PageFault(seen)) => page_fault(target, snapshot, &walker, seen)?,
+        Some(Seen::NestedPageFault(seen)) => nested_page_fault(target, &walker, seen)?,
+        None => return Err(Error::invalid("seen", "required: page_fault or nested_page_fault")),
+    };
+    Ok(v1::ExplainFaultResponse {
+        would_fault_now: again.outcome.is_err(),
+        matches: again.matches,
+        explanation: again.explanation,
+        decoded: again.decoded,
+        steps: again.trace.steps().iter().map(convert::step::step).collect(),
+        fault: again.outcome.as_ref().err().map(convert::fault::fault),
+        translation: again
+            .outcome
+            .as_ref()
+            .ok()
+            .map(|page| convert::translation::translation(page, walker.gva_walk().format())),
+        provenance: Some(daemon.provenance(target, snapshot)),
+    })
+}
+
+/// The access made again.
+struct Again {
+    outcome: Result<Translation, Fault>,
+    trace: Trace,
+    matches: bool,
+    decoded: Vec<v1::DecodedBit>,
+    explanation: String,
+}
+
+fn page_fault(
+    target: &Target,
+    snapshot: &Snapshot,
+    walker: &Walker,
+    seen: v1::PageFault,
+) -> Result<Again, Error> {
+    let code = seen.error_code;
+    let gva = convert::address::parse(seen.cr2, "page_fault.cr2")?;
+    check_width(walker, gva)?;
+    let access = access(code, snapshot)?;
+    let mut trace = Trace::new();
+    let memory = target.machine.source().memory();
+    let outcome = walker.translate_with(memory.as_ref(), Gva(gva), &access, AdPolicy::Observe, &mut trace);
+    let kind = FaultKind::PageFault { error_code: code };
+    let matches = outcome.as_ref().is_err_and(|fault| fault.kind == kind);
+    let decoded = convert::fault::decode(u64::from(code), false);
+    let title = title(target, snapshot, walker, &access, gva);
+    let explanation = explain(
+        &format!("#PF, error code {code:#x}, CR2 {gva:#x}"),
+        &decoded,
+        matches,
+        &ladder(&title, walker, trace.steps(), &outcome),
+    );
+    Ok(Again { outcome, trace, matches, decoded, explanation })
+}
+
+fn nested_page_fault(target: &Target, walker: &Walker, seen: v1::NestedPageFault) -> Result<Again, Error> {
+    let info = seen.exit_info_1;
+    let ngpa = convert::address::parse(seen.nested_gpa, "nested_page_fault.nested_gpa")?;
+    let Some(second) = walker.ngpa_walk() else {
+        return Err(Error::Precondition(
+            "there is no second dimension to explain a nested page fault by: switch nested mode on, \
+             or bring `override.npt`"
+                .to_owned(),
+        ));
+    };
+    let refuse =
+        |problem: &str| Err(Error::invalid("nested_page_fault.exit_info_1", format!("{info:#x}: {problem}")));
+    let phase = match info & (EXIT_INFO_1_FINAL | EXIT_INFO_1_TABLE) {
+        EXIT_INFO_1_FINAL => NestedPhase::Final,
+        EXIT_INFO_1_TABLE => NestedPhase::Table,
+        _ => return refuse("exactly one of bits 32 (final address) and 33 (guest table) is set"),
+    };
+    let has = |bit: u32| info & u64::from(bit) != 0;
+    if !has(PFEC_USER) {
+        return refuse("U/S is always set: every access under NPT is a user access");
+    }
+    if has(PFEC_WRITE) && has(PFEC_FETCH) {
+        return refuse("no access is both a write (W/R) and a fetch (I/D)");
+    }
+    let kind = match (phase, has(PFEC_WRITE), has(PFEC_FETCH)) {
+        (NestedPhase::Table, ..) | (_, true, _) => AccessKind::Write,
+        (_, _, true) => AccessKind::Fetch,
+        _ => AccessKind::Read,
+    };
+    let access = Access::new(kind, Privilege::User);
+    let mut trace = Trace::new();
+    let memory = target.machine.source().memory();
+    let outcome = second.translate(memory.as_ref(), NestedGpa(ngpa), &access, phase, &mut trace);
+    let kind = FaultKind::NestedPageFault { exit_info_1: info };
+    let matches = outcome.as_ref().is_err_and(|fault| fault.kind == kind);
+    let decoded = convert::fault::decode(info, true);
+    let walk = second.page_walk();
+    let title = format!(
+        "nGPA {ngpa:#x}, {}: {} NPT, nCR3 {:#x}",
+        convert::access::describe(&access),
+        walk.format().mode(),
+        walk.root()
+    );
+    let explanation = explain(
+        &format!("#VMEXIT(NPF), EXITINFO1 {info:#x}, EXITINFO2 {ngpa:#x}"),
+        &decoded,
+        matches,
+        &ladder(&title, walker, trace.steps(), &outcome),
+    );
+    Ok(Again { outcome, trace, matches, decoded, explanation })
+}
+
+fn explain(seen: &str, decoded: &[v1::DecodedBit], matches: bool, ladder: &Ladder<'_>) -> String {
+    let mut text = format!("Seen: {seen}\n");
+    for bit in decoded {
+        let state = u8::from(bit.set);
+        let _ = writeln!(text, "  bit {:<2} {:<5} = {state}: {}", bit.bit, bit.name, bit.meaning);
+    }
+    let verdict = match (ladder.outcome, matches) {
+        (Err(_), true) => "The same access faults in the same way now:",
+        (Err(_), false) => {
+            "The same access faults now, but in another way than was seen: the guest has changed since."
+        }
+        (Ok(_), _) => {
+            "The same access would not fault now: the guest has changed its tables since, \
+             or the CPU used a stale TLB entry."
+        }
+    };
+    let _ = write!(text, "{verdict}\n\n{ladder}");
+    text
+}
+
+/// The access that an error code tells of.
+fn access(code: u32, snapshot: &Snapshot) -> Result<Access, Error> {
+    let known = PFEC_PRESENT | PFEC_WRITE | PFEC_USER | PFEC_RESERVED | PFEC_FETCH | PFEC_KEY;
+    let has = |bit| code & bit != 0;
+    let refuse =
+        |problem: &str| Err(Error::invalid("page_fault.error_code", format!("{code:#x}: {problem}")));
+    if has(PFEC_SHADOW_STACK) {
+        return Err(Error::unimplemented(
+            "page_fault.error_code",
+            "shadow-stack accesses are not served yet",
+        ));
+    }
+    if code & !known != 0 {
+        return refuse("bits above 6 are not known here");
+    }
+    if has(PFEC_WRITE) && has(PFEC_FETCH) {
+        return refuse("no access is both a write (W/R) and a fetch (I/D)");
+    }
+    if has(PFEC_RESERVED) && !has(PFEC_PRESENT) {
+        return refuse(
+            "RSVD comes with P: only a present entry has reserved bits (QEMU's TCG gets this wrong: add 1)",
+        );
+    }
+    if has(PFEC_KEY) && (!has(PFEC_PRESENT) || has(PFEC_FETCH) || has(PFEC_RESERVED)) {
+        return refuse("PK comes with P, and neither with I/D nor with RSVD");
+    }
+    let kind = match (has(PFEC_WRITE), has(PFEC_FETCH)) {
+        (true, _) => AccessKind::Write,
+        (_, true) => AccessKind::Fetch,
+        _ => AccessKind::Read,
+    };
+    let privilege = if has(PFEC_USER) { Privilege::User } else { Privilege::Supervisor };
+    Ok(Access::new(kind, privilege)
+        .with_ac(snapshot.registers.rflags & RFLAGS_AC != 0)
+        .with_pkru(snapshot.registers.pkru.unwrap_or_default()))
+}

@@ -1,0 +1,49 @@
+//! The services. Each call resolves what it names, calls the vCPU or the walker, and converts the answer.
+
+mod explain;
+mod machine;
+mod resolve;
+mod translation;
+mod vcpu;
+mod walker;
+
+use std::sync::Arc;
+
+use pagewalk_proto::v1::machine_service_server::MachineServiceServer;
+use pagewalk_proto::v1::translation_service_server::TranslationServiceServer;
+use pagewalk_proto::v1::vcpu_service_server::VcpuServiceServer;
+use pagewalk_proto::v1::walker_service_server::WalkerServiceServer;
+use tokio::sync::watch;
+use tonic::service::Routes;
+
+use crate::machine::Machines;
+
+/// What all services share. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Daemon {
+    pub(crate) machines: Arc<Machines>,
+    pub(crate) host: Arc<str>,
+    /// Turns true when the daemon drains: streams end.
+    pub(crate) draining: watch::Receiver<bool>,
+}
+
+/// Largest request that is decoded. No request of this contract needs a tenth of it.
+const REQUEST_BYTES: usize = 64 << 10;
+/// Largest answer that is encoded.
+const RESPONSE_BYTES: usize = 4 << 20;
+
+/// Adds every service to `routes`.
+pub(crate) fn add_to(routes: Routes, daemon: &Daemon) -> Routes {
+    macro_rules! add {
+        ($routes:expr, $($server:ident),*) => {{
+            let routes = $routes;
+            $(let routes = routes.add_service(
+                $server::new(daemon.clone())
+                    .max_decoding_message_size(REQUEST_BYTES)
+                    .max_encoding_message_size(RESPONSE_BYTES),
+            );)*
+            routes
+        }};
+    }
+    add!(routes, TranslationServiceServer, WalkerServiceServer, VcpuServiceServer, MachineServiceServer)
+}

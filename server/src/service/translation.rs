@@ -1,0 +1,156 @@
+//! `TranslationService`.
+
+use std::sync::Arc;
+
+use pagewalk::{
+    Access, AdPolicy, Fault, Gva, Memory as _, NoTrace, PagingMode, Step, Trace, Translation, Verdict, Walker,
+};
+use pagewalk_proto::v1;
+use pagewalk_proto::v1::translate_response::Outcome;
+use pagewalk_proto::v1::translation_service_server::TranslationService;
+use tonic::{Request, Response, Status};
+
+use super::resolve::{Target, deadline};
+use super::{Daemon, explain};
+use crate::convert;
+use crate::machine::GuestRam;
+use crate::render::Ladder;
+use crate::status::Error;
+use crate::vcpu::Snapshot;
+
+#[tonic::async_trait]
+impl TranslationService for Daemon {
+    async fn translate(
+        &self,
+        request: Request<v1::TranslateRequest>,
+    ) -> Result<Response<v1::TranslateResponse>, Status> {
+        let deadline = deadline(&request);
+        let request = request.into_inner();
+        let target = self.target(request.vcpu)?;
+        let snapshot = target.snapshot(request.freshness, deadline).await?;
+        let gva = convert::address::parse(request.address, "address")?;
+        let access = convert::access::access(request.access, &snapshot.registers)?;
+        let policy = ad_policy(request.ad_policy)?;
+        let walker = walker(request.r#override.as_ref(), &snapshot)?;
+        check_width(&walker, gva)?;
+
+        let memory = target.machine.source().memory();
+        let mut trace = Trace::new();
+        let recorded = request.trace || request.explain || request.validate;
+        let outcome = if recorded {
+            walker.translate_with(memory.as_ref(), Gva(gva), &access, policy, &mut trace)
+        } else {
+            walker.translate_with(memory.as_ref(), Gva(gva), &access, policy, &mut NoTrace)
+        };
+
+        let mut provenance = self.provenance(&target, &snapshot);
+        if request.validate {
+            provenance.validated = true;
+            provenance.torn = torn(memory, trace.steps());
+        }
+        let steps = if request.trace { trace.steps() } else { &[] };
+        let explanation = if request.explain {
+            let title = title(&target, &snapshot, &walker, &access, gva);
+            ladder(&title, &walker, trace.steps(), &outcome).to_string()
+        } else {
+            String::new()
+        };
+        Ok(Response::new(v1::TranslateResponse {
+            outcome: Some(match &outcome {
+                Ok(page) => {
+                    Outcome::Translation(convert::translation::translation(page, walker.gva_walk().format()))
+                }
+                Err(fault) => Outcome::Fault(convert::fault::fault(fault)),
+            }),
+            steps: steps.iter().map(convert::step::step).collect(),
+            explanation,
+            provenance: Some(provenance),
+        }))
+    }
+
+    async fn explain_fault(
+        &self,
+        request: Request<v1::ExplainFaultRequest>,
+    ) -> Result<Response<v1::ExplainFaultResponse>, Status> {
+        let deadline = deadline(&request);
+        let request = request.into_inner();
+        let target = self.target(request.vcpu.clone())?;
+        let snapshot = target.snapshot(request.freshness, deadline).await?;
+        Ok(Response::new(explain::fault(self, &target, &snapshot, request)?))
+    }
+}
+
+/// The vCPU's walkers, or those that the request brings.
+pub(super) fn walker(
+    request: Option<&v1::WalkerOverride>,
+    snapshot: &Arc<Snapshot>,
+) -> Result<Walker, Error> {
+    match request {
+        Some(request) => convert::walker_override::walker(request, snapshot),
+        None => snapshot.walker.clone().map_err(Error::VcpuState),
+    }
+}
+
+pub(super) fn check_width(walker: &Walker, gva: u64) -> Result<(), Error> {
+    match walker.gva_walk().format().mode() {
+        PagingMode::None if u32::try_from(gva).is_err() => Err(Error::invalid(
+            "address",
+            format!("{gva:#x} does not fit the 32 bits of a linear address without paging"),
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn ad_policy(policy: i32) -> Result<AdPolicy, Error> {
+    match v1::AdPolicy::try_from(policy) {
+        Ok(v1::AdPolicy::Unspecified | v1::AdPolicy::Observe) => Ok(AdPolicy::Observe),
+        Ok(v1::AdPolicy::Set) => Ok(AdPolicy::Set),
+        Err(_) => Err(Error::invalid("ad_policy", format!("{policy} is no policy"))),
+    }
+}
+
+/// Whether an entry means something else now than when the walk read it. Accessed and dirty bits come and go.
+fn torn(memory: &GuestRam, steps: &[Step]) -> bool {
+    const ACCESSED_DIRTY: u64 = 0x60;
+    steps.iter().any(|step| match (memory.load_u64(step.entry_gpa), step.verdict) {
+        (found, Verdict::Unbacked) => found.is_some(),
+        (None, _) => true,
+        (Some(found), _) => (found ^ step.entry) & !ACCESSED_DIRTY != 0,
+    })
+}
+
+/// What was asked, of whom: the first line of a ladder.
+pub(super) fn title(
+    target: &Target,
+    snapshot: &Snapshot,
+    walker: &Walker,
+    access: &Access,
+    gva: u64,
+) -> String {
+    let walk = walker.gva_walk();
+    let mode = walk.format().mode();
+    let root = match mode {
+        PagingMode::None => String::new(),
+        _ => format!(", root {:#x}", walk.root()),
+    };
+    let second = walker.ngpa_walk().map_or_else(String::new, |second| {
+        let walk = second.page_walk();
+        format!(", under {} NPT, nCR3 {:#x}", walk.format().mode(), walk.root())
+    });
+    format!(
+        "GVA {gva:#x}, {}: {mode}{root}{second} (vCPU {} of {}, generation {})",
+        convert::access::describe(access),
+        target.vcpu.index(),
+        target.machine.id(),
+        snapshot.generation,
+    )
+}
+
+pub(super) fn ladder<'a>(
+    title: &'a str,
+    walker: &'a Walker,
+    steps: &'a [Step],
+    outcome: &'a Result<Translation, Fault>,
+) -> Ladder<'a> {
+    Ladder { title, format: walker.gva_walk().format(), steps, outcome }
+}

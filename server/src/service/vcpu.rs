@@ -1,0 +1,94 @@
+//! `VcpuService`.
+
+use pagewalk_proto::v1;
+use pagewalk_proto::v1::vcpu_service_server::VcpuService;
+use tonic::{Request, Response, Status};
+
+use super::Daemon;
+use super::resolve::deadline;
+use crate::convert;
+use crate::status::Error;
+
+#[tonic::async_trait]
+impl VcpuService for Daemon {
+    async fn list_vcpus(
+        &self,
+        request: Request<v1::ListVcpusRequest>,
+    ) -> Result<Response<v1::ListVcpusResponse>, Status> {
+        let machine = self.machines.get(&request.into_inner().machine).map_err(Error::from)?;
+        let vcpus = machine.source().vcpus();
+        Ok(Response::new(v1::ListVcpusResponse {
+            vcpus: vcpus.iter().map(|vcpu| convert::snapshot::vcpu_info(vcpu, &vcpu.latest())).collect(),
+            provenance: Some(self.machine_provenance(machine)),
+        }))
+    }
+
+    async fn get_registers(
+        &self,
+        request: Request<v1::GetRegistersRequest>,
+    ) -> Result<Response<v1::GetRegistersResponse>, Status> {
+        let deadline = deadline(&request);
+        let request = request.into_inner();
+        let target = self.target(request.vcpu)?;
+        let snapshot = target.snapshot(request.freshness, deadline).await?;
+        Ok(Response::new(v1::GetRegistersResponse {
+            registers: Some(convert::registers::registers(&snapshot.registers)),
+            provenance: Some(self.provenance(&target, &snapshot)),
+        }))
+    }
+
+    async fn set_registers(
+        &self,
+        request: Request<v1::SetRegistersRequest>,
+    ) -> Result<Response<v1::SetRegistersResponse>, Status> {
+        let deadline = deadline(&request);
+        let request = request.into_inner();
+        let target = self.target(request.vcpu)?;
+        let changes = convert::registers::changes(request.registers)?;
+        let snapshot = target.vcpu.set_registers(changes, deadline).await.map_err(Error::from)?;
+        Ok(Response::new(v1::SetRegistersResponse {
+            registers: Some(convert::registers::registers(&snapshot.registers)),
+            provenance: Some(self.provenance(&target, &snapshot)),
+        }))
+    }
+
+    async fn pause_vcpu(
+        &self,
+        request: Request<v1::PauseVcpuRequest>,
+    ) -> Result<Response<v1::PauseVcpuResponse>, Status> {
+        let deadline = deadline(&request);
+        let target = self.target(request.into_inner().vcpu)?;
+        let snapshot = target.vcpu.pause(deadline).await.map_err(Error::from)?;
+        Ok(Response::new(v1::PauseVcpuResponse {
+            vcpu: Some(convert::snapshot::vcpu_info(&target.vcpu, &snapshot)),
+            provenance: Some(self.provenance(&target, &snapshot)),
+        }))
+    }
+
+    async fn resume_vcpu(
+        &self,
+        request: Request<v1::ResumeVcpuRequest>,
+    ) -> Result<Response<v1::ResumeVcpuResponse>, Status> {
+        let deadline = deadline(&request);
+        let target = self.target(request.into_inner().vcpu)?;
+        let snapshot = target.vcpu.resume(deadline).await.map_err(Error::from)?;
+        Ok(Response::new(v1::ResumeVcpuResponse {
+            vcpu: Some(convert::snapshot::vcpu_info(&target.vcpu, &snapshot)),
+            provenance: Some(self.provenance(&target, &snapshot)),
+        }))
+    }
+
+    async fn step_vcpu(
+        &self,
+        request: Request<v1::StepVcpuRequest>,
+    ) -> Result<Response<v1::StepVcpuResponse>, Status> {
+        let deadline = deadline(&request);
+        let target = self.target(request.into_inner().vcpu)?;
+        let snapshot = target.vcpu.step(deadline).await.map_err(Error::from)?;
+        Ok(Response::new(v1::StepVcpuResponse {
+            vcpu: Some(convert::snapshot::vcpu_info(&target.vcpu, &snapshot)),
+            registers: Some(convert::registers::registers(&snapshot.registers)),
+            provenance: Some(self.provenance(&target, &snapshot)),
+        }))
+    }
+}

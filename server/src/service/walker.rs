@@ -1,0 +1,177 @@
+//! `WalkerService`.
+
+use std::pin::Pin;
+use std::time::Duration;
+
+use pagewalk_proto::v1;
+use pagewalk_proto::v1::set_nested_mode_request::Mode;
+use pagewalk_proto::v1::walker_service_server::WalkerService;
+use tokio::sync::{mpsc, watch};
+use tokio::time::sleep;
+use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use super::Daemon;
+use super::resolve::{Target, deadline};
+use crate::convert;
+use crate::status::Error;
+use crate::vcpu::{NestedMode, NptOverlay, Snapshot};
+
+impl Daemon {
+    fn walker_state(
+        &self,
+        target: &Target,
+        snapshot: &Snapshot,
+    ) -> Result<v1::GetWalkerStateResponse, Error> {
+        let walker = snapshot.walker.as_ref().map_err(|error| Error::VcpuState(*error))?;
+        Ok(v1::GetWalkerStateResponse {
+            gva_walk: Some(convert::format::page_walk(walker.gva_walk())),
+            ngpa_walk: walker.ngpa_walk().map(|walk| convert::format::page_walk(walk.page_walk())),
+            nested: Some(convert::nested::nested_mode(&snapshot.nested)),
+            provenance: Some(self.provenance(target, snapshot)),
+        })
+    }
+}
+
+#[tonic::async_trait]
+impl WalkerService for Daemon {
+    async fn get_walker_state(
+        &self,
+        request: Request<v1::GetWalkerStateRequest>,
+    ) -> Result<Response<v1::GetWalkerStateResponse>, Status> {
+        let deadline = deadline(&request);
+        let request = request.into_inner();
+        let target = self.target(request.vcpu)?;
+        let snapshot = target.snapshot(request.freshness, deadline).await?;
+        Ok(Response::new(self.walker_state(&target, &snapshot)?))
+    }
+
+    async fn set_nested_mode(
+        &self,
+        request: Request<v1::SetNestedModeRequest>,
+    ) -> Result<Response<v1::SetNestedModeResponse>, Status> {
+        let deadline = deadline(&request);
+        let request = request.into_inner();
+        let target = self.target(request.vcpu)?;
+        let before = target.vcpu.latest();
+        let mode = match request.mode {
+            Some(Mode::Npt(npt)) => NestedMode::Npt(NptOverlay {
+                ncr3: npt.ncr3,
+                host: convert::nested::npt_host(&npt),
+                l2: convert::registers::l2(request.l2)?,
+            }),
+            Some(Mode::Off(true)) if request.l2.is_some() => {
+                return Err(
+                    Error::invalid("l2", "there is no L2 when nested mode is off: leave it out").into()
+                );
+            }
+            Some(Mode::Off(true)) => NestedMode::Off,
+            Some(Mode::Off(false)) => return Err(Error::invalid("off", "must be true").into()),
+            Some(Mode::Ept(_)) => {
+                return Err(Error::unimplemented("ept", "EPT is not served yet; NPT is").into());
+            }
+            None => return Err(Error::invalid("mode", "required: npt or off").into()),
+        };
+        let snapshot = target.vcpu.set_nested(mode, deadline).await.map_err(Error::from)?;
+        let (kind, reason) = match mode {
+            _ if before.nested == mode => {
+                (v1::NestedEffectKind::Unchanged, "nested mode was like this already".to_owned())
+            }
+            NestedMode::Off => {
+                (v1::NestedEffectKind::WalkerOnly, "the walkers have one dimension again".to_owned())
+            }
+            NestedMode::Npt(_) if request.walker_only => {
+                (v1::NestedEffectKind::WalkerOnly, "as the request wants it".to_owned())
+            }
+            NestedMode::Npt(_) => {
+                let capabilities = target.machine.source().capabilities();
+                (v1::NestedEffectKind::WalkerOnly, capabilities.nested_reason.clone())
+            }
+        };
+        Ok(Response::new(v1::SetNestedModeResponse {
+            effect: Some(v1::NestedEffect { kind: kind.into(), reason }),
+            state: Some(self.walker_state(&target, &snapshot)?),
+        }))
+    }
+
+    type WatchWalkerStateStream =
+        Pin<Box<dyn Stream<Item = Result<v1::GetWalkerStateResponse, Status>> + Send>>;
+
+    async fn watch_walker_state(
+        &self,
+        request: Request<v1::WatchWalkerStateRequest>,
+    ) -> Result<Response<Self::WatchWalkerStateStream>, Status> {
+        let request = request.into_inner();
+        let target = self.target(request.vcpu)?;
+        let pace = interval(request.min_interval)?;
+        // One place: a reader who is slow finds the newest state next, not a queue of old ones.
+        let (updates, stream) = mpsc::channel(1);
+        let watcher = Watcher {
+            daemon: self.clone(),
+            generation: target.vcpu.subscribe(),
+            target,
+            pace,
+            left: request.max_updates.filter(|max| *max != 0),
+        };
+        tokio::spawn(watcher.run(updates));
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+}
+
+fn interval(request: Option<prost_types::Duration>) -> Result<Duration, Error> {
+    const LONGEST: Duration = Duration::from_secs(3600);
+    request.map_or(Ok(Duration::ZERO), |interval| {
+        Duration::try_from(interval)
+            .ok()
+            .filter(|interval| *interval <= LONGEST)
+            .ok_or_else(|| Error::invalid("min_interval", "from 0 to 3600 seconds"))
+    })
+}
+
+/// Sends a vCPU's walker state whenever it has changed.
+struct Watcher {
+    daemon: Daemon,
+    target: Target,
+    generation: watch::Receiver<u64>,
+    pace: Duration,
+    left: Option<u32>,
+}
+
+impl Watcher {
+    async fn run(mut self, updates: mpsc::Sender<Result<v1::GetWalkerStateResponse, Status>>) {
+        let mut draining = self.daemon.draining.clone();
+        let ended = tokio::select! {
+            ended = self.send_all(&updates) => ended,
+            () = updates.closed() => return,
+            _ = draining.wait_for(|draining| *draining) => Some(Error::ShuttingDown),
+        };
+        if let Some(error) = ended {
+            // Best effort: a client that has gone needs no reason.
+            let _ = updates.try_send(Err(error.into()));
+        }
+    }
+
+    async fn send_all(
+        &mut self,
+        updates: &mpsc::Sender<Result<v1::GetWalkerStateResponse, Status>>,
+    ) -> Option<Error> {
+        loop {
+            // Wait for a place first, so that what goes into it is new.
+            let place = updates.reserve().await.ok()?;
+            self.generation.borrow_and_update();
+            let state = self.daemon.walker_state(&self.target, &self.target.vcpu.latest());
+            place.send(state.map_err(Status::from));
+            if let Some(left) = &mut self.left {
+                *left -= 1;
+                if *left == 0 {
+                    return None;
+                }
+            }
+            sleep(self.pace).await;
+            if self.generation.changed().await.is_err() {
+                return Some(Error::ShuttingDown);
+            }
+        }
+    }
+}

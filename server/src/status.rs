@@ -1,0 +1,108 @@
+//! The one table from what went wrong to a gRPC status.
+//!
+//! Every status carries a `google.rpc.ErrorInfo` whose reason a program can match on, and a message that tells a person what
+//! to do. A fault of the guest is no error: it is an answer.
+
+use std::collections::HashMap;
+
+use pagewalk::StateError;
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt as _};
+
+use crate::machine::LookupError;
+use crate::vcpu::VcpuError;
+
+/// Domain of every `ErrorInfo`.
+const DOMAIN: &str = "pagewalk.v1";
+
+/// Why a request could not be answered.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// A field of the request holds what cannot be.
+    #[error("{field}: {problem}")]
+    Invalid { field: &'static str, problem: String },
+    /// A field of the request asks for what this version does not do.
+    #[error("{field}: {problem}")]
+    Unimplemented { field: &'static str, problem: String },
+    /// The request's own walker state selects no walk.
+    #[error("the walker state in the request is not usable: {0}")]
+    RequestState(StateError),
+    /// The vCPU's registers select no walk.
+    #[error("the vCPU's registers select no walk: {0}; bring your own walker state in `override`")]
+    VcpuState(StateError),
+    /// The vCPU is in no state to be asked this.
+    #[error("{0}")]
+    Precondition(String),
+    #[error(transparent)]
+    Lookup(#[from] LookupError),
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// The client's deadline has passed.
+    #[error("the deadline passed before there was an answer: allow more time, or ask for the latest state")]
+    Deadline,
+    /// More calls are being served than this daemon takes on.
+    #[error("too many calls at once: retry after a moment")]
+    Busy,
+    /// The daemon is draining.
+    #[error("the daemon is shutting down: retry once it is back")]
+    ShuttingDown,
+}
+
+impl Error {
+    pub(crate) fn invalid(field: &'static str, problem: impl Into<String>) -> Self {
+        Self::Invalid { field, problem: problem.into() }
+    }
+
+    pub(crate) fn unimplemented(field: &'static str, problem: impl Into<String>) -> Self {
+        Self::Unimplemented { field, problem: problem.into() }
+    }
+
+    /// Code and reason: the table.
+    fn code(&self) -> (Code, &'static str) {
+        use Code::{
+            DeadlineExceeded, FailedPrecondition, Internal, InvalidArgument, NotFound, ResourceExhausted,
+            Unavailable, Unimplemented,
+        };
+        match self {
+            Self::Invalid { .. } => (InvalidArgument, "INVALID_FIELD"),
+            Self::Unimplemented { .. } => (Unimplemented, "NOT_SERVED_YET"),
+            Self::RequestState(StateError::Unsupported(_))
+            | Self::VcpuState(StateError::Unsupported(_))
+            | Self::Vcpu(VcpuError::InvalidNested(StateError::Unsupported(_))) => {
+                (Unimplemented, "PAGING_MODE_NOT_SERVED")
+            }
+            Self::RequestState(_) | Self::Vcpu(VcpuError::InvalidNested(_)) => {
+                (InvalidArgument, "INVALID_WALKER_STATE")
+            }
+            Self::VcpuState(_) => (FailedPrecondition, "VCPU_HAS_NO_WALK"),
+            Self::Precondition(_) => (FailedPrecondition, "PRECONDITION"),
+            Self::Lookup(LookupError::Unnamed { .. }) => (InvalidArgument, "MACHINE_NOT_NAMED"),
+            Self::Lookup(LookupError::NoMachine { .. }) => (NotFound, "MACHINE_NOT_FOUND"),
+            Self::Lookup(LookupError::NoVcpu { .. }) => (NotFound, "VCPU_NOT_FOUND"),
+            Self::Vcpu(VcpuError::Timeout { .. }) => (DeadlineExceeded, "VCPU_UNRESPONSIVE"),
+            Self::Vcpu(VcpuError::Gone { .. }) => (Unavailable, "VCPU_GONE"),
+            Self::Vcpu(VcpuError::Stopped { .. }) => (FailedPrecondition, "VCPU_STOPPED"),
+            Self::Vcpu(VcpuError::Unsupported(_)) => (FailedPrecondition, "SOURCE_CANNOT"),
+            Self::Vcpu(VcpuError::NothingToWrite | VcpuError::InvalidRegisters(_)) => {
+                (InvalidArgument, "INVALID_REGISTERS")
+            }
+            Self::Vcpu(VcpuError::NotTaken { .. }) => (FailedPrecondition, "REGISTER_NOT_TAKEN"),
+            Self::Vcpu(VcpuError::Hypervisor(_)) => (Internal, "HYPERVISOR"),
+            Self::Deadline => (DeadlineExceeded, "DEADLINE"),
+            Self::Busy => (ResourceExhausted, "BUSY"),
+            Self::ShuttingDown => (Unavailable, "SHUTTING_DOWN"),
+        }
+    }
+}
+
+impl From<Error> for Status {
+    fn from(error: Error) -> Self {
+        let (code, reason) = error.code();
+        let message = error.to_string();
+        let mut details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::<String, String>::new());
+        if let Error::Invalid { field, problem } | Error::Unimplemented { field, problem } = &error {
+            details.add_bad_request_violation(*field, problem);
+        }
+        Self::with_error_details(code, message, details)
+    }
+}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from conftest import Daemon
 
 import pagewalk
 
+Landmarks = dict[str, int]
+
 FRAME = 0x000F_FFFF_FFFF_F000
-NON_CANONICAL = 0x8000_0000_0000_0000
 
 
 @pytest.fixture
@@ -20,8 +23,14 @@ def paused(client: pagewalk.Client) -> pagewalk.Machine:
     return machine
 
 
+@pytest.fixture
+def landmarks(paused: pagewalk.Machine) -> Landmarks:
+    """Give the addresses worth asking about, by name, of the stopped guest."""
+    return {mark.name: mark.address for mark in paused.landmarks}
+
+
 @pytest.fixture(autouse=True)
-def undisturbed(client: pagewalk.Client) -> object:
+def undisturbed(client: pagewalk.Client) -> Iterator[None]:
     """Leave the guest as it was found: running, and without a nested mode of ours."""
     yield
     if client.walker_state().nested.kind in ("walker_only", "real_vcpu"):
@@ -47,10 +56,57 @@ def test_every_landmark_is_answered(client: pagewalk.Client, paused: pagewalk.Ma
         for mark in paused.landmarks
     ]
     for mark, outcome in zip(paused.landmarks, outcomes):
+        assert len(outcome.steps) <= 4
         assert outcome.provenance.machine == paused.id
         assert outcome.explanation, mark
-        assert len(outcome.steps) <= 35
     assert {outcome.ok for outcome in outcomes} == {True, False}, "the demo shows pages and faults"
+
+
+READ_ONLY = 1 << 1
+USER_BIT = 1 << 2
+NX = 1 << 63
+
+REFUSALS: list[tuple[str, pagewalk.AccessKind, pagewalk.Privilege, int, int, int]] = [
+    # landmark, access, privilege, error code, level and bits of the entry responsible
+    ("not-present", "read", "supervisor", 0b0_0000, 1, 1),
+    ("read-only", "write", "supervisor", 0b0_0011, 1, READ_ONLY),
+    ("no-execute", "fetch", "supervisor", 0b1_0001, 1, NX),
+    ("reserved-bit", "read", "supervisor", 0b0_1001, 2, 1 << 13),
+    ("user-bit-lost", "read", "user", 0b0_0101, 4, USER_BIT),
+    ("supervisor-page", "write", "user", 0b0_0111, 1, USER_BIT),
+    ("read-only-table", "write", "user", 0b0_0111, 2, READ_ONLY),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "access", "privilege", "code", "level", "bits"), REFUSALS, ids=lambda value: str(value)
+)
+def test_refusals_name_the_entry_and_the_bits(
+    client: pagewalk.Client,
+    landmarks: Landmarks,
+    name: str,
+    access: pagewalk.AccessKind,
+    privilege: pagewalk.Privilege,
+    code: int,
+    level: int,
+    bits: int,
+) -> None:
+    met = client.translate(landmarks[name], access, privilege=privilege, trace=True)
+    assert not met.ok
+    assert (met.kind, met.error_code, met.level, met.bits) == ("page_fault", code, level, bits)
+    assert met.reason
+    (entry,) = (step.entry for step in met.steps if step.level == level)
+    assert met.entry == entry
+
+
+def test_what_lies_behind_a_page(client: pagewalk.Client, landmarks: Landmarks) -> None:
+    for name, backing in (("kernel-text", "ram"), ("rom", "read_only"), ("mmio", "none")):
+        met = client.translate(landmarks[name], privilege="supervisor")
+        assert met.ok, name
+        assert met.backing == backing, name
+    unbacked = client.translate(landmarks["unbacked-table"])
+    assert not unbacked.ok
+    assert unbacked.kind == "unbacked"
 
 
 def test_leaf_entry_gives_the_translation(client: pagewalk.Client, paused: pagewalk.Machine) -> None:
@@ -92,11 +148,11 @@ def test_own_cr3_is_the_same_address_space(client: pagewalk.Client, paused: page
             assert plain.gpa == overridden.gpa
 
 
-def test_non_canonical_addresses(client: pagewalk.Client) -> None:
-    plain = client.translate(NON_CANONICAL)
+def test_non_canonical_addresses(client: pagewalk.Client, landmarks: Landmarks) -> None:
+    plain = client.translate(landmarks["non-canonical"])
     assert not plain.ok
     assert (plain.kind, plain.level, plain.dimension) == ("general_protection", 0, "guest")
-    stack = client.translate(NON_CANONICAL, stack=True)
+    stack = client.translate(landmarks["non-canonical"], stack=True)
     assert not stack.ok
     assert stack.kind == "stack_fault"
 
@@ -139,30 +195,56 @@ def test_watch_starts_with_the_state_of_now(client: pagewalk.Client, paused: pag
     assert state.gva_walk == client.walker_state().gva_walk
 
 
-def test_watch_follows_a_change(client: pagewalk.Client, paused: pagewalk.Machine) -> None:
+def test_watch_follows_a_change(client: pagewalk.Client, landmarks: Landmarks) -> None:
     watch = client.watch(max_updates=2, timeout=10)
     first = next(watch)
-    client.set_nested(pagewalk.Npt(ncr3=0), walker_only=True)
+    client.set_nested(pagewalk.Npt(ncr3=landmarks["l2-ncr3"]), walker_only=True)
     second = next(watch)
     assert second.provenance.generation > first.provenance.generation
     assert (first.ngpa_walk is None, second.ngpa_walk is None) == (True, False)
     assert list(watch) == []
 
 
-def test_nested_mode_of_the_walker_alone(client: pagewalk.Client, paused: pagewalk.Machine) -> None:
-    """An nCR3 that points at nothing mapped: the walk is refused in the second dimension, and comes back after."""
-    mark = next(mark for mark in paused.landmarks if client.translate(mark.address, privilege="exempt").ok)
-    change = client.set_nested(pagewalk.Npt(ncr3=0), walker_only=True)
+def test_nested_mode_of_the_walker_alone(client: pagewalk.Client, landmarks: Landmarks) -> None:
+    before = client.translate(landmarks["kernel-text"], privilege="exempt")
+    change = client.set_nested(
+        pagewalk.Npt(ncr3=landmarks["l2-ncr3"]), l2=pagewalk.Registers(cr3=landmarks["l2-cr3"]), walker_only=True
+    )
     assert change.effect == "walker_only"
     assert change.reason
     assert change.state.nested.kind == "walker_only"
-    assert isinstance(change.state.nested.second_dimension, pagewalk.Npt)
-    refused = client.translate(mark.address, privilege="exempt", trace=True)
-    assert not refused.ok
-    assert refused.dimension == "nested"
-    assert refused.steps[0].dimension == "nested"
-    client.nested_off()
-    assert client.translate(mark.address, privilege="exempt").ok
+    second = change.state.nested.second_dimension
+    assert isinstance(second, pagewalk.Npt)
+    assert (second.ncr3, second.host_efer) == (landmarks["l2-ncr3"], 0x1D00)
+    assert change.state.ngpa_walk is not None
+    assert change.state.ngpa_walk.root == landmarks["l2-ncr3"]
+
+    code = client.translate(landmarks["l2-code"], "fetch", privilege="supervisor", trace=True)
+    assert code.ok
+    assert code.nested_gpa is not None
+    assert code.nested_gpa != code.gpa
+    assert len(code.steps) == 4 * (4 + 1) + 4
+    huge = client.translate(landmarks["l2-huge-2m"], privilege="supervisor")
+    assert huge.ok
+    assert (huge.page_size, huge.nested_page_size) == (2 << 20, 2 << 20)
+    # EXITINFO1: bit 32 for the final address, bit 33 for a table, which is accessed as a user write.
+    for name, access, exit_info_1 in (
+        ("l2-npt-hole", "read", 1 << 32 | 0b100),
+        ("l2-npt-read-only", "write", 1 << 32 | 0b111),
+        ("l2-table-hole", "read", 1 << 33 | 0b110),
+    ):
+        met = client.translate(landmarks[name], access, privilege="supervisor")  # type: ignore[arg-type]
+        assert not met.ok, name
+        assert (met.kind, met.dimension, met.exit_info_1) == ("nested_page_fault", "nested", exit_info_1), name
+    absent = client.translate(landmarks["l2-not-present"], privilege="supervisor")
+    assert not absent.ok
+    assert (absent.kind, absent.dimension, absent.error_code) == ("page_fault", "guest", 0)
+
+    assert client.nested_off().state.ngpa_walk is None
+    after = client.translate(landmarks["kernel-text"], privilege="exempt")
+    assert before.ok
+    assert after.ok
+    assert (after.gpa, after.nested_gpa) == (before.gpa, None)
 
 
 def test_pause_step_resume(client: pagewalk.Client) -> None:

@@ -62,6 +62,6 @@ for file in "${files[@]}"; do
 done
 cat <<END
 made in $dir, valid for $days days, server names: $sans
-  pagewalkd serve --tls-cert $dir/server.pem --tls-key $dir/server.key --client-ca $dir/ca.pem
-  pagewalk  --tls-ca $dir/ca.pem --tls-cert $dir/client.pem --tls-key $dir/client.key
+  pagewalkd serve --listen ADDRESS:50051 --tls-cert $dir/server.pem --tls-key $dir/server.key --client-ca $dir/ca.pem
+  pagewalk machines --addr NAME:50051 --tls-ca $dir/ca.pem --tls-cert $dir/client.pem --tls-key $dir/client.key
 END

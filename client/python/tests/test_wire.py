@@ -319,6 +319,12 @@ def test_server_certificate_is_no_client_certificate(certificates: Path, secure_
         client.daemon_version()
 
 
+def test_unix_sockets_speak_no_tls(certificates: Path) -> None:
+    tls = pagewalk.Tls(ca=certificates / "ca.pem", cert=certificates / "client.pem", key=certificates / "client.key")
+    with pytest.raises(ValueError, match="leave out tls"):
+        pagewalk.connect("unix:/run/x", tls=tls)
+
+
 def test_types_tell_the_outcomes_apart(local: pagewalk.Client, scripted: Scripted) -> None:
     """Checked by mypy: `ok` narrows the union."""
     scripted.answer = translation_pb2.TranslateResponse(translation=MAPPED)

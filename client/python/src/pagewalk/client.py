@@ -81,6 +81,8 @@ class Client:
         # The daemon is not behind the proxy that the environment may name for the web.
         options: list[tuple[str, str | int]] = [("grpc.enable_http_proxy", 0)]
         if target.startswith("unix:"):
+            if tls is not None:
+                raise ValueError(f"{target} is a Unix socket, on which daemons speak no TLS: leave out tls")
             # The default is the socket's path, which HTTP/2 servers refuse as an authority.
             options.append(("grpc.default_authority", "localhost"))
         if tls is None:

@@ -8,7 +8,7 @@ import selectors
 import subprocess
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
@@ -22,31 +22,33 @@ START_SECONDS = 30
 STOP_SECONDS = 15
 
 
-def missing(reason: str) -> None:
+def missing(reason: str) -> NoReturn:
     """Skip, or fail where the bed `python` is required."""
     if "python" in os.environ.get("PAGEWALK_REQUIRE", "").split(","):
         pytest.fail(f"the bed python is required: {reason}")
     pytest.skip(f"SKIPPED python: {reason}")
 
 
-def daemon_binary() -> Path | None:
-    """Find pagewalkd: PAGEWALKD, or the newest build."""
+def daemon_binary() -> Path:
+    """Find pagewalkd, PAGEWALKD or the newest build, or skip."""
     if named := os.environ.get("PAGEWALKD"):
         return Path(named)
     target = Path(os.environ.get("CARGO_TARGET_DIR", REPOSITORY / "target"))
     builds = [target / profile / "pagewalkd" for profile in ("release", "debug")]
-    return max((path for path in builds if path.exists()), key=lambda path: path.stat().st_mtime, default=None)
+    found = max((path for path in builds if path.exists()), key=lambda path: path.stat().st_mtime, default=None)
+    return found or missing("no pagewalkd: cargo build -p pagewalkd, or name one in PAGEWALKD")
 
 
 class Daemon:
     """A daemon of the demo machine, with a TCP port and a Unix socket."""
 
-    def __init__(self, binary: Path, directory: Path) -> None:
+    def __init__(self, directory: Path, *options: str | Path) -> None:
+        binary = daemon_binary()
         self.socket = directory / "pagewalk.sock"
         self.log = directory / "log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [binary, "serve", "--machine", "demo", "--listen", "127.0.0.1:0", "--uds", self.socket],
+                [binary, "serve", "--machine", "demo", "--listen", "127.0.0.1:0", "--uds", self.socket, *options],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -82,13 +84,10 @@ class Daemon:
 @pytest.fixture(scope="session")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """Start a daemon of our own."""
-    binary = daemon_binary()
-    if binary is None:
-        missing("no pagewalkd: cargo build -p pagewalkd, or name one in PAGEWALKD")
-    else:
-        started = Daemon(binary, tmp_path_factory.mktemp("daemon"))
-        yield started
-        started.stop()
+    started = Daemon(tmp_path_factory.mktemp("daemon"))
+    yield started
+    started.stop()
+    assert started.process.returncode == 0, started.log.read_text()
 
 
 @pytest.fixture(scope="session")
@@ -105,3 +104,12 @@ def client(target: str) -> Iterator[pagewalk.Client]:
     """Connect."""
     with pagewalk.connect(target) as connected:
         yield connected
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make lab certificates for this host."""
+    directory = tmp_path_factory.mktemp("certificates") / "lab"
+    script = REPOSITORY / "deploy/make-lab-certs.sh"
+    subprocess.run([script, directory, "localhost", "127.0.0.1"], check=True, stdout=subprocess.DEVNULL)
+    return directory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from conftest import Daemon
@@ -72,7 +73,7 @@ REFUSALS: list[tuple[str, pagewalk.AccessKind, pagewalk.Privilege, int, int, int
     ("read-only", "write", "supervisor", 0b0_0011, 1, READ_ONLY),
     ("no-execute", "fetch", "supervisor", 0b1_0001, 1, NX),
     ("reserved-bit", "read", "supervisor", 0b0_1001, 2, 1 << 13),
-    ("user-bit-lost", "read", "user", 0b0_0101, 4, USER_BIT),
+    ("user-bit-lost", "read", "user", 0b0_0101, 2, USER_BIT),
     ("supervisor-page", "write", "user", 0b0_0111, 1, USER_BIT),
     ("read-only-table", "write", "user", 0b0_0111, 2, READ_ONLY),
 ]
@@ -308,3 +309,23 @@ def test_impossible_registers_are_refused(client: pagewalk.Client) -> None:
 def test_unix_socket(daemon: Daemon) -> None:
     with pagewalk.connect(f"unix:{daemon.socket}") as client:
         assert client.machine().source == "demo"
+
+
+def test_mutual_tls(certificates: Path, tmp_path: Path) -> None:
+    def file(name: str) -> Path:
+        return certificates / name
+
+    options: list[str | Path]
+    options = ["--tls-cert", file("server.pem"), "--tls-key", file("server.key"), "--client-ca", file("ca.pem")]
+    daemon = Daemon(tmp_path, *options)
+    try:
+        tls = pagewalk.Tls(ca=file("ca.pem"), cert=file("client.pem"), key=file("client.key"))
+        with pagewalk.connect(daemon.target, tls=tls) as client:
+            assert client.machine().source == "demo"
+        with pagewalk.connect(daemon.target) as client, pytest.raises(pagewalk.ConnectError, match="TLS"):
+            client.machine()
+        stranger = pagewalk.Tls(ca=file("ca.pem"), cert=file("server.pem"), key=file("server.key"))
+        with pagewalk.connect(daemon.target, tls=stranger) as client, pytest.raises(pagewalk.ConnectError):
+            client.machine()
+    finally:
+        daemon.stop()

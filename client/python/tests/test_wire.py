@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -24,8 +22,7 @@ from pagewalk.v1.walker_pb2_grpc import WalkerServiceServicer, add_WalkerService
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-REPOSITORY = Path(__file__).resolve().parents[3]
+    from pathlib import Path
 
 
 class Scripted(TranslationServiceServicer, WalkerServiceServicer, MachineServiceServicer):
@@ -279,13 +276,6 @@ def test_missing_socket_says_what_to_do(tmp_path: Path) -> None:
     target = f"unix:{tmp_path}/none.sock"
     with pagewalk.connect(target, timeout=5) as client, pytest.raises(pagewalk.ConnectError, match="demo"):
         client.machines()
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("certificates") / "lab"
-    subprocess.run([REPOSITORY / "deploy/make-lab-certs.sh", directory, "localhost", "127.0.0.1"], check=True)
-    return directory
 
 
 @pytest.fixture

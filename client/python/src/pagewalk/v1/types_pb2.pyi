@@ -1141,7 +1141,9 @@ class Fault(google.protobuf.message.Message):
     address: builtins.int
     """The GVA asked for; what CR2 would hold for a page fault."""
     level: builtins.int
-    """Level of the entry that refused, 1 to 5; 0 where no entry did, as with a non-canonical address."""
+    """Level of the entry that refused, 1 to 5; of several that withhold a right, the one nearest to the leaf. 0 where no
+    entry did, as with a non-canonical address.
+    """
     dimension: Global___Dimension.ValueType
     """Which walk refused; DIMENSION_GUEST for a non-canonical address."""
     entry_gpa: builtins.int

@@ -121,6 +121,21 @@ async fn nested_mode_comes_and_goes_in_one_publication() {
     assert_eq!(again.generation, off.generation, "nothing changed");
 }
 
+#[tokio::test]
+async fn nested_mode_goes_even_where_no_walk_is_left() {
+    let (_machine, vcpu) = open("demo:plain");
+    vcpu.set_nested(demo_landmarks::overlay(), soon()).await.unwrap();
+    // PAE paging outside long mode: a state that CPUs accept and the walker does not know.
+    let pae = RegisterChanges { efer: Some(0), ..RegisterChanges::default() };
+    let under_npt = vcpu.set_registers(pae, soon()).await.unwrap();
+    assert!(matches!(under_npt.walker, Err(StateError::Unsupported(_))), "{:?}", under_npt.walker);
+    let off = vcpu.set_nested(NestedMode::Off, soon()).await.unwrap();
+    assert_eq!(off.nested, NestedMode::Off);
+    let refused = vcpu.set_nested(demo_landmarks::overlay(), soon()).await.unwrap_err();
+    assert!(matches!(refused, VcpuError::InvalidNested(StateError::Unsupported(_))), "{refused}");
+    assert_eq!(vcpu.latest().nested, NestedMode::Off);
+}
+
 #[test]
 fn machines_are_found_by_id() {
     let (a, _) = open("a=demo:plain");

@@ -20,6 +20,10 @@ fn main() -> ExitCode {
         ("steps_a_running_vcpu_and_leaves_it_paused", steps_a_running_vcpu_and_leaves_it_paused),
         ("writes_registers_whole_or_not_at_all", writes_registers_whole_or_not_at_all),
         ("kicks_a_spinning_guest_out", kicks_a_spinning_guest_out),
+        (
+            "a_guest_that_never_leaves_publishes_all_the_same",
+            a_guest_that_never_leaves_publishes_all_the_same,
+        ),
         ("many_syncs_share_exits", many_syncs_share_exits),
         ("a_guest_that_loops_on_ports_still_answers", a_guest_that_loops_on_ports_still_answers),
         ("a_triple_fault_is_a_state", a_triple_fault_is_a_state),
@@ -125,6 +129,8 @@ fn writes_registers_whole_or_not_at_all() -> Result<(), Failed> {
         assert_eq!(after.registers, changes.applied_to(&before.registers));
         assert_eq!(after.run_state, RunState::Running, "it runs on");
         assert_eq!(after.generation, before.generation + 1, "PAT is part of the walker's state");
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(vcpu.sync(soon()).await?.registers, after.registers, "running does not take it back");
 
         // Not valid for any CPU: refused with the register's name, and nothing else is written either.
         let invalid = RegisterChanges { r15: Some(1), cr4: Some(1 << 60), ..RegisterChanges::default() };
@@ -166,6 +172,26 @@ fn kicks_a_spinning_guest_out() -> Result<(), Failed> {
         assert!(slowest < Duration::from_secs(2), "{slowest:?}");
         Ok(())
     })
+}
+
+fn a_guest_that_never_leaves_publishes_all_the_same() -> Result<(), Failed> {
+    // out dx, al; inc rbx; jmp back to the out.
+    let ports = [0xee, 0x48, 0xff, 0xc3, 0xeb, 0xfa];
+    for (name, code) in [("never-leaves", COUNT), ("only-ports", &ports)] {
+        let (_machine, vcpu) = guest(name, code);
+        let (end, mut last, mut seen) = (soon(), 0, 0);
+        while seen < 5 {
+            assert!(Instant::now() < end, "{name}: {:?}", vcpu.latest());
+            let snapshot = vcpu.latest();
+            if snapshot.registers.rbx > last {
+                last = snapshot.registers.rbx;
+                seen += 1;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert_eq!(vcpu.latest().ticket, 0, "{name}: nobody asked");
+    }
+    Ok(())
 }
 
 fn many_syncs_share_exits() -> Result<(), Failed> {

@@ -25,21 +25,18 @@ const PLAIN_CPU: CpuProfile = CpuProfile { vendor: Vendor::Amd, maxphyaddr: 48, 
 
 /// Makes the demo machine: on KVM if that can be used and `plain` does not forbid it.
 pub(super) fn open(id: &str, plain: bool) -> Result<LocalSource, OpenError> {
-    let memory = Arc::new(GuestRam::allocate(&image::REGIONS)?);
     if plain {
-        return open_plain(id, memory, "demo:plain was asked for");
+        return open_plain(id, "demo:plain was asked for");
     }
-    match Vm::create(&memory) {
-        Ok(vm) => open_kvm(id, memory, vm),
-        Err(problem) => {
-            tracing::warn!(machine = %id, "the demo guest will not run: {problem}");
-            open_plain(id, memory, &problem.to_string())
-        }
-    }
+    open_kvm(id).or_else(|problem| {
+        tracing::warn!(machine = %id, "the demo guest will not run: {problem}");
+        open_plain(id, &problem.to_string())
+    })
 }
 
-fn open_kvm(id: &str, memory: Arc<GuestRam>, vm: Vm) -> Result<LocalSource, OpenError> {
-    let vm = Arc::new(vm);
+fn open_kvm(id: &str) -> Result<LocalSource, OpenError> {
+    let memory = Arc::new(GuestRam::allocate(&image::REGIONS)?);
+    let vm = Arc::new(Vm::create(&memory)?);
     let cpu = vm.cpu();
     image::write(&memory, &cpu)?;
     let vcpu = vm.start(id, 0, &entry())?;
@@ -54,7 +51,8 @@ fn open_kvm(id: &str, memory: Arc<GuestRam>, vm: Vm) -> Result<LocalSource, Open
     })
 }
 
-fn open_plain(id: &str, memory: Arc<GuestRam>, why: &str) -> Result<LocalSource, OpenError> {
+fn open_plain(id: &str, why: &str) -> Result<LocalSource, OpenError> {
+    let memory = Arc::new(GuestRam::allocate(&image::REGIONS)?);
     let cpu = PLAIN_CPU;
     image::write(&memory, &cpu)?;
     let reason = format!("nothing executes here, the demo guest is served from plain memory: {why}");

@@ -3,20 +3,28 @@
 //! A signal alone would be lost when it arrives just before KVM_RUN. Its handler therefore sets `immediate_exit` in the
 //! thread's own `kvm_run`, found through a thread-local pointer, and the next KVM_RUN returns at once. Kicks coalesce:
 //! while one is pending, others cost one atomic operation and send nothing.
+//!
+//! A timer sends the same signal to each vCPU's thread, [`REFRESH`] apart, so that a guest that never leaves by itself is
+//! looked at all the same. The signal is SIGRTMIN+4; its handler is installed for the whole process.
 #![allow(unsafe_code)] // Signals and the byte that KVM shares with us have no safe interface.
 
 use std::cell::Cell;
 use std::ffi::c_void;
+use std::io;
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread::{self, Thread};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::signal::{SIGRTMIN, SignalHandler, register_signal_handler, unblock_signal};
 
 use super::backend::ImmediateExit;
+
+/// How often a running guest is interrupted, if nothing else does.
+pub(super) const REFRESH: Duration = Duration::from_millis(100);
 
 thread_local! {
     /// The `immediate_exit` byte of the vCPU that this thread owns; null on all other threads. Constant-initialised and
@@ -83,18 +91,21 @@ impl Kicker {
     pub(super) fn enter(&self, immediate_exit: Option<ImmediateExit>) -> Result<OnThread<'_>, String> {
         install()?;
         unblock_signal(signal()).map_err(|e| format!("cannot unblock the kick signal: {e:?}"))?;
+        let timer = Timer::start().map_err(|e| format!("cannot start the refresh timer: {e}"))?;
+        // Last among what can fail: only the guard below takes the pointer back.
         IMMEDIATE_EXIT.set(immediate_exit.map_or(ptr::null_mut(), ImmediateExit::as_ptr));
         // SAFETY: has no preconditions.
         let pthread = unsafe { libc::pthread_self() };
         let target = Target { pthread, thread: thread::current() };
         *self.target.lock().unwrap_or_else(PoisonError::into_inner) = Some(target);
-        Ok(OnThread { kicker: self, not_send: PhantomData })
+        Ok(OnThread { kicker: self, _timer: timer, not_send: PhantomData })
     }
 }
 
 /// Held by the thread that kicks reach, and dropped by it before its backend.
 pub(super) struct OnThread<'a> {
     kicker: &'a Kicker,
+    _timer: Timer,
     not_send: PhantomData<*mut u8>,
 }
 
@@ -120,6 +131,40 @@ impl OnThread<'_> {
                 Some(left) => thread::park_timeout(left),
             }
         }
+    }
+}
+
+/// Sends the kick signal to the thread that started it, until it is dropped.
+struct Timer(libc::timer_t);
+
+impl Timer {
+    fn start() -> io::Result<Self> {
+        // SAFETY: all-zero bytes are a valid `sigevent`.
+        let mut event: libc::sigevent = unsafe { MaybeUninit::zeroed().assume_init() };
+        event.sigev_notify = libc::SIGEV_THREAD_ID;
+        event.sigev_signo = signal();
+        // SAFETY: has no preconditions.
+        event.sigev_notify_thread_id = unsafe { libc::gettid() };
+        let mut timer = ptr::null_mut();
+        // SAFETY: both pointers are to live values of the types that the call takes.
+        if unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &mut event, &mut timer) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let timer = Self(timer);
+        let interval = libc::timespec { tv_sec: 0, tv_nsec: REFRESH.subsec_nanos().into() };
+        let times = libc::itimerspec { it_interval: interval, it_value: interval };
+        // SAFETY: the timer exists, `times` is live, and the old times are not asked for.
+        if unsafe { libc::timer_settime(timer.0, 0, &times, ptr::null_mut()) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(timer)
+    }
+}
+
+impl Drop for Timer {
+    fn drop(&mut self) {
+        // SAFETY: the timer exists, and nobody uses it after this.
+        unsafe { libc::timer_delete(self.0) };
     }
 }
 

@@ -105,6 +105,8 @@ impl<K: Send + Sync + 'static> KvmBackend<K> {
     fn write(&mut self, groups: &Groups) -> Result<(), (&'static str, kvm_ioctls::Error)> {
         self.synced = false;
         self.vcpu.set_sregs(&groups.sregs).map_err(|e| ("KVM_SET_SREGS", e))?;
+        // Without an interrupt controller in the kernel, each KVM_RUN loads CR8 from here.
+        self.vcpu.get_kvm_run().cr8 = groups.sregs.cr8;
         self.vcpu.set_regs(&groups.regs).map_err(|e| ("KVM_SET_REGS", e))?;
         let einval = || kvm_ioctls::Error::new(libc::EINVAL);
         let msrs = pat_msr(groups.pat).map_err(|_| ("KVM_SET_MSRS", einval()))?;

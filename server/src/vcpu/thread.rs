@@ -2,8 +2,8 @@
 //!
 //! Each turn of its loop takes note of kicks, draws the highest ticket, carries out what was asked, publishes if there is
 //! something to tell, and then runs the guest, rests, or waits. A ticket is drawn before the registers are read, so that a
-//! snapshot answers every ticket up to its own. Port accesses are served inside the backend and publish nothing: a guest
-//! that loops on them must not keep readers busy.
+//! snapshot answers every ticket up to its own. Port accesses are served inside the backend and publish nothing, so that a
+//! guest that loops on them keeps nobody busy; such a guest, and one that never leaves at all, publishes by a timer.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::backend::{Backend, Exit};
 use super::command::{Action, Command, Reply, VcpuError};
-use super::kick::{Kicker, OnThread};
+use super::kick::{Kicker, OnThread, REFRESH};
 use super::registers::{RegisterChanges, Registers};
 use super::snapshot::{NestedMode, RunState, Snapshot};
 
@@ -75,18 +75,24 @@ pub(super) fn first_snapshot<B: Backend>(backend: &mut B, cpu: CpuProfile) -> Re
 impl<B: Backend> VcpuThread<B> {
     /// Runs until the handle says stop.
     pub(super) fn main(self) {
-        let Self { name, cpu, mut backend, shared, commands, served, generation } = self;
-        let on_thread = match shared.kicker.enter(backend.immediate_exit()) {
-            Ok(on_thread) => on_thread,
-            // Without kicks the vCPU could never be made to come out: better not to run it.
-            Err(problem) => {
-                tracing::error!(vcpu = %name, problem, "the vCPU's thread cannot start");
-                let first = Snapshot::clone(&shared.latest.load());
-                let run_state = RunState::InternalError;
-                shared.latest.store(Arc::new(Snapshot { run_state, run_state_reason: problem, ..first }));
-                return;
+        let (name, shared) = (self.name.clone(), Arc::clone(&self.shared));
+        match catch_unwind(AssertUnwindSafe(|| self.turn_until_stopped())) {
+            Ok(Ok(())) => {}
+            Ok(Err(problem)) => give_up(&name, &shared, problem),
+            Err(payload) => {
+                give_up(
+                    &name,
+                    &shared,
+                    format!("the vCPU's thread has panicked: {}", panic_message(&*payload)),
+                );
             }
-        };
+        }
+    }
+
+    fn turn_until_stopped(self) -> Result<(), String> {
+        let Self { name, cpu, mut backend, shared, commands, served, generation } = self;
+        // Without kicks the vCPU could never be made to come out: better not to run it.
+        let on_thread = shared.kicker.enter(backend.immediate_exit())?;
         let first = shared.latest.load_full();
         let mut driver = Driver {
             name,
@@ -104,7 +110,16 @@ impl<B: Backend> VcpuThread<B> {
         while !shared.stop.load(Ordering::Acquire) {
             driver.turn(&on_thread);
         }
+        Ok(())
     }
+}
+
+/// Leaves word that the thread ends without having been asked to.
+fn give_up(name: &str, shared: &Shared, problem: String) {
+    tracing::error!(vcpu = %name, problem, "the vCPU's thread ends");
+    let last = Snapshot::clone(&shared.latest.load());
+    let run_state = RunState::InternalError;
+    shared.latest.store(Arc::new(Snapshot { run_state, run_state_reason: problem, ..last }));
 }
 
 struct Driver<'a, B> {
@@ -138,7 +153,7 @@ impl<B: Backend> Driver<'_, B> {
         }
         match self.activity {
             Activity::Run if on_thread.pending() => {}
-            Activity::Run => self.run(ticket),
+            Activity::Run => self.run(ticket, on_thread),
             Activity::Rest { until } => {
                 on_thread.wait(Some(until));
                 if Instant::now() >= until {
@@ -150,10 +165,15 @@ impl<B: Backend> Driver<'_, B> {
         }
     }
 
-    fn run(&mut self, ticket: u64) {
+    fn run(&mut self, ticket: u64, on_thread: &OnThread<'_>) {
         let exit = self.guarded(Backend::run).unwrap_or_else(Exit::Failed);
-        // A kick alone changes nothing that is worth telling: whoever kicked is served by the next turn.
-        if exit != Exit::Kicked {
+        if exit == Exit::Kicked {
+            // Whoever kicked is served by the next turn. Where nobody did, the timer wants a look at a guest that runs on.
+            let stale = || self.shared.latest.load().taken.elapsed() >= REFRESH;
+            if !on_thread.pending() && stale() {
+                self.publish(ticket);
+            }
+        } else {
             self.after(exit);
             self.publish(ticket);
         }
@@ -222,9 +242,12 @@ impl<B: Backend> Driver<'_, B> {
                 }
             }
             Action::SetNested(mode) => {
-                // Against the registers of now: a running vCPU may have left those of the last snapshot behind.
-                let own = self.publish(ticket).registers.control();
-                mode.walker(own, &self.cpu).map_err(VcpuError::InvalidNested)?;
+                // One dimension is always to be had again, also where the vCPU's own registers select no walk.
+                if **mode != NestedMode::Off {
+                    // Against the registers of now: a running vCPU may have left those of the last snapshot behind.
+                    let own = self.publish(ticket).registers.control();
+                    mode.walker(own, &self.cpu).map_err(VcpuError::InvalidNested)?;
+                }
                 self.nested = **mode;
             }
         }

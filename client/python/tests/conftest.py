@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+LAB_CERTIFICATES = REPOSITORY / "deploy/make-lab-certs.sh"
 START_SECONDS = 30
 STOP_SECONDS = 15
 
@@ -110,6 +111,5 @@ def client(target: str) -> Iterator[pagewalk.Client]:
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make lab certificates for this host."""
     directory = tmp_path_factory.mktemp("certificates") / "lab"
-    script = REPOSITORY / "deploy/make-lab-certs.sh"
-    subprocess.run([script, directory, "localhost", "127.0.0.1"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([LAB_CERTIFICATES, directory, "localhost", "127.0.0.1"], check=True, stdout=subprocess.DEVNULL)
     return directory

@@ -175,6 +175,22 @@ def test_seen_fault_is_explained(client: pagewalk.Client, paused: pagewalk.Machi
     assert explained > 0
 
 
+def test_seen_nested_fault_is_explained(client: pagewalk.Client, landmarks: Landmarks) -> None:
+    client.set_nested(
+        pagewalk.Npt(ncr3=landmarks["l2-ncr3"]), l2=pagewalk.Registers(cr3=landmarks["l2-cr3"]), walker_only=True
+    )
+    met = client.translate(landmarks["l2-npt-read-only"], "write", privilege="supervisor")
+    assert not met.ok
+    assert met.exit_info_1 is not None
+    said = client.explain_nested_fault(met.exit_info_1, met.nested_gpa)
+    assert said.matches
+    assert not said.now.ok
+    assert (said.now.exit_info_1, said.now.entry, said.now.bits) == (met.exit_info_1, met.entry, READ_ONLY)
+    other = client.explain_nested_fault(met.exit_info_1 & ~1, met.nested_gpa)
+    assert other.would_fault_now
+    assert not other.matches
+
+
 def test_walker_state_fits_the_registers(client: pagewalk.Client, paused: pagewalk.Machine) -> None:
     state = client.walker_state()
     cr3 = client.registers().cr3

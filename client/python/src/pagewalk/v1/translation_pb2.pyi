@@ -43,8 +43,8 @@ class TranslateRequest(google.protobuf.message.Message):
     explain: builtins.bool
     """Fill `TranslateResponse.explanation`. Default: false."""
     validate: builtins.bool
-    """Read the entries again at the end of the walk, and report in `Provenance.torn` whether one has changed. Default:
-    false. Not served yet: UNIMPLEMENTED.
+    """Read the entries again at the end of the walk, and report in `Provenance.torn` whether one has changed, accessed and
+    dirty bits aside. Default: false.
     """
     @property
     def vcpu(self) -> pagewalk.v1.types_pb2.VcpuRef:
@@ -206,7 +206,7 @@ class ExplainFaultRequest(google.protobuf.message.Message):
 
     @property
     def nested_page_fault(self) -> Global___NestedPageFault:
-        """A nested page fault. Not served yet where this daemon says UNIMPLEMENTED."""
+        """A nested page fault."""
 
     @property
     def override(self) -> pagewalk.v1.types_pb2.WalkerOverride:

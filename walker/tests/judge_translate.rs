@@ -98,7 +98,7 @@ fn judge(bed: &Bed) -> Result<(), Failed> {
         ("refused: reserved, level", Some(4), 2_000),
         ("refused: reserved, level", Some(3), 2_000),
         ("refused: reserved, level", Some(2), 2_000),
-        ("refused: reserved, level", Some(1), 1_000),
+        ("refused: reserved, level", Some(1), 400),
         ("refused: table outside memory, level", Some(4), 1_000),
         ("refused: table outside memory, level", Some(3), 1_000),
         ("refused: table outside memory, level", Some(2), 1_000),

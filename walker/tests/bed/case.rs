@@ -138,13 +138,15 @@ impl Case {
             entry |= when(set, bit);
         }
         if self.noise {
-            // PWT, PCD, ignored bits 11:9 and 58:52, the protection key; PAT or G of a leaf.
+            // PWT, PCD, ignored bits 11:9 and 58:52, the protection key; PAT and G of a leaf, where G is ignored above it.
             entry |= rng.u64(..) & (0b11 << 3 | 0b111 << 9 | 0x7ff << 52);
-            match (level, large != 0) {
-                (3, _) => entry |= rng.u64(..) & (1 << 7 | 1 << 8),
-                (_, true) => entry |= rng.u64(..) & (1 << 8 | 1 << 12),
-                _ => {}
-            }
+            let more = match (level, large != 0) {
+                (3, _) => 1 << 7 | 1 << 8,
+                (_, true) => 1 << 8 | 1 << 12,
+                (0, _) if maker == Maker::Amd => 0,
+                _ => 1 << 8,
+            };
+            entry |= rng.u64(..) & more;
         }
         if state == State::Outside {
             let size = if large != 0 { 21 } else { 12 };

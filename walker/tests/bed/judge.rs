@@ -85,7 +85,9 @@ impl Judge {
     /// Prints the table and the last line. It fails on a disagreement, and on a class that had too few cases for its
     /// agreement to mean anything: `minima` names classes, summed over their details, or one detail alone.
     pub(crate) fn finish(self, minima: &[(&'static str, Option<u64>, u64)]) -> Result<(), Failed> {
-        println!("  {:<44} {:>10}", "class", "cases");
+        if !self.classes.is_empty() {
+            println!("  {:<44} {:>10}", "class", "cases");
+        }
         for ((class, detail), count) in &self.classes {
             println!("  {:<44} {count:>10}", label(class, Some(*detail)));
         }

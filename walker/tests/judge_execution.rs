@@ -43,11 +43,11 @@ use bed::ground::{
 use bed::judge::{Judge, cases, full, skipped};
 use bed::{
     ACCESSED, CR0_NE, CR0_PE, CR0_PG, CR0_WP, CR4_PAE, CR4_PKE, CR4_SMAP, CR4_SMEP, DIRTY, EFER_LMA,
-    EFER_LME, EFER_NXE, Machine, Maker, PAGE, PAGE_SIZE, Ram, walker_for, when,
+    EFER_LME, EFER_NXE, Machine, Maker, PAGE, PAGE_SIZE, Ram, Vcpu, when,
 };
 use fastrand::Rng;
 use kvm_bindings::kvm_sregs;
-use kvm_ioctls::{SyncReg, VcpuFd};
+use kvm_ioctls::SyncReg;
 use libtest_mimic::{Arguments, Failed, Trial};
 use pagewalk::{
     Access, AccessKind, AdPolicy, Backing, Fault, FaultKind, Gva, NoTrace, PageSize, Privilege, Reason,
@@ -63,36 +63,28 @@ fn main() {
     libtest_mimic::run(&arguments, trials).exit();
 }
 
-struct Profile {
-    vcpu: VcpuFd,
-    reset: kvm_sregs,
-    maker: Maker,
-    maxphyaddr: u8,
-}
-
 struct Bed {
     machine: Machine,
     copy: Ram,
     ground: Ground,
-    profiles: Vec<Profile>,
+    vcpus: Vec<Vcpu>,
 }
 
 impl Bed {
     fn new() -> Result<Bed, String> {
         let machine = Machine::new(RAM_BYTES)?;
-        let mut profiles = Vec::new();
+        let mut vcpus = Vec::new();
         for (id, (maker, maxphyaddr)) in
             [(Maker::Intel, machine.maxphyaddr()?), (Maker::Amd, 40)].into_iter().enumerate()
         {
             let mut vcpu = machine.vcpu(id as u64, maker, maxphyaddr)?;
-            let reset = vcpu.get_sregs().map_err(|error| format!("KVM_GET_SREGS: {error}"))?;
-            vcpu.set_sync_valid_reg(SyncReg::Register);
-            vcpu.set_sync_valid_reg(SyncReg::SystemRegister);
-            profiles.push(Profile { vcpu, reset, maker, maxphyaddr });
+            vcpu.fd.set_sync_valid_reg(SyncReg::Register);
+            vcpu.fd.set_sync_valid_reg(SyncReg::SystemRegister);
+            vcpus.push(vcpu);
         }
         let copy = Ram::new(RAM_BYTES);
         let ground = Ground::new(&machine, copy);
-        Ok(Bed { machine, copy, ground, profiles })
+        Ok(Bed { machine, copy, ground, vcpus })
     }
 }
 
@@ -104,17 +96,18 @@ fn judge(mut bed: Bed) -> Result<(), Failed> {
         for controls in Controls::all() {
             let mut odometer = Odometer::default();
             while !odometer.is_done() {
-                let profile = rng.usize(0..bed.profiles.len());
-                bed.root(&mut rng, Controls { profile, ..controls }, &mut judge, |_| odometer.next())?;
+                let vcpu = rng.usize(0..bed.vcpus.len());
+                bed.root(&mut rng, Controls { vcpu, ..controls }, &mut judge, |_| odometer.next())?;
             }
         }
     } else {
         let wanted = cases(200_000)?;
         while judge.cases() < wanted {
-            let controls = Controls::sample(&mut rng, bed.profiles.len());
+            let controls = Controls::sample(&mut rng, bed.vcpus.len());
             bed.root(&mut rng, controls, &mut judge, |rng| Some(Case::sample(rng)))?;
         }
     }
+    bed.clear(&mut judge)?;
     judge.finish(&minima())
 }
 
@@ -151,6 +144,13 @@ fn minima() -> Vec<(&'static str, Option<u64>, u64)> {
 }
 
 impl Bed {
+    fn clear(&mut self, judge: &mut Judge) -> Result<(), Failed> {
+        if let Some(gpa) = self.ground.clear(&self.machine)? {
+            judge.disagree(|| format!("memory at {gpa:#x} changed: it is no case's entry"));
+        }
+        Ok(())
+    }
+
     /// Runs cases under one root until it is full or there are no more.
     fn root(
         &mut self,
@@ -159,11 +159,9 @@ impl Bed {
         judge: &mut Judge,
         mut next: impl FnMut(&mut Rng) -> Option<Case>,
     ) -> Result<(), Failed> {
-        if let Some(gpa) = self.ground.clear(&self.machine)? {
-            judge.disagree(|| format!("memory at {gpa:#x} changed: it is no case's entry"));
-        }
-        let profile = &self.profiles[controls.profile];
-        let mut sregs = profile.reset;
+        self.clear(judge)?;
+        let vcpu = &self.vcpus[controls.vcpu];
+        let mut sregs = vcpu.reset;
         sregs.cr0 = CR0_PE | CR0_NE | CR0_PG | when(controls.wp, CR0_WP);
         sregs.cr3 = self.ground.cr3();
         sregs.cr4 = CR4_PAE
@@ -171,7 +169,7 @@ impl Bed {
             | when(controls.smap, CR4_SMAP)
             | when(controls.pke, CR4_PKE);
         sregs.efer = EFER_LME | EFER_LMA | when(controls.nxe, EFER_NXE);
-        let walker = walker_for(&sregs, profile.maker, profile.maxphyaddr, self.machine.gib_pages())?;
+        let walker = vcpu.walker(&sregs)?;
         for _ in 0..CASES_PER_ROOT {
             let Some(case) = next(rng) else { break };
             self.case(rng, controls, &case, sregs, &walker, judge);
@@ -189,7 +187,7 @@ impl Bed {
         judge: &mut Judge,
     ) {
         let plot = self.ground.plot().expect("a root has room for CASES_PER_ROOT cases");
-        let profile = &mut self.profiles[controls.profile];
+        let vcpu = &mut self.vcpus[controls.vcpu];
         // A descriptor lies where the GDT goes on, everything else anywhere; a fetch needs two bytes of its page.
         let mut gva = plot.base;
         if case.act.is_implicit() {
@@ -211,7 +209,7 @@ impl Bed {
                 (true, false) => FRAMES + rng.u64(0..FRAME_COUNT) * PAGE,
                 (true, true) => LARGE_FRAME | PAGE_SIZE,
             };
-            before[level] = case.entry(rng, level, frame, profile.maker, profile.maxphyaddr);
+            before[level] = case.entry(rng, level, frame, vcpu.maker, vcpu.maxphyaddr);
             self.ground.set_entry(at[level], before[level]);
         }
         if case.non_canonical {
@@ -234,7 +232,7 @@ impl Bed {
             prepare(ram, gpa, &play, loaded);
         }
         self.ground.dress(&mut sregs, &play);
-        let (outcome, brought) = self.ground.run(&mut profile.vcpu, &sregs, &play);
+        let (outcome, brought) = self.ground.run(&mut vcpu.fd, &sregs, &play);
 
         judge.case();
         let place = match (outcome, prop) {
@@ -446,14 +444,14 @@ fn mapped_by(act: Act) -> &'static str {
 /// Says whether protection keys could be judged here.
 fn report_protection_keys(bed: &mut Bed) -> Result<(), Failed> {
     bed.ground.clear(&bed.machine)?;
-    let profile = &mut bed.profiles[0];
-    let mut sregs = profile.reset;
+    let vcpu = &mut bed.vcpus[0];
+    let mut sregs = vcpu.reset;
     sregs.cr0 = CR0_PE | CR0_NE | CR0_PG;
     sregs.cr4 = CR4_PAE | CR4_PKE;
     sregs.efer = EFER_LME | EFER_LMA;
     let play = Play { act: Act::ReadKeys, cpl: 0, ac: false, gva: 0, byte: 0 };
     bed.ground.dress(&mut sregs, &play);
-    let (outcome, _) = bed.ground.run(&mut profile.vcpu, &sregs, &play);
+    let (outcome, _) = bed.ground.run(&mut vcpu.fd, &sregs, &play);
     println!("  PKRU is not judged, only CR4.PKE with PKRU 0: RDPKRU under CR4.PKE gives {outcome:?}");
     Ok(())
 }

@@ -24,11 +24,10 @@ mod bed;
 use bed::judge::{Judge, cases, skipped};
 use bed::{
     ACCESSED, CR0_WP, CR4_PKE, CR4_SMAP, CR4_SMEP, DIRTY, EFER_NXE, Machine, Maker, NO_EXECUTE, PAGE,
-    PAGE_SIZE, PRESENT, RFLAGS_AC, RFLAGS_FIXED, Ram, USER, WRITE, long_mode, walker_for, when,
+    PAGE_SIZE, PRESENT, RFLAGS_AC, RFLAGS_FIXED, Ram, USER, Vcpu, WRITE, long_mode, when,
 };
 use fastrand::Rng;
 use kvm_bindings::{kvm_regs, kvm_sregs};
-use kvm_ioctls::VcpuFd;
 use libtest_mimic::{Arguments, Failed, Trial};
 use pagewalk::{
     Access, AccessKind, AdPolicy, Backing, FaultKind, Gva, NoTrace, PageSize, Privilege, Reason, Translation,
@@ -50,16 +49,9 @@ fn main() {
     libtest_mimic::run(&arguments, trials).exit();
 }
 
-struct Profile {
-    vcpu: VcpuFd,
-    reset: kvm_sregs,
-    maker: Maker,
-    maxphyaddr: u8,
-}
-
 struct Bed {
     machine: Machine,
-    profiles: Vec<Profile>,
+    vcpus: Vec<Vcpu>,
 }
 
 impl Bed {
@@ -67,13 +59,11 @@ impl Bed {
         let machine = Machine::new(RAM_PAGES * PAGE)?;
         let widest = machine.maxphyaddr()?;
         let wanted = [(Maker::Intel, widest), (Maker::Amd, widest), (Maker::Intel, 40), (Maker::Amd, 36)];
-        let mut profiles = Vec::new();
+        let mut vcpus = Vec::new();
         for (id, (maker, maxphyaddr)) in wanted.into_iter().enumerate() {
-            let vcpu = machine.vcpu(id as u64, maker, maxphyaddr)?;
-            let reset = vcpu.get_sregs().map_err(|error| format!("KVM_GET_SREGS: {error}"))?;
-            profiles.push(Profile { vcpu, reset, maker, maxphyaddr });
+            vcpus.push(machine.vcpu(id as u64, maker, maxphyaddr)?);
         }
-        Ok(Bed { machine, profiles })
+        Ok(Bed { machine, vcpus })
     }
 }
 
@@ -83,9 +73,9 @@ fn judge(bed: &Bed) -> Result<(), Failed> {
     let wanted = cases(250_000)?;
     let copy = Ram::new(bed.machine.ram.bytes());
     while judge.cases() < wanted {
-        let profile = rng.choice(&bed.profiles).unwrap();
-        let soup = Soup::cook(&mut rng, bed.machine.ram, profile.maxphyaddr, bed.machine.gib_pages());
-        soup.serve(&mut rng, bed, profile, copy, &mut judge)?;
+        let vcpu = rng.choice(&bed.vcpus).unwrap();
+        let soup = Soup::cook(&mut rng, bed.machine.ram, vcpu.maxphyaddr, vcpu.gib_pages);
+        soup.serve(&mut rng, bed, vcpu, copy, &mut judge)?;
     }
     judge.finish(&[
         ("mapped 4 KiB", None, 20_000),
@@ -140,12 +130,12 @@ impl Soup {
         &self,
         rng: &mut Rng,
         bed: &Bed,
-        profile: &Profile,
+        vcpu: &Vcpu,
         copy: Ram,
         judge: &mut Judge,
     ) -> Result<(), Failed> {
         let ram = bed.machine.ram;
-        let mut sregs = profile.reset;
+        let mut sregs = vcpu.reset;
         // CR3's low bits select cacheability, not a root.
         long_mode(&mut sregs, self.root | rng.u64(0..4) << 3);
         sregs.cr0 &= !when(rng.bool(), CR0_WP);
@@ -153,8 +143,8 @@ impl Soup {
         sregs.cr4 |= when(rng.bool(), CR4_SMEP);
         sregs.cr4 |= when(rng.u32(0..3) == 0, CR4_SMAP);
         sregs.cr4 |= when(rng.bool(), CR4_PKE);
-        profile.vcpu.set_sregs(&sregs)?;
-        let walker = walker_for(&sregs, profile.maker, profile.maxphyaddr, bed.machine.gib_pages())?;
+        vcpu.fd.set_sregs(&sregs)?;
+        let walker = vcpu.walker(&sregs)?;
         copy.copy_from(ram);
 
         let mut ac = false;
@@ -162,11 +152,11 @@ impl Soup {
             if number % (ADDRESSES / 2) == 0 {
                 ac = rng.bool();
                 let rflags = RFLAGS_FIXED | when(ac, RFLAGS_AC);
-                profile.vcpu.set_regs(&kvm_regs { rflags, ..kvm_regs::default() })?;
+                vcpu.fd.set_regs(&kvm_regs { rflags, ..kvm_regs::default() })?;
             }
             let gva = address(rng);
             judge.case();
-            let tr = profile.vcpu.translate_gva(gva)?;
+            let tr = vcpu.fd.translate_gva(gva)?;
             let kernel = (tr.valid != 0).then_some(tr.physical_address);
             let ours = ask(&walker, copy, gva, ac, judge);
             if ours.map(|page| page.gpa.0) != kernel {
@@ -175,7 +165,7 @@ impl Soup {
                     let kernel = kernel.map_or("invalid".to_owned(), |gpa| format!("{gpa:#x}"));
                     format!(
                         "translation: walker {ours}, kernel {kernel}\n{}",
-                        self.describe(copy, gva, ac, &sregs, profile)
+                        self.describe(copy, gva, ac, &sregs, vcpu)
                     )
                 });
             }
@@ -184,7 +174,7 @@ impl Soup {
                     let (ours, kernel) = (copy.read(*gpa), ram.read(*gpa));
                     format!(
                         "entry at {gpa:#x}: walker left {ours:#x}, kernel {kernel:#x}\n{}",
-                        self.describe(copy, gva, ac, &sregs, profile)
+                        self.describe(copy, gva, ac, &sregs, vcpu)
                     )
                 });
                 copy.copy_from(ram);
@@ -196,10 +186,10 @@ impl Soup {
         Ok(())
     }
 
-    fn describe(&self, copy: Ram, gva: u64, ac: bool, sregs: &kvm_sregs, profile: &Profile) -> String {
+    fn describe(&self, copy: Ram, gva: u64, ac: bool, sregs: &kvm_sregs, vcpu: &Vcpu) -> String {
         let mut text = format!(
             "  {:?} MAXPHYADDR {} CR0 {:#x} CR3 {:#x} CR4 {:#x} EFER {:#x} AC {ac} GVA {gva:#x}",
-            profile.maker, profile.maxphyaddr, sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer
+            vcpu.maker, vcpu.maxphyaddr, sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer
         );
         let mut table = self.root;
         for level in (1..=4).rev() {

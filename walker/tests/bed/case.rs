@@ -8,7 +8,7 @@ use super::{ACCESSED, DIRTY, Maker, NO_EXECUTE, PAGE_SIZE, PRESENT, USER, WRITE,
 /// The registers that all cases under one root share.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Controls {
-    pub(crate) profile: usize,
+    pub(crate) vcpu: usize,
     pub(crate) wp: bool,
     pub(crate) nxe: bool,
     pub(crate) smep: bool,
@@ -49,9 +49,9 @@ pub(crate) struct Case {
 }
 
 impl Controls {
-    pub(crate) fn sample(rng: &mut Rng, profiles: usize) -> Controls {
+    pub(crate) fn sample(rng: &mut Rng, vcpus: usize) -> Controls {
         Controls {
-            profile: rng.usize(0..profiles),
+            vcpu: rng.usize(0..vcpus),
             wp: rng.bool(),
             nxe: rng.u32(0..4) != 0,
             smep: rng.bool(),
@@ -63,7 +63,7 @@ impl Controls {
     /// Every combination of WP, NXE, SMEP and SMAP.
     pub(crate) fn all() -> impl Iterator<Item = Controls> {
         (0..16).map(|bits| Controls {
-            profile: 0,
+            vcpu: 0,
             wp: bits & 1 != 0,
             nxe: bits & 2 != 0,
             smep: bits & 4 != 0,

@@ -119,6 +119,30 @@ pub(crate) enum Maker {
     Amd,
 }
 
+/// A vCPU, and what its CPUID says of its page tables.
+pub(crate) struct Vcpu {
+    pub(crate) fd: VcpuFd,
+    /// The system registers as they came out of reset.
+    pub(crate) reset: kvm_sregs,
+    pub(crate) maker: Maker,
+    pub(crate) maxphyaddr: u8,
+    pub(crate) gib_pages: bool,
+}
+
+impl Vcpu {
+    /// The walker for this vCPU while it holds `sregs`.
+    pub(crate) fn walker(&self, sregs: &kvm_sregs) -> Result<Walker, StateError> {
+        let vendor = match self.maker {
+            Maker::Intel => Vendor::Intel,
+            Maker::Amd => Vendor::Amd,
+        };
+        let (cr0, cr3, cr4, efer) = (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer);
+        let registers = ControlRegisters { cr0, cr3, cr4, efer, ..ControlRegisters::default() };
+        let cpu = CpuProfile { vendor, maxphyaddr: self.maxphyaddr, gib_pages: self.gib_pages };
+        Ok(Walker::new(PageWalk::new(&registers, &cpu)?))
+    }
+}
+
 pub(crate) struct Machine {
     supported: CpuId,
     vm: VmFd,
@@ -165,12 +189,14 @@ impl Machine {
         self.set_slot(self.ram.bytes())
     }
 
-    pub(crate) fn vcpu(&self, id: u64, maker: Maker, maxphyaddr: u8) -> Result<VcpuFd, String> {
-        let vcpu = self.vm.create_vcpu(id).map_err(|error| format!("KVM_CREATE_VCPU: {error}"))?;
+    /// A vCPU of this make; `id` is its own.
+    pub(crate) fn vcpu(&self, id: u64, maker: Maker, maxphyaddr: u8) -> Result<Vcpu, String> {
+        let fd = self.vm.create_vcpu(id).map_err(|error| format!("KVM_CREATE_VCPU: {error}"))?;
         let mut cpuid = self.supported.clone();
         claim(&mut cpuid, maker, maxphyaddr);
-        vcpu.set_cpuid2(&cpuid).map_err(|error| format!("KVM_SET_CPUID2: {error}"))?;
-        Ok(vcpu)
+        fd.set_cpuid2(&cpuid).map_err(|error| format!("KVM_SET_CPUID2: {error}"))?;
+        let reset = fd.get_sregs().map_err(|error| format!("KVM_GET_SREGS: {error}"))?;
+        Ok(Vcpu { fd, reset, maker, maxphyaddr, gib_pages: self.gib_pages() })
     }
 
     fn leaf(&self, function: u32) -> Result<&kvm_cpuid_entry2, String> {
@@ -182,8 +208,7 @@ impl Machine {
         Ok(self.leaf(0x8000_0008)?.eax as u8)
     }
 
-    /// Whether the vCPUs have 1 GiB pages.
-    pub(crate) fn gib_pages(&self) -> bool {
+    fn gib_pages(&self) -> bool {
         self.leaf(0x8000_0001).is_ok_and(|leaf| leaf.edx >> 26 & 1 != 0)
     }
 }
@@ -247,20 +272,4 @@ pub(crate) fn long_mode(sregs: &mut kvm_sregs, cr3: u64) {
 
 pub(crate) fn table_register(base: u64, limit: u16) -> kvm_dtable {
     kvm_dtable { base, limit, ..kvm_dtable::default() }
-}
-
-/// The walker for a vCPU that holds `sregs`.
-pub(crate) fn walker_for(
-    sregs: &kvm_sregs,
-    maker: Maker,
-    maxphyaddr: u8,
-    gib_pages: bool,
-) -> Result<Walker, StateError> {
-    let vendor = match maker {
-        Maker::Intel => Vendor::Intel,
-        Maker::Amd => Vendor::Amd,
-    };
-    let (cr0, cr3, cr4, efer) = (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer);
-    let registers = ControlRegisters { cr0, cr3, cr4, efer, ..ControlRegisters::default() };
-    Ok(Walker::new(PageWalk::new(&registers, &CpuProfile { vendor, maxphyaddr, gib_pages })?))
 }

@@ -3,7 +3,7 @@
 use super::check::Report;
 use crate::{
     Code, Endpoint, Error,
-    cli::connection::ConnectionArgs,
+    cli::{connection::ConnectionArgs, render},
     v1::{ListMachinesRequest, ListMachinesResponse},
 };
 
@@ -81,8 +81,11 @@ fn serves(report: &mut Report, answer: &ListMachinesResponse) {
         report.ok(
             "machine",
             format!(
-                "{}, source {}, {} vCPUs: {}",
-                machine.id, machine.source, machine.vcpus, machine.description
+                "{}, source {}, {}: {}",
+                machine.id,
+                machine.source,
+                render::machine::vcpus(machine.vcpus),
+                machine.description
             ),
         );
     }

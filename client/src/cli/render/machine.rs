@@ -19,11 +19,10 @@ pub(in crate::cli) fn one(answer: &GetMachineResponse) -> String {
 
 fn machine(machine: &Machine) -> String {
     let mut parts = vec![format!(
-        "{}  source {}, {} vCPU{}, {} of memory, MAXPHYADDR {}",
+        "{}  source {}, {}, {} of memory, MAXPHYADDR {}",
         paint::heading(paint::plain(&machine.id)),
         paint::plain(&machine.source),
-        machine.vcpus,
-        if machine.vcpus == 1 { "" } else { "s" },
+        vcpus(machine.vcpus),
         size(machine.memory_bytes),
         machine.maxphyaddr,
     )];
@@ -64,6 +63,11 @@ fn machine(machine: &Machine) -> String {
     }
     parts.push(landmarks.render());
     parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("\n")
+}
+
+/// `1 vCPU`, `2 vCPUs`.
+pub(in crate::cli) fn vcpus(count: u32) -> String {
+    format!("{count} vCPU{}", if count == 1 { "" } else { "s" })
 }
 
 /// Bytes in the largest unit that divides them.

@@ -24,17 +24,16 @@ pub(super) fn examine(report: &mut Report) {
         Ok(kvm) => kvm,
         Err(error) => return refused(report, error.errno()),
     };
-    report.ok(DEVICE, "there, and this user may use it");
-    match u32::try_from(kvm.get_api_version()) {
-        Ok(KVM_API_VERSION) => report.ok("KVM API", format!("version {KVM_API_VERSION}")),
-        other => {
-            return report.fail(
-                "KVM API",
-                format!("version {other:?}, not {KVM_API_VERSION}"),
-                format!("update the kernel; {WITHOUT}"),
-            );
-        }
+    report.ok(DEVICE, "there, and this user may open it");
+    let version = kvm.get_api_version();
+    if u32::try_from(version) != Ok(KVM_API_VERSION) {
+        return report.fail(
+            "KVM API",
+            format!("version {version}, not {KVM_API_VERSION}"),
+            format!("see what {DEVICE} is, and update the kernel; {WITHOUT}"),
+        );
     }
+    report.ok("KVM API", format!("version {version}"));
     match kvm.create_vm() {
         Ok(_vm) => report.ok("KVM VM", "one can be created"),
         Err(error) => report.fail(

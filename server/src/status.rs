@@ -13,7 +13,7 @@ use crate::machine::LookupError;
 use crate::vcpu::VcpuError;
 
 /// Domain of every `ErrorInfo`.
-const DOMAIN: &str = "pagewalk.v1";
+const DOMAIN: &str = "pagewalk";
 
 /// Why a request could not be answered.
 #[derive(Debug, thiserror::Error)]
@@ -95,13 +95,24 @@ impl Error {
     }
 }
 
+/// Longest message. It may quote the client, travels in a header, and a header that is too long ends the connection.
+const MESSAGE_MAX: usize = 800;
+
+fn bounded(mut message: String) -> String {
+    if message.len() > MESSAGE_MAX {
+        message.truncate(message.floor_char_boundary(MESSAGE_MAX));
+        message.push_str("...");
+    }
+    message
+}
+
 impl From<Error> for Status {
     fn from(error: Error) -> Self {
         let (code, reason) = error.code();
-        let message = error.to_string();
+        let message = bounded(error.to_string());
         let mut details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::<String, String>::new());
         if let Error::Invalid { field, problem } | Error::Unimplemented { field, problem } = &error {
-            details.add_bad_request_violation(*field, problem);
+            details.add_bad_request_violation(*field, bounded(problem.clone()));
         }
         Self::with_error_details(code, message, details)
     }

@@ -1,10 +1,12 @@
 //! A bound on the calls in flight over all connections. What comes on top is refused at once.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use http::{Request, Response};
-use tokio::sync::Semaphore;
+use http_body::{Frame, SizeHint};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::Status;
 use tonic::body::Body;
 use tower::{Layer, Service};
@@ -55,10 +57,32 @@ where
             return Box::pin(async { Ok(Status::from(Error::Busy).into_http()) });
         };
         let answer = self.inner.call(request);
-        Box::pin(async move {
-            let answer = answer.await;
-            drop(place);
-            answer
-        })
+        Box::pin(async move { Ok(answer.await?.map(|body| Body::new(Held { body, _place: place }))) })
+    }
+}
+
+/// The body of an answer, whose call is in flight until it has been sent: a stream counts as long as it is open.
+struct Held {
+    body: Body,
+    _place: OwnedSemaphorePermit,
+}
+
+impl http_body::Body for Held {
+    type Data = <Body as http_body::Body>::Data;
+    type Error = <Body as http_body::Body>::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }

@@ -46,6 +46,18 @@ pub(crate) fn registers(registers: &Registers) -> v1::Registers {
     }
 }
 
+/// CR4 as a client may set it: supervisor protection keys are refused rather than ignored.
+pub(crate) fn cr4(cr4: Option<u64>, field: &'static str) -> Result<Option<u64>, Error> {
+    const PKS: u64 = 1 << 24;
+    match cr4 {
+        Some(cr4) if cr4 & PKS != 0 => Err(Error::unimplemented(
+            field,
+            "CR4.PKS is set, and supervisor protection keys are not served yet",
+        )),
+        _ => Ok(cr4),
+    }
+}
+
 /// What `SetRegisters` may write. The rest can only be read.
 pub(crate) fn changes(request: Option<v1::Registers>) -> Result<RegisterChanges, Error> {
     let r = request.ok_or_else(|| Error::invalid("registers", "required: the registers to write"))?;
@@ -65,7 +77,7 @@ pub(crate) fn changes(request: Option<v1::Registers>) -> Result<RegisterChanges,
         cr0: r.cr0,
         cr2: r.cr2,
         cr3: r.cr3,
-        cr4: r.cr4,
+        cr4: cr4(r.cr4, "registers.cr4")?,
         cr8: r.cr8,
         efer: r.efer,
         pat: r.pat,
@@ -104,5 +116,5 @@ pub(crate) fn l2(request: Option<v1::Registers>) -> Result<L2Registers, Error> {
             "only cr0, cr3, cr4, efer and pat are used while nested mode is switched in the walkers alone",
         ));
     }
-    Ok(L2Registers { cr0: r.cr0, cr3: r.cr3, cr4: r.cr4, efer: r.efer, pat: r.pat })
+    Ok(L2Registers { cr0: r.cr0, cr3: r.cr3, cr4: cr4(r.cr4, "l2.cr4")?, efer: r.efer, pat: r.pat })
 }

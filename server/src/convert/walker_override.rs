@@ -16,7 +16,7 @@ pub(crate) fn walker(request: &v1::WalkerOverride, snapshot: &Snapshot) -> Resul
     let mut registers = snapshot.nested.gva_control(snapshot.registers.control());
     registers.cr0 = request.cr0.unwrap_or(registers.cr0);
     registers.cr3 = request.cr3.unwrap_or(registers.cr3);
-    registers.cr4 = request.cr4.unwrap_or(registers.cr4);
+    registers.cr4 = super::registers::cr4(request.cr4, "override.cr4")?.unwrap_or(registers.cr4);
     registers.pat = request.pat.unwrap_or(registers.pat);
     registers.efer = match (request.efer, request.cr0) {
         (Some(efer), _) => efer,
@@ -57,10 +57,10 @@ pub(crate) fn walker(request: &v1::WalkerOverride, snapshot: &Snapshot) -> Resul
 
 fn cpu(request: &v1::WalkerOverride, own: &CpuProfile) -> Result<CpuProfile, Error> {
     let vendor = match request.vendor.map(v1::Vendor::try_from) {
-        None => own.vendor,
+        None | Some(Ok(v1::Vendor::Unspecified)) => own.vendor,
         Some(Ok(v1::Vendor::Intel)) => Vendor::Intel,
         Some(Ok(v1::Vendor::Amd)) => Vendor::Amd,
-        Some(Ok(v1::Vendor::Unspecified) | Err(_)) => {
+        Some(Err(_)) => {
             return Err(Error::invalid("override.vendor", "VENDOR_INTEL or VENDOR_AMD, or leave it out"));
         }
     };

@@ -74,7 +74,7 @@ fn page_fault(
 ) -> Result<Again, Error> {
     let code = seen.error_code;
     let gva = convert::address::parse(seen.cr2, "page_fault.cr2")?;
-    check_width(walker, gva)?;
+    check_width(walker, gva, "page_fault.cr2")?;
     let access = access(code, snapshot)?;
     let mut trace = Trace::new();
     let memory = target.machine.source().memory();
@@ -110,11 +110,18 @@ fn nested_page_fault(target: &Target, walker: &Walker, seen: v1::NestedPageFault
         _ => return refuse("exactly one of bits 32 (final address) and 33 (guest table) is set"),
     };
     let has = |bit: u32| info & u64::from(bit) != 0;
+    let known = PFEC_PRESENT | PFEC_WRITE | PFEC_USER | PFEC_RESERVED | PFEC_FETCH;
+    if info & !(EXIT_INFO_1_FINAL | EXIT_INFO_1_TABLE | u64::from(known)) != 0 {
+        return refuse("only bits 4 to 0, 32 and 33 are known here");
+    }
     if !has(PFEC_USER) {
         return refuse("U/S is always set: every access under NPT is a user access");
     }
     if has(PFEC_WRITE) && has(PFEC_FETCH) {
         return refuse("no access is both a write (W/R) and a fetch (I/D)");
+    }
+    if has(PFEC_RESERVED) && !has(PFEC_PRESENT) {
+        return refuse("RSVD comes with P: only a present entry has reserved bits");
     }
     let kind = match (phase, has(PFEC_WRITE), has(PFEC_FETCH)) {
         (NestedPhase::Table, ..) | (_, true, _) => AccessKind::Write,

@@ -32,7 +32,7 @@ impl TranslationService for Daemon {
         let access = convert::access::access(request.access, &snapshot.registers)?;
         let policy = ad_policy(request.ad_policy)?;
         let walker = walker(request.r#override.as_ref(), &snapshot)?;
-        check_width(&walker, gva)?;
+        check_width(&walker, gva, "address")?;
 
         let memory = target.machine.source().memory();
         let mut trace = Trace::new();
@@ -91,10 +91,10 @@ pub(super) fn walker(
     }
 }
 
-pub(super) fn check_width(walker: &Walker, gva: u64) -> Result<(), Error> {
+pub(super) fn check_width(walker: &Walker, gva: u64, field: &'static str) -> Result<(), Error> {
     match walker.gva_walk().format().mode() {
         PagingMode::None if u32::try_from(gva).is_err() => Err(Error::invalid(
-            "address",
+            field,
             format!("{gva:#x} does not fit the 32 bits of a linear address without paging"),
         )),
         _ => Ok(()),

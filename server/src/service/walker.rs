@@ -105,6 +105,9 @@ impl WalkerService for Daemon {
         let request = request.into_inner();
         let target = self.target(request.vcpu)?;
         let pace = interval(request.min_interval)?;
+        if request.max_updates == Some(0) {
+            return Err(Error::invalid("max_updates", "from 1, or leave it out for no end").into());
+        }
         // One place: a reader who is slow finds the newest state next, not a queue of old ones.
         let (updates, stream) = mpsc::channel(1);
         let watcher = Watcher {
@@ -112,7 +115,7 @@ impl WalkerService for Daemon {
             generation: target.vcpu.subscribe(),
             target,
             pace,
-            left: request.max_updates.filter(|max| *max != 0),
+            left: request.max_updates,
         };
         tokio::spawn(watcher.run(updates));
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
@@ -121,12 +124,15 @@ impl WalkerService for Daemon {
 
 fn interval(request: Option<prost_types::Duration>) -> Result<Duration, Error> {
     const LONGEST: Duration = Duration::from_secs(3600);
-    request.map_or(Ok(Duration::ZERO), |interval| {
-        Duration::try_from(interval)
-            .ok()
-            .filter(|interval| *interval <= LONGEST)
-            .ok_or_else(|| Error::invalid("min_interval", "from 0 to 3600 seconds"))
-    })
+    let Some(interval) = request else { return Ok(Duration::ZERO) };
+    // prost's own conversion normalizes first, and overflows at the extremes.
+    let seconds = u64::try_from(interval.seconds).ok();
+    let nanos = u32::try_from(interval.nanos).ok().filter(|nanos| *nanos < 1_000_000_000);
+    seconds
+        .zip(nanos)
+        .map(|(seconds, nanos)| Duration::new(seconds, nanos))
+        .filter(|interval| *interval <= LONGEST)
+        .ok_or_else(|| Error::invalid("min_interval", "from 0 to 3600 seconds"))
 }
 
 /// Sends a vCPU's walker state whenever it has changed.
@@ -147,8 +153,8 @@ impl Watcher {
             _ = draining.wait_for(|draining| *draining) => Some(Error::ShuttingDown),
         };
         if let Some(error) = ended {
-            // Best effort: a client that has gone needs no reason.
-            let _ = updates.try_send(Err(error.into()));
+            // Waits for a slow reader; one that has gone needs no reason.
+            let _ = updates.send(Err(error.into())).await;
         }
     }
 
@@ -156,11 +162,22 @@ impl Watcher {
         &mut self,
         updates: &mpsc::Sender<Result<v1::GetWalkerStateResponse, Status>>,
     ) -> Option<Error> {
+        let mut sent = 0;
         loop {
             // Wait for a place first, so that what goes into it is new.
             let place = updates.reserve().await.ok()?;
             self.generation.borrow_and_update();
-            let state = self.daemon.walker_state(&self.target, &self.target.vcpu.latest());
+            let snapshot = self.target.vcpu.latest();
+            if snapshot.generation == sent {
+                // A snapshot is there a moment before its generation is announced: this one was sent then.
+                drop(place);
+                if self.generation.changed().await.is_err() {
+                    return Some(Error::ShuttingDown);
+                }
+                continue;
+            }
+            sent = snapshot.generation;
+            let state = self.daemon.walker_state(&self.target, &snapshot);
             place.send(state.map_err(Status::from));
             if let Some(left) = &mut self.left {
                 *left -= 1;

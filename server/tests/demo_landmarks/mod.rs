@@ -19,12 +19,12 @@ pub(crate) enum Outcome {
 use Outcome::{Gpa, NestedPageFault as Npf, PageFault as Pf};
 
 /// Supervisor read, write, fetch; user read, write, fetch.
-type Row = (&'static str, [Outcome; 6]);
+pub(crate) type Row = (&'static str, [Outcome; 6]);
 
 /// The user half lies in other frames in each address space: these are offsets from its first frame.
 const USER_FRAMES: [u64; 2] = [0x3_0000, 0x4_0000];
 
-const KERNEL: &[Row] = &[
+pub(crate) const KERNEL: &[Row] = &[
     ("kernel-text", [Gpa(0x1_0000), Pf(3), Gpa(0x1_0000), Pf(5), Pf(7), Pf(0x15)]),
     ("kernel-data", [Gpa(0x1_1000), Gpa(0x1_1000), Pf(0x11), Pf(5), Pf(7), Pf(0x15)]),
     ("kernel-stack", [Gpa(0x1_2000), Gpa(0x1_2000), Pf(0x11), Pf(5), Pf(7), Pf(0x15)]),
@@ -41,9 +41,9 @@ const KERNEL: &[Row] = &[
     ("non-canonical", [Outcome::GeneralProtection; 6]),
 ];
 
-const GIB: Row = ("huge-1g", [Gpa(0x1_0000), Gpa(0x1_0000), Pf(0x11), Pf(5), Pf(7), Pf(0x15)]);
+pub(crate) const GIB: Row = ("huge-1g", [Gpa(0x1_0000), Gpa(0x1_0000), Pf(0x11), Pf(5), Pf(7), Pf(0x15)]);
 
-fn user(space: usize) -> Vec<Row> {
+pub(crate) fn user(space: usize) -> Vec<Row> {
     let frame = |offset| Gpa(USER_FRAMES[space] + offset);
     vec![
         ("user-text", [frame(0), Pf(3), frame(0), frame(0), Pf(7), frame(0)]),
@@ -55,7 +55,7 @@ fn user(space: usize) -> Vec<Row> {
 }
 
 /// In nested mode. NPT counts every access as a user access, and those to L2's tables as writes.
-const L2: &[Row] = &[
+pub(crate) const L2: &[Row] = &[
     ("l2-code", [Gpa(0x61_0000), Pf(3), Gpa(0x61_0000), Pf(5), Pf(7), Pf(0x15)]),
     ("l2-data", [Gpa(0x61_1000), Gpa(0x61_1000), Pf(0x11), Pf(5), Pf(7), Pf(0x15)]),
     ("l2-npt-hole", [Npf(0x1_0000_0004), Npf(0x1_0000_0006), Pf(0x11), Pf(5), Pf(7), Pf(0x15)]),

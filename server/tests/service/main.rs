@@ -1,0 +1,19 @@
+//! The services over gRPC, against a daemon in this process that serves the demo machine from plain memory.
+#![allow(clippy::unwrap_used)]
+
+mod bad_input;
+#[allow(dead_code, reason = "each test target uses its part")]
+mod bed;
+#[allow(dead_code, reason = "each test target uses its part")]
+#[path = "../demo_landmarks/mod.rs"]
+mod demo_landmarks;
+mod explain;
+mod nested;
+mod property;
+mod raw;
+mod registers;
+mod stuck;
+mod translate;
+mod walker_state;
+mod watch;
+mod wire;

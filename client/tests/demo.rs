@@ -64,6 +64,12 @@ fn every_example_of_the_help_works() {
                 "doctor" => assert!(code == 0 || code == 1, "{example}: {refused}"),
                 _ => assert_eq!(code, 0, "{example}: {refused}"),
             }
+            if !example.contains("--watch") && code != 3 {
+                let arguments: Vec<_> = ["--json"].into_iter().chain(example.split_whitespace()).collect();
+                let again = daemon.pagewalk(&arguments);
+                assert_eq!(again.status.code(), Some(code), "{example} with --json: {}", text(&again.stderr));
+                assert!(json(&again).is_object() || json(&again).is_array(), "{example} with --json");
+            }
             ran += 1;
         }
     }

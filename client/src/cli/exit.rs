@@ -21,8 +21,8 @@ pub(super) enum Failure {
     Usage(String),
     /// The daemon could not be asked, or did not answer.
     Client(Error),
-    /// This host does not let us work.
-    Host(String),
+    /// This program cannot start, or cannot read the answer.
+    Own(String),
     /// The answer cannot be written out.
     Output(io::Error),
 }
@@ -48,7 +48,7 @@ impl From<io::Error> for Failure {
 impl Failure {
     fn message(&self) -> String {
         match self {
-            Self::Usage(message) | Self::Host(message) => message.clone(),
+            Self::Usage(message) | Self::Own(message) => message.clone(),
             Self::Client(error) => error.to_string(),
             Self::Output(error) => format!("cannot write the answer: {error}"),
         }
@@ -57,14 +57,14 @@ impl Failure {
     fn code(&self) -> u8 {
         match self {
             Self::Usage(_) | Self::Client(Error::Endpoint(_)) => USAGE,
-            Self::Client(_) | Self::Host(_) | Self::Output(_) => UNANSWERED,
+            Self::Client(_) | Self::Own(_) | Self::Output(_) => UNANSWERED,
         }
     }
 
     fn json(&self) -> Value {
         match self {
             Self::Usage(message) => json_error("INVALID_ARGUMENT", Some("USAGE"), message),
-            Self::Host(message) => json_error("INTERNAL", None, message),
+            Self::Own(message) => json_error("INTERNAL", None, message),
             Self::Output(_) => json_error("INTERNAL", None, &self.message()),
             Self::Client(error) => client_json(error),
         }

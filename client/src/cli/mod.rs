@@ -103,7 +103,7 @@ pub fn run() -> ExitCode {
     let output = Output::new(&cli.output);
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => return exit::report(&output, &Failure::Host(format!("cannot start: {error}"))),
+        Err(error) => return exit::report(&output, &Failure::Own(format!("cannot start: {error}"))),
     };
     match runtime.block_on(dispatch(cli, output)) {
         Ok(code) => code,

@@ -113,7 +113,15 @@ pub(super) async fn run(context: &Context, args: &Args) -> Result<ExitCode, Fail
     let mut faults = false;
     for &address in &args.addresses {
         let answer = client.translate(args.request(context, address)).await?;
-        faults |= !matches!(answer.outcome, Some(Outcome::Translation(_)));
+        match answer.outcome {
+            Some(Outcome::Translation(_)) => {}
+            Some(Outcome::Fault(_)) => faults = true,
+            None => {
+                return Err(Failure::Own(
+                    "the answer is of a kind that this client does not know; update it".into(),
+                ));
+            }
+        }
         if context.output.is_json() {
             documents.push(json::document("TranslateResponse", &answer)?);
         } else {

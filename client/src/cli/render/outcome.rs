@@ -8,7 +8,7 @@ pub(in crate::cli) fn line(address: u64, answer: &TranslateResponse) -> String {
     let outcome = match &answer.outcome {
         Some(Outcome::Translation(found)) => translation(found),
         Some(Outcome::Fault(refused)) => fault(refused),
-        None => paint::bad("an outcome that this client does not know; update it"),
+        None => paint::bad("unknown outcome"),
     };
     format!("{} -> {outcome}  {}", hex(address), provenance::short(answer.provenance.as_ref()))
 }

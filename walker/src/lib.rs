@@ -21,6 +21,7 @@ mod addr;
 mod entry;
 mod fault;
 mod format;
+mod lane;
 mod memory;
 pub mod mode;
 mod nested;

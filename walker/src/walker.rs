@@ -4,6 +4,7 @@ use crate::access::Access;
 use crate::accessed_dirty::{Commit, commit};
 use crate::addr::Gva;
 use crate::fault::{Fault, FaultKind, Reason};
+use crate::lane;
 use crate::memory::Memory;
 use crate::nested::NgpaWalk;
 use crate::trace::{NoTrace, Recorder, Step, Trace};
@@ -83,7 +84,14 @@ impl Walker {
     /// The fault that the access would meet.
     #[inline]
     pub fn translate<M: Memory>(&self, memory: &M, gva: Gva, access: &Access) -> Result<Translation, Fault> {
-        self.observe(memory, gva, access, &mut NoTrace)
+        let plain = match self.ngpa_walk {
+            None => lane::translate(&self.gva_walk, memory, gva.0, access),
+            Some(_) => None,
+        };
+        match plain {
+            Some(translation) => Ok(translation),
+            None => self.observe(memory, gva, access, &mut NoTrace),
+        }
     }
 
     /// What `gva` means for `access`, under `policy`, with every step given to `recorder`.
@@ -114,7 +122,7 @@ impl Walker {
         }
     }
 
-    #[inline(always)]
+    #[inline(never)]
     fn observe<M: Memory, R: Recorder>(
         &self,
         memory: &M,

@@ -21,8 +21,8 @@ use tonic_health::server::{HealthReporter, health_reporter};
 use tower::layer::util::{Identity, Stack};
 
 use crate::config::Config;
-use crate::layer::{DeadlineLayer, LimitLayer, TraceLayer};
-use crate::listen::{ListenError, TlsError, UdsListener, bind_tcp};
+use crate::layer::{DeadlineLayer, LimitLayer, ReasonLayer, TraceLayer};
+use crate::listen::{Incoming, ListenError, TlsError, UdsListener, bind_tcp};
 use crate::machine::Machines;
 use crate::service::{Daemon, add_to};
 
@@ -54,15 +54,14 @@ pub struct Server {
     uds: Option<UdsListener>,
     uds_path: Option<PathBuf>,
     routes: Routes,
-    grpc: Layered,
+    grpc: Grpc<Layers>,
     tls: Option<tonic::transport::ServerTlsConfig>,
     health: HealthReporter,
     draining: watch::Sender<bool>,
     grace: Duration,
 }
 
-type Layered = Grpc<Stack<DeadlineLayer, Stack<TraceLayer, Stack<LimitLayer, Identity>>>>;
-type LayeredRouter = Router<Stack<DeadlineLayer, Stack<TraceLayer, Stack<LimitLayer, Identity>>>>;
+type Layers = Stack<ReasonLayer, Stack<DeadlineLayer, Stack<TraceLayer, Stack<LimitLayer, Identity>>>>;
 
 impl Server {
     /// Binds what `config` names.
@@ -99,7 +98,8 @@ impl Server {
             .http2_keepalive_timeout(Some(KEEPALIVE.1))
             .layer(LimitLayer::new(config.max_calls))
             .layer(TraceLayer)
-            .layer(DeadlineLayer);
+            .layer(DeadlineLayer)
+            .layer(ReasonLayer);
         Ok(Self {
             tcp,
             uds,
@@ -138,13 +138,13 @@ impl Server {
             tls_grpc = tls_grpc.tls_config(tls)?;
         }
         for listener in self.tcp {
-            let router: LayeredRouter = tls_grpc.add_routes(self.routes.clone());
-            let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+            let router: Router<Layers> = tls_grpc.add_routes(self.routes.clone());
+            let incoming = Incoming::new(TcpIncoming::from(listener).with_nodelay(Some(true)));
             tasks.spawn(router.serve_with_incoming_shutdown(incoming, drained(&self.draining)));
         }
         let socket_file = self.uds.map(|uds| {
-            let router: LayeredRouter = self.grpc.add_routes(self.routes.clone());
-            let incoming = UnixListenerStream::new(uds.listener);
+            let router: Router<Layers> = self.grpc.add_routes(self.routes.clone());
+            let incoming = Incoming::new(UnixListenerStream::new(uds.listener));
             tasks.spawn(router.serve_with_incoming_shutdown(incoming, drained(&self.draining)));
             uds.file
         });

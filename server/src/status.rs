@@ -43,6 +43,17 @@ pub(crate) enum Error {
     /// More calls are being served than this daemon takes on.
     #[error("too many calls at once: retry after a moment")]
     Busy,
+    /// The request is larger than is decoded.
+    #[error("the request is too large: {0}; no request of this contract needs so much")]
+    TooLarge(String),
+    /// The request is no message of the contract.
+    #[error("the request cannot be decoded: {0}; is the client built from this daemon's contract?")]
+    Malformed(String),
+    #[error("this daemon has no such method: `grpcurl ADDRESS list` shows what it has")]
+    NoSuchMethod,
+    /// Anything else that the transport refuses.
+    #[error("the transport refused the call: {}", .0.message())]
+    Transport(tonic::Status),
     /// The daemon is draining.
     #[error("the daemon is shutting down: retry once it is back")]
     ShuttingDown,
@@ -90,6 +101,10 @@ impl Error {
             Self::Vcpu(VcpuError::Hypervisor(_)) => (Internal, "HYPERVISOR"),
             Self::Deadline => (DeadlineExceeded, "DEADLINE"),
             Self::Busy => (ResourceExhausted, "BUSY"),
+            Self::TooLarge(_) => (ResourceExhausted, "MESSAGE_TOO_LARGE"),
+            Self::Malformed(_) => (InvalidArgument, "MALFORMED_MESSAGE"),
+            Self::NoSuchMethod => (Unimplemented, "NO_SUCH_METHOD"),
+            Self::Transport(status) => (status.code(), "TRANSPORT"),
             Self::ShuttingDown => (Unavailable, "SHUTTING_DOWN"),
         }
     }

@@ -1,9 +1,11 @@
 //! Where clients reach the daemon: TCP, behind mutual TLS wherever it is not loopback, and a Unix socket.
 
+mod incoming;
 mod tcp;
 mod tls;
 mod uds;
 
+pub(crate) use incoming::Incoming;
 pub(crate) use tcp::bind as bind_tcp;
 pub use tls::{Tls, TlsError};
 pub(crate) use uds::UdsListener;

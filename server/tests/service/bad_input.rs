@@ -266,11 +266,20 @@ async fn long_names_make_short_messages() {
 }
 
 #[tokio::test]
-async fn a_message_over_the_limit() {
+async fn a_message_over_the_limit_and_no_message_at_all() {
     let bed = Bed::plain().await;
     let request = v1::GetMachineRequest { machine: "x".repeat(65 << 10) };
-    let status = bed.machines().get_machine(request).await.unwrap_err();
-    assert_eq!(status.code(), Code::OutOfRange, "{status:?}");
+    let answer = refusal(bed.machines().get_machine(request).await);
+    assert_eq!(answer, (Code::ResourceExhausted, "MESSAGE_TOO_LARGE".to_owned()));
+    // A string that is not UTF-8, a method that does not exist, and a service that does not.
+    let malformed =
+        raw::call_with(bed.address, "pagewalk.v1.MachineService/GetMachine", "5S", b"\x0a\x01\xff");
+    let answer = refusal(Err::<(), _>(malformed.await));
+    assert_eq!(answer, (Code::InvalidArgument, "MALFORMED_MESSAGE".to_owned()));
+    for method in ["pagewalk.v1.MachineService/AttachMachine", "pagewalk.v2.MachineService/GetMachine"] {
+        let answer = refusal(Err::<(), _>(raw::call_with(bed.address, method, "5S", b"").await));
+        assert_eq!(answer, (Code::Unimplemented, "NO_SUCH_METHOD".to_owned()), "{method}");
+    }
     bed.unharmed().await;
     bed.stop().await;
 }

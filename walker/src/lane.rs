@@ -22,7 +22,8 @@ pub(crate) fn translate<M: Memory>(
     access: &Access,
 ) -> Option<Translation> {
     let mut lane = Lane { format: walk.format(), memory, address: gva, access, grants: Grants::ALL };
-    let mut table = walk.root();
+    // That the root is aligned is nothing new, but it saves a shift between the address and the first load.
+    let mut table = walk.root() & LongMode::FRAME;
     match lane.format.mode() {
         PagingMode::FourLevel if is_canonical(gva, 48) => {}
         PagingMode::FiveLevel if is_canonical(gva, 57) => table = lane.table(5, table)?,

@@ -8,20 +8,19 @@ use crate::format::PageFormat;
 use crate::memory::{ExchangeError, Memory};
 use crate::permission::Rights;
 
-/// The entries of all levels so far, folded: a right that a set bit grants must be set in all, one that a set bit
-/// withholds must be set in none.
+/// The rights that the entries of all levels so far grant together, as the bits that some entry withholds them by: clear
+/// where setting it would grant, or set where that withholds.
 #[derive(Clone, Copy)]
 pub(crate) struct Grants {
-    all: u64,
-    any: u64,
+    withheld: u64,
 }
 
 impl Grants {
-    pub(crate) const ALL: Self = Self { all: u64::MAX, any: 0 };
+    pub(crate) const ALL: Self = Self { withheld: 0 };
 
     #[inline(always)]
-    pub(crate) const fn through(self, entry: u64) -> Self {
-        Self { all: self.all & entry, any: self.any | entry }
+    pub(crate) const fn through<E: EntryLayout>(self, entry: u64) -> Self {
+        Self { withheld: self.withheld | entry ^ E::GRANTING }
     }
 }
 
@@ -33,6 +32,8 @@ pub(crate) trait EntryLayout {
     const INDEX_BITS: u32;
     /// Bits of which at least one is set in an entry that is present.
     const PRESENT: u64;
+    /// Present, and the rights that a set bit grants.
+    const GRANTING: u64;
     /// The bit that makes an entry above level 1 a leaf.
     const PAGE_SIZE: u64;
     const ACCESSED: u64;
@@ -71,6 +72,7 @@ impl EntryLayout for LongMode {
     const SIZE_SHIFT: u32 = 3;
     const INDEX_BITS: u32 = 9;
     const PRESENT: u64 = 1;
+    const GRANTING: u64 = Self::PRESENT | READ_WRITE | USER;
     const PAGE_SIZE: u64 = 1 << 7;
     const ACCESSED: u64 = 1 << 5;
     const DIRTY: u64 = 1 << 6;
@@ -94,8 +96,9 @@ impl EntryLayout for LongMode {
 
     #[inline(always)]
     fn rights(grants: Grants) -> Rights {
-        let execute = (!grants.any >> 60) as u8 & Rights::EXECUTE.0;
-        Rights(Rights::READ.0 | (grants.all & (READ_WRITE | USER)) as u8 | execute)
+        let execute = (grants.withheld >> 60) as u8 & Rights::EXECUTE.0;
+        let withheld = execute | (grants.withheld & (READ_WRITE | USER)) as u8;
+        Rights(withheld ^ Rights::ALL.0)
     }
 
     fn right_bits(right: Rights) -> u64 {

@@ -54,7 +54,7 @@ impl<M: Memory> Lane<'_, M> {
     #[inline(always)]
     fn entry(&mut self, level: u32, table: u64) -> Option<u64> {
         let entry = self.memory.load_u64(Gpa(table | (self.address >> shift(level) & 511) << 3))?;
-        self.grants = self.grants.through(entry);
+        self.grants = self.grants.through::<LongMode>(entry);
         Some(entry)
     }
 
@@ -65,9 +65,10 @@ impl<M: Memory> Lane<'_, M> {
         if self.is_plain(level, entry) { Some(entry & LongMode::FRAME) } else { None }
     }
 
+    /// The mask of plain entries holds no rights: what `GRANTING` turns is the present bit, as it does for the grants.
     #[inline(always)]
     fn is_plain(&self, level: u32, entry: u64) -> bool {
-        entry & self.format.plain_at(level) == LongMode::PRESENT
+        (entry ^ LongMode::GRANTING) & self.format.plain_at(level) == 0
     }
 
     /// The page of an entry at level 2 or 3 that is no plain table.
@@ -82,11 +83,11 @@ impl<M: Memory> Lane<'_, M> {
     #[inline(always)]
     fn page(&self, level: u32, entry: u64) -> Option<Translation> {
         let rights = LongMode::rights(self.grants);
-        let keys = match self.format.protection_key_mask() {
-            0 => 0,
-            mask => key_refusal(mask, self.access, rights, LongMode::protection_key(entry)),
-        };
-        if self.format.refuses(self.access, rights) || keys != 0 {
+        if self.format.refuses(self.access, rights) {
+            return None;
+        }
+        let mask = self.format.protection_key_mask();
+        if mask != 0 && key_refusal(mask, self.access, rights, LongMode::protection_key(entry)) != 0 {
             return None;
         }
         let within = (1 << shift(level)) - 1;

@@ -258,7 +258,7 @@ impl<M: Memory, R: Recorder> Descent<'_, M, R> {
             return refuse(Reason::TableUnbacked, LEVEL, entry_gpa, 0, 0);
         };
         self.entry_gpa = entry_gpa;
-        self.grants = self.grants.through(entry);
+        self.grants = self.grants.through::<E>(entry);
 
         // The mask only ever accepts: what it does not know, the authority decides with the entry already loaded.
         let format = &self.walk.format;
@@ -365,7 +365,7 @@ impl Leaf {
         let permission = self.permit::<E>(format, access);
         let (reason, right) = self.reason(permission, format, access);
         let withholds = |entry: u64| {
-            right.is_none_or(|right| E::rights(Grants::ALL.through(entry)).and(right) == Rights::NONE)
+            right.is_none_or(|right| E::rights(Grants::ALL.through::<E>(entry)).and(right) == Rights::NONE)
         };
         let mut found = (self.level, self.entry_gpa, self.entry);
         if !withholds(self.entry) {

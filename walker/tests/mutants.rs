@@ -43,13 +43,13 @@ const MUTANTS: &[Mutant] = &[
         &[
             (
                 "entry.rs",
-                "const ALL: Self = Self { all: u64::MAX, any: 0 };",
-                "const ALL: Self = Self { all: 0, any: u64::MAX };",
+                "const ALL: Self = Self { withheld: 0 };",
+                "const ALL: Self = Self { withheld: u64::MAX };",
             ),
             (
                 "entry.rs",
-                "Self { all: self.all & entry, any: self.any | entry }",
-                "Self { all: self.all | entry, any: self.any & entry }",
+                "Self { withheld: self.withheld | entry ^ E::GRANTING }",
+                "Self { withheld: self.withheld & (entry ^ E::GRANTING) }",
             ),
         ],
     ),
@@ -57,8 +57,8 @@ const MUTANTS: &[Mutant] = &[
         "only the leaf's rights count",
         &[(
             "entry.rs",
-            "Self { all: self.all & entry, any: self.any | entry }",
-            "Self { all: entry, any: entry }",
+            "Self { withheld: self.withheld | entry ^ E::GRANTING }",
+            "Self { withheld: entry ^ E::GRANTING }",
         )],
     ),
     mutant(

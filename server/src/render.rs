@@ -189,6 +189,7 @@ fn size_name(size: PageSize) -> &'static str {
         PageSize::Unpaged => "no paging",
         PageSize::Size4K => "4 KiB",
         PageSize::Size2M => "2 MiB",
+        PageSize::Size4M => "4 MiB",
         PageSize::Size1G => "1 GiB",
     }
 }

@@ -77,11 +77,6 @@ impl Error {
         match self {
             Self::Invalid { .. } => (InvalidArgument, "INVALID_FIELD"),
             Self::Unimplemented { .. } => (Unimplemented, "NOT_SERVED_YET"),
-            Self::RequestState(StateError::Unsupported(_))
-            | Self::VcpuState(StateError::Unsupported(_))
-            | Self::Vcpu(VcpuError::InvalidNested(StateError::Unsupported(_))) => {
-                (Unimplemented, "PAGING_MODE_NOT_SERVED")
-            }
             Self::RequestState(_) | Self::Vcpu(VcpuError::InvalidNested(_)) => {
                 (InvalidArgument, "INVALID_WALKER_STATE")
             }

@@ -6,7 +6,7 @@ mod demo_landmarks;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pagewalk::StateError;
+use pagewalk::{PagingMode, StateError};
 use pagewalkd::machine::{LookupError, Machine, MachineSpec, Machines};
 use pagewalkd::vcpu::{L2Registers, NestedMode, NptOverlay, RegisterChanges, RunState, Vcpu, VcpuError};
 
@@ -122,18 +122,19 @@ async fn nested_mode_comes_and_goes_in_one_publication() {
 }
 
 #[tokio::test]
-async fn nested_mode_goes_even_where_no_walk_is_left() {
+async fn nested_mode_lies_over_any_paging_mode() {
     let (_machine, vcpu) = open("demo:plain");
     vcpu.set_nested(demo_landmarks::overlay(), soon()).await.unwrap();
-    // PAE paging outside long mode: a state that CPUs accept and the walker does not know.
+    // PAE paging outside long mode.
     let pae = RegisterChanges { efer: Some(0), ..RegisterChanges::default() };
     let under_npt = vcpu.set_registers(pae, soon()).await.unwrap();
-    assert!(matches!(under_npt.walker, Err(StateError::Unsupported(_))), "{:?}", under_npt.walker);
+    let walker = under_npt.walker.as_ref().unwrap();
+    assert_eq!(walker.gva_walk().format().mode(), PagingMode::Pae);
+    assert!(walker.ngpa_walk().is_some());
+    assert!(under_npt.assumed.iter().any(|assumed| assumed.starts_with("PDPTE")), "{:?}", under_npt.assumed);
     let off = vcpu.set_nested(NestedMode::Off, soon()).await.unwrap();
     assert_eq!(off.nested, NestedMode::Off);
-    let refused = vcpu.set_nested(demo_landmarks::overlay(), soon()).await.unwrap_err();
-    assert!(matches!(refused, VcpuError::InvalidNested(StateError::Unsupported(_))), "{refused}");
-    assert_eq!(vcpu.latest().nested, NestedMode::Off);
+    assert!(off.walker.as_ref().unwrap().ngpa_walk().is_none());
 }
 
 #[test]

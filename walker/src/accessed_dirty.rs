@@ -4,9 +4,8 @@
 //! accessed bit in each entry that was used, the dirty bit in each leaf whose page is written. A guest paging structure
 //! that lies behind NPT counts as written. (A CPU may set accessed bits of upper levels on a walk that faults; we do not.)
 
-use crate::entry::{EntryLayout, LongMode};
 use crate::memory::{ExchangeError, Memory};
-use crate::trace::{Step, Verdict};
+use crate::trace::{Held, Step};
 
 /// Compare-exchanges of one entry before the walk is taken to be contended.
 const EXCHANGES: usize = 4;
@@ -23,7 +22,7 @@ pub(crate) enum Commit {
 pub(crate) fn commit<M: Memory>(memory: &M, steps: &[Step]) -> Commit {
     let mut skipped = false;
     for step in steps {
-        match commit_entry::<LongMode, M>(memory, step) {
+        match commit_entry(memory, step) {
             Ok(()) => {}
             Err(ExchangeError::ReadOnly) => skipped = true,
             Err(ExchangeError::Changed(_) | ExchangeError::Unbacked) => return Commit::Changed(*step),
@@ -32,26 +31,28 @@ pub(crate) fn commit<M: Memory>(memory: &M, steps: &[Step]) -> Commit {
     Commit::Done { skipped }
 }
 
-fn commit_entry<E: EntryLayout, M: Memory>(memory: &M, step: &Step) -> Result<(), ExchangeError> {
-    let dirties = step.verdict == Verdict::Leaf && step.writes;
-    let wanted = E::ACCESSED | if dirties { E::DIRTY } else { 0 };
+fn commit_entry<M: Memory>(memory: &M, step: &Step) -> Result<(), ExchangeError> {
+    let wanted = step.sets;
     let mut current = step.entry;
     for _ in 0..EXCHANGES {
         if current & wanted == wanted {
             return Ok(());
         }
-        match E::compare_exchange(memory, step.entry_gpa, current, current | wanted) {
+        let exchanged = match step.held {
+            Held::Register => return Ok(()),
+            Held::Word32 => {
+                memory.compare_exchange_u32(step.entry_gpa, current as u32, (current | wanted) as u32)
+            }
+            Held::Word64 => memory.compare_exchange_u64(step.entry_gpa, current, current | wanted),
+        };
+        match exchanged {
             // Another walk, or this one through another level of a table that refers to itself, may have set the same
             // two bits: that does not change what the entry means.
-            Err(ExchangeError::Changed(found)) if differs_in_ad_only::<E>(found, step.entry) => {
+            Err(ExchangeError::Changed(found)) if step.differs_in_accessed_dirty_only(found) => {
                 current = found;
             }
             other => return other,
         }
     }
     Err(ExchangeError::Changed(current))
-}
-
-fn differs_in_ad_only<E: EntryLayout>(a: u64, b: u64) -> bool {
-    (a ^ b) & !(E::ACCESSED | E::DIRTY) == 0
 }

@@ -1,11 +1,11 @@
 //! How the bits of a paging-structure entry are laid out: the type parameter of the one generic walk.
 //!
-//! Intel SDM volume 3, "4-Level Paging and 5-Level Paging", tables of entry formats. Levels count from 1 (PTE) to 5
+//! Intel SDM volume 3, "32-Bit Paging", "PAE Paging" and "4-Level Paging and 5-Level Paging", tables of entry formats. Levels count from 1 (PTE) to 5
 //! (PML5E). What an entry *means* under a given [`PageFormat`](crate::PageFormat) is decided by [`step`], and nowhere else.
 
 use crate::addr::Gpa;
 use crate::format::PageFormat;
-use crate::memory::{ExchangeError, Memory};
+use crate::memory::Memory;
 use crate::permission::Rights;
 
 /// The rights that the entries of all levels so far grant together, as the bits that some entry withholds them by: clear
@@ -19,8 +19,8 @@ impl Grants {
     pub(crate) const ALL: Self = Self { withheld: 0 };
 
     #[inline(always)]
-    pub(crate) const fn through<E: EntryLayout>(self, entry: u64) -> Self {
-        Self { withheld: self.withheld | entry ^ E::GRANTING }
+    const fn through(self, entry: u64) -> Self {
+        Self { withheld: self.withheld | entry ^ LongMode::GRANTING }
     }
 }
 
@@ -31,67 +31,86 @@ pub(crate) trait EntryLayout {
     /// Address bits that one level translates.
     const INDEX_BITS: u32;
     /// Bits of which at least one is set in an entry that is present.
-    const PRESENT: u64;
-    /// Present, and the rights that a set bit grants.
-    const GRANTING: u64;
-    /// The bit that makes an entry above level 1 a leaf.
-    const PAGE_SIZE: u64;
-    const ACCESSED: u64;
-    const DIRTY: u64;
-    const GLOBAL: u64;
+    const PRESENT: u64 = 1;
+    const ACCESSED: u64 = 1 << 5;
+    const DIRTY: u64 = 1 << 6;
+    const GLOBAL: u64 = 1 << 8;
     /// The protection key.
-    const KEY: u64;
-    /// Bits 51:12, as far as the layout has them: reserved bits are refused before a frame is used.
-    const FRAME: u64;
+    const KEY: u64 = 0xf << 59;
 
     fn load<M: Memory>(memory: &M, gpa: Gpa) -> Option<u64>;
 
-    fn compare_exchange<M: Memory>(memory: &M, gpa: Gpa, current: u64, new: u64)
-    -> Result<(), ExchangeError>;
+    /// What the entries so far grant, once the walk has passed through `entry`, too.
+    fn through(grants: Grants, level: u32, entry: u64) -> Grants;
 
     /// The rights that the entries seen so far grant together.
     fn rights(grants: Grants) -> Rights;
 
     /// The bits of an entry that decide `right`.
-    fn right_bits(right: Rights) -> u64;
+    fn right_bits(right: Rights) -> u64 {
+        let bit = |has: bool, bit: u64| if has { bit } else { 0 };
+        bit(right.write(), READ_WRITE) | bit(right.user(), USER) | bit(right.execute(), NO_EXECUTE)
+    }
 
-    /// Number of the PAT field that a leaf selects: PAT, PCD, PWT.
-    fn pat_index(entry: u64, level: u32) -> usize;
+    /// The table that `entry` refers to.
+    fn table(entry: u64) -> u64;
 
-    fn protection_key(entry: u64) -> u8;
+    /// The page that `entry` maps: its lowest address, or higher within the page.
+    fn page(level: u32, entry: u64) -> u64;
+
+    /// The accessed and dirty bits that a walk sets in an entry: a page that is written becomes dirty.
+    fn sets(_level: u32, dirties: bool) -> u64 {
+        Self::ACCESSED | if dirties { Self::DIRTY } else { 0 }
+    }
 }
 
 /// The 64-bit entries of 4-level and 5-level paging, and of NPT in long-mode format.
 pub(crate) enum LongMode {}
 
+/// The 64-bit entries of PAE paging: like those of long mode, under four PDPTEs that grant and record nothing.
+pub(crate) enum Pae {}
+
+/// The 32-bit entries of 32-bit paging.
+pub(crate) enum TwoLevel {}
+
 const READ_WRITE: u64 = 1 << 1;
 const USER: u64 = 1 << 2;
 const NO_EXECUTE: u64 = 1 << 63;
+/// Level of a PDPTE.
+const PDPTE: u32 = 3;
+
+impl LongMode {
+    /// Present, and the rights that a set bit grants. All formats agree on these bits.
+    pub(crate) const GRANTING: u64 = 1 | READ_WRITE | USER;
+    pub(crate) const FRAME: u64 = 0x000f_ffff_ffff_f000;
+    pub(crate) const PAGE_SIZE: u64 = 1 << 7;
+
+    /// Number of the PAT field that a leaf selects: PAT, PCD, PWT. All formats agree on these bits.
+    #[inline(always)]
+    pub(crate) const fn pat_index(entry: u64, large: bool) -> usize {
+        let pat_bit = if large { 12 } else { 7 };
+        ((entry >> 3) & 0b11 | ((entry >> pat_bit) & 1) << 2) as usize
+    }
+
+    /// The protection key of a leaf. Outside long mode its bits are reserved or absent, and so it is 0.
+    #[inline(always)]
+    pub(crate) const fn protection_key(entry: u64) -> u8 {
+        (entry >> 59) as u8 & 0xf
+    }
+}
 
 impl EntryLayout for LongMode {
     const SIZE_SHIFT: u32 = 3;
     const INDEX_BITS: u32 = 9;
-    const PRESENT: u64 = 1;
-    const GRANTING: u64 = Self::PRESENT | READ_WRITE | USER;
-    const PAGE_SIZE: u64 = 1 << 7;
-    const ACCESSED: u64 = 1 << 5;
-    const DIRTY: u64 = 1 << 6;
-    const GLOBAL: u64 = 1 << 8;
-    const KEY: u64 = 0xf << 59;
-    const FRAME: u64 = 0x000f_ffff_ffff_f000;
 
     #[inline(always)]
     fn load<M: Memory>(memory: &M, gpa: Gpa) -> Option<u64> {
         memory.load_u64(gpa)
     }
 
-    fn compare_exchange<M: Memory>(
-        memory: &M,
-        gpa: Gpa,
-        current: u64,
-        new: u64,
-    ) -> Result<(), ExchangeError> {
-        memory.compare_exchange_u64(gpa, current, new)
+    #[inline(always)]
+    fn through(grants: Grants, _: u32, entry: u64) -> Grants {
+        grants.through(entry)
     }
 
     #[inline(always)]
@@ -101,20 +120,69 @@ impl EntryLayout for LongMode {
         Rights(withheld ^ Rights::ALL.0)
     }
 
-    fn right_bits(right: Rights) -> u64 {
-        let bit = |has: bool, bit: u64| if has { bit } else { 0 };
-        bit(right.write(), READ_WRITE) | bit(right.user(), USER) | bit(right.execute(), NO_EXECUTE)
+    #[inline(always)]
+    fn table(entry: u64) -> u64 {
+        entry & Self::FRAME
     }
 
     #[inline(always)]
-    fn pat_index(entry: u64, level: u32) -> usize {
-        let pat_bit = if level == 1 { 7 } else { 12 };
-        ((entry >> 3) & 0b11 | ((entry >> pat_bit) & 1) << 2) as usize
+    fn page(_: u32, entry: u64) -> u64 {
+        entry & Self::FRAME
+    }
+}
+
+impl EntryLayout for Pae {
+    const SIZE_SHIFT: u32 = LongMode::SIZE_SHIFT;
+    const INDEX_BITS: u32 = LongMode::INDEX_BITS;
+
+    fn load<M: Memory>(memory: &M, gpa: Gpa) -> Option<u64> {
+        memory.load_u64(gpa)
     }
 
-    #[inline(always)]
-    fn protection_key(entry: u64) -> u8 {
-        (entry >> 59) as u8 & 0xf
+    fn through(grants: Grants, level: u32, entry: u64) -> Grants {
+        if level == PDPTE { grants } else { grants.through(entry) }
+    }
+
+    fn rights(grants: Grants) -> Rights {
+        LongMode::rights(grants)
+    }
+
+    fn table(entry: u64) -> u64 {
+        LongMode::table(entry)
+    }
+
+    fn page(level: u32, entry: u64) -> u64 {
+        LongMode::page(level, entry)
+    }
+
+    fn sets(level: u32, dirties: bool) -> u64 {
+        if level == PDPTE { 0 } else { LongMode::sets(level, dirties) }
+    }
+}
+
+impl EntryLayout for TwoLevel {
+    const SIZE_SHIFT: u32 = 2;
+    const INDEX_BITS: u32 = 10;
+
+    fn load<M: Memory>(memory: &M, gpa: Gpa) -> Option<u64> {
+        memory.load_u32(gpa).map(u64::from)
+    }
+
+    fn through(grants: Grants, _: u32, entry: u64) -> Grants {
+        grants.through(entry)
+    }
+
+    fn rights(grants: Grants) -> Rights {
+        LongMode::rights(grants)
+    }
+
+    fn table(entry: u64) -> u64 {
+        entry & 0xffff_f000
+    }
+
+    /// A 4 MiB page keeps address bits 39:32 in bits 20:13 of its entry (PSE-36).
+    fn page(level: u32, entry: u64) -> u64 {
+        if level == 1 { entry & 0xffff_f000 } else { entry & 0xffc0_0000 | (entry & 0x001f_e000) << 19 }
     }
 }
 
@@ -132,12 +200,11 @@ pub(crate) enum Meaning {
 }
 
 /// The one authority on what an entry at `level` (1 to 5) means. Rights are not its business: they accumulate.
-#[inline(never)]
 pub(crate) fn step<E: EntryLayout>(format: &PageFormat, level: u32, entry: u64) -> Meaning {
     if entry & E::PRESENT == 0 {
         return Meaning::Absent;
     }
-    let leaf = level == 1 || entry & E::PAGE_SIZE != 0;
+    let leaf = level == 1 || entry & format.page_size_bit() != 0;
     let reserved =
         entry & if leaf { format.reserved_leaf_at(level) } else { format.reserved_table_at(level) };
     match (reserved, leaf) {

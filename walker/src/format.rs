@@ -1,13 +1,14 @@
 //! The page format: everything that the meaning of an entry depends on, computed once for a set of registers.
 
 use crate::access::Access;
+use crate::entry::{EntryLayout, LongMode, TwoLevel};
 use crate::mode::{
-    CR0_WP, CR4_PGE, CR4_PKE, CR4_SMAP, CR4_SMEP, ControlRegisters, CpuProfile, EFER_NXE, PagingMode,
-    StateError,
+    CR0_WP, CR4_PGE, CR4_PKE, CR4_PSE, CR4_SMAP, CR4_SMEP, ControlRegisters, CpuProfile, EFER_LMA, EFER_NXE,
+    PagingMode, StateError,
 };
 use crate::permission::{Protections, Rights};
 use crate::reserved::ReservedBits;
-use crate::walk::Translation;
+use crate::translation::Translation;
 
 /// A memory type (Intel SDM volume 3, "Memory Types Available").
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -48,6 +49,8 @@ pub struct PageFormat {
     levels: u32,
     linear_width: u32,
     maxphyaddr: u8,
+    /// The bit that makes an entry above level 1 a leaf; 0 where CR4.PSE is clear in 32-bit paging.
+    page_size_bit: u64,
     fetch_reported: bool,
     global_pages: bool,
     reserved: ReservedBits,
@@ -63,13 +66,13 @@ impl PageFormat {
     /// The format of `gva_walk` under these registers.
     ///
     /// # Errors
-    /// If no CPU accepts the registers, or the mode is not supported yet.
+    /// If no CPU accepts the registers.
     pub fn guest(registers: &ControlRegisters, cpu: &CpuProfile) -> Result<Self, StateError> {
         let protections = Protections {
             write_protect: registers.cr0 & CR0_WP != 0,
             smep: registers.cr4 & CR4_SMEP != 0,
             smap: registers.cr4 & CR4_SMAP != 0,
-            protection_keys: registers.cr4 & CR4_PKE != 0,
+            protection_keys: registers.cr4 & CR4_PKE != 0 && registers.efer & EFER_LMA != 0,
         };
         Self::build(registers, cpu, protections, registers.cr4 & CR4_SMEP != 0)
     }
@@ -77,7 +80,7 @@ impl PageFormat {
     /// The format of `ngpa_walk` under NPT: the host format that L1's CR4 and EFER select at VMRUN.
     ///
     /// # Errors
-    /// If no CPU accepts the registers, L1 does not page, or the mode is not supported yet.
+    /// If no CPU accepts the registers, or L1 does not page.
     pub fn npt(host: &ControlRegisters, cpu: &CpuProfile) -> Result<Self, StateError> {
         let format = Self::build(host, cpu, Protections::NPT, false)?;
         match format.mode {
@@ -98,11 +101,13 @@ impl PageFormat {
         cpu.check()?;
         let mode = registers.mode()?;
         let nxe = registers.efer & EFER_NXE != 0;
+        let pse = mode != PagingMode::TwoLevel || registers.cr4 & CR4_PSE != 0;
         let (levels, linear_width, reserved) = match mode {
             PagingMode::None => (0, 32, ReservedBits::NONE),
+            PagingMode::TwoLevel => (2, 32, ReservedBits::two_level(cpu, pse)),
+            PagingMode::Pae => (3, 32, ReservedBits::pae(cpu, nxe)),
             PagingMode::FourLevel => (4, 48, ReservedBits::long_mode(cpu, nxe)),
             PagingMode::FiveLevel => (5, 57, ReservedBits::long_mode(cpu, nxe)),
-            PagingMode::TwoLevel | PagingMode::Pae => return Err(StateError::Unsupported(mode)),
         };
         let mut plain = reserved.table.map(|mask| mask | 0x81);
         plain[0] = reserved.leaf[0] | 1;
@@ -111,7 +116,8 @@ impl PageFormat {
             levels,
             linear_width,
             maxphyaddr: cpu.maxphyaddr,
-            fetch_reported: nxe || smep,
+            page_size_bit: if pse { LongMode::PAGE_SIZE } else { 0 },
+            fetch_reported: (nxe && mode != PagingMode::TwoLevel) || smep,
             global_pages: registers.cr4 & CR4_PGE != 0,
             reserved,
             plain,
@@ -127,7 +133,7 @@ impl PageFormat {
         self.mode
     }
 
-    /// Number of levels: 0 without paging, 4 or 5.
+    /// Number of levels: 0 without paging, else 2 to 5.
     #[must_use]
     pub fn levels(&self) -> u32 {
         self.levels
@@ -181,6 +187,31 @@ impl PageFormat {
     #[must_use]
     pub fn protection_key_mask(&self) -> u32 {
         self.protection_key_mask
+    }
+
+    /// Bytes of an entry: 4 or 8; 0 without paging.
+    #[must_use]
+    pub fn entry_bytes(&self) -> u32 {
+        match self.mode {
+            PagingMode::None => 0,
+            PagingMode::TwoLevel => 4,
+            _ => 8,
+        }
+    }
+
+    /// Address bits that index one table: 9 or 10; 0 without paging. The four PDPTEs of PAE paging take 2.
+    #[must_use]
+    pub fn index_bits(&self) -> u32 {
+        match self.mode {
+            PagingMode::None => 0,
+            PagingMode::TwoLevel => TwoLevel::INDEX_BITS,
+            _ => LongMode::INDEX_BITS,
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn page_size_bit(&self) -> u64 {
+        self.page_size_bit
     }
 
     /// Whether the permission words refuse `access` to a page with `rights`.

@@ -8,7 +8,7 @@
 //! The answer is a fresh walk of memory, not what a TLB may still hold. Guest memory is hostile and may change under the
 //! walk: each entry is loaded once, atomically, and every decision uses that one value.
 //!
-//! Modelled so far: no paging, 4-level and 5-level paging, and NPT in long-mode format as a second dimension. Not
+//! Modelled so far: no paging, 32-bit, PAE, 4-level and 5-level paging, and NPT in every host format as a second dimension. Not
 //! modelled: SMM's address space, encrypted guests' private memory, the APIC-access page, HLAT, EFER.LMSLE, segmentation.
 #![no_std]
 
@@ -18,6 +18,7 @@ extern crate std;
 mod access;
 mod accessed_dirty;
 mod addr;
+mod descent;
 mod entry;
 mod fault;
 mod format;
@@ -28,6 +29,7 @@ mod nested;
 mod permission;
 mod reserved;
 mod trace;
+mod translation;
 mod walk;
 mod walker;
 
@@ -43,5 +45,6 @@ pub use mode::{ControlRegisters, CpuProfile, PagingMode, StateError, Vendor};
 pub use nested::{NestedPhase, NgpaWalk};
 pub use permission::Rights;
 pub use trace::{MAX_STEPS, NoTrace, Recorder, Step, Trace, Verdict};
-pub use walk::{PageSize, PageWalk, Translation};
+pub use translation::{PageSize, Translation};
+pub use walk::PageWalk;
 pub use walker::{AdPolicy, MAX_ATTEMPTS, Walker};

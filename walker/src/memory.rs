@@ -45,6 +45,42 @@ pub trait Memory {
 
     /// What lies behind `gpa`.
     fn backing(&self, gpa: Gpa) -> Backing;
+
+    /// Loads the 32-bit entry at `gpa` in one atomic access, or `None` where no memory is.
+    #[inline]
+    fn load_u32(&self, gpa: Gpa) -> Option<u32> {
+        Some(half(self.load_u64(Gpa(gpa.0 & !7))?, gpa))
+    }
+
+    /// Replaces the 32-bit entry at `gpa` if it still holds `current`.
+    ///
+    /// # Errors
+    /// Says why nothing was written; `Changed` also where the entry beside it would not stand still.
+    fn compare_exchange_u32(&self, gpa: Gpa, current: u32, new: u32) -> Result<(), ExchangeError> {
+        let word = Gpa(gpa.0 & !7);
+        let shift = (gpa.0 & 4) * 8;
+        for _ in 0..NEIGHBOUR_CHANGES {
+            let both = self.load_u64(word).ok_or(ExchangeError::Unbacked)?;
+            if half(both, gpa) != current {
+                return Err(ExchangeError::Changed(u64::from(half(both, gpa))));
+            }
+            let replaced = both & !(0xffff_ffff << shift) | u64::from(new) << shift;
+            match self.compare_exchange_u64(word, both, replaced) {
+                Err(ExchangeError::Changed(_)) => {}
+                other => return other,
+            }
+        }
+        Err(ExchangeError::Changed(u64::from(current)))
+    }
+}
+
+/// How often the other entry in a 64-bit word may change under a compare-exchange of one.
+const NEIGHBOUR_CHANGES: usize = 16;
+
+/// The 32-bit entry at `gpa` out of the 64-bit word that holds it.
+#[inline]
+const fn half(word: u64, gpa: Gpa) -> u32 {
+    (word >> ((gpa.0 & 4) * 8)) as u32
 }
 
 impl<M: Memory + ?Sized> Memory for &M {
@@ -99,5 +135,24 @@ impl Memory for Window<'_> {
     #[inline]
     fn backing(&self, gpa: Gpa) -> Backing {
         if self.word(gpa).is_some() { Backing::Ram } else { Backing::None }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn halves_of_a_word() {
+        let words = [AtomicU64::new(0x1111_2222_3333_4444)];
+        let memory = Window::new(&words);
+        assert_eq!(memory.load_u32(Gpa(0)), Some(0x3333_4444));
+        assert_eq!(memory.load_u32(Gpa(4)), Some(0x1111_2222));
+        assert_eq!(memory.load_u32(Gpa(8)), None);
+        assert_eq!(memory.compare_exchange_u32(Gpa(4), 0x1111_2222, 5), Ok(()));
+        assert_eq!(memory.compare_exchange_u32(Gpa(0), 1, 6), Err(ExchangeError::Changed(0x3333_4444)));
+        assert_eq!(memory.compare_exchange_u32(Gpa(0), 0x3333_4444, 6), Ok(()));
+        assert_eq!(memory.compare_exchange_u32(Gpa(8), 0, 6), Err(ExchangeError::Unbacked));
+        assert_eq!(memory.load_u64(Gpa(0)), Some(5 << 32 | 6));
     }
 }

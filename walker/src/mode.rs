@@ -14,6 +14,8 @@ const CR0_NW: u64 = 1 << 29;
 const CR0_CD: u64 = 1 << 30;
 /// CR0.PG: paging.
 pub const CR0_PG: u64 = 1 << 31;
+/// CR4.PSE: 4 MiB pages in 32-bit paging.
+pub const CR4_PSE: u64 = 1 << 4;
 /// CR4.PAE: 64-bit entries.
 pub const CR4_PAE: u64 = 1 << 5;
 /// CR4.PGE: global pages.
@@ -55,6 +57,14 @@ pub enum PagingMode {
     FourLevel,
     /// 5-level paging, 57-bit linear addresses.
     FiveLevel,
+}
+
+impl PagingMode {
+    /// Whether this is the paging of long mode: 4-level or 5-level.
+    #[must_use]
+    pub const fn is_long(self) -> bool {
+        matches!(self, Self::FourLevel | Self::FiveLevel)
+    }
 }
 
 impl fmt::Display for PagingMode {
@@ -130,8 +140,6 @@ pub enum StateError {
     },
     /// MAXPHYADDR is not between 32 and 52.
     MaxPhyAddr(u8),
-    /// The registers select a mode that this walker does not know yet.
-    Unsupported(PagingMode),
 }
 
 impl fmt::Display for StateError {
@@ -140,7 +148,6 @@ impl fmt::Display for StateError {
             Self::ReservedBits { register, bits } => write!(f, "{register} has reserved bits set: {bits:#x}"),
             Self::Contradiction { register, problem } => write!(f, "{register}: {problem}"),
             Self::MaxPhyAddr(bits) => write!(f, "MAXPHYADDR is {bits}; it must be between 32 and 52"),
-            Self::Unsupported(mode) => write!(f, "{mode} paging is not supported yet"),
         }
     }
 }

@@ -5,14 +5,16 @@
 
 use crate::access::{Access, AccessKind, Privilege};
 use crate::addr::{Gpa, NestedGpa};
-use crate::entry::LongMode;
+use crate::descent::{Purpose, Stop, descend};
+use crate::entry::{LongMode, Pae, TwoLevel};
 use crate::fault::{Dimension, EXIT_INFO_1_FINAL, EXIT_INFO_1_TABLE, Fault, Reason, Refusal};
 use crate::format::PageFormat;
 use crate::memory::Memory;
 use crate::mode::{ControlRegisters, CpuProfile, PagingMode, StateError};
 use crate::permission::Rights;
-use crate::trace::{Recorder, Trace};
-use crate::walk::{PageSize, PageWalk, Purpose, Stop, Translation, descend};
+use crate::trace::Recorder;
+use crate::translation::{PageSize, Translation};
+use crate::walk::PageWalk;
 
 /// `ngpa_walk`: the page walk that L1 put under L2.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -100,10 +102,10 @@ impl NgpaWalk {
         &self,
         memory: &M,
         ngpa: NestedGpa,
-        exempt: bool,
+        walking_for: &Access,
         recorder: &mut R,
     ) -> Result<Gpa, Fault> {
-        let privilege = if exempt { Privilege::Exempt } else { Privilege::User };
+        let privilege = if walking_for.is_exempt() { Privilege::Exempt } else { Privilege::User };
         let access = Access::new(AccessKind::Write, privilege);
         self.page(memory, ngpa, &access, NestedPhase::Table, recorder).map(|page| page.gpa)
     }
@@ -135,32 +137,17 @@ impl NgpaWalk {
         if ngpa.0 >> (format.linear_width() & 63) != 0 {
             return Err(Refusal::without_entry(Reason::TooWide).in_npt(format, access, ngpa, exit_info_1));
         }
-        let purpose = Purpose {
-            dimension: Dimension::Nested,
-            second: None,
-            writes: access.is_write(),
-            exempt: access.is_exempt(),
-        };
+        let purpose = Purpose { dimension: Dimension::Nested, second: None, access };
         let leaf = match format.mode() {
-            PagingMode::FiveLevel => descend::<LongMode, M, R, 5>(walk, memory, ngpa.0, purpose, recorder),
-            _ => descend::<LongMode, M, R, 4>(walk, memory, ngpa.0, purpose, recorder),
+            PagingMode::TwoLevel => descend::<TwoLevel, M, R>(walk, memory, ngpa.0, purpose, recorder),
+            PagingMode::Pae => descend::<Pae, M, R>(walk, memory, ngpa.0, purpose, recorder),
+            _ => descend::<LongMode, M, R>(walk, memory, ngpa.0, purpose, recorder),
         };
         let leaf = match leaf {
             Ok(leaf) => leaf,
             Err(Stop::Refused(refusal)) => return Err(refusal.in_npt(format, access, ngpa, exit_info_1)),
             Err(Stop::Second(fault)) => return Err(fault),
         };
-        if !leaf.permit::<LongMode>(format, access).granted() {
-            let blame = leaf.blame::<LongMode, R>(format, access, (Dimension::Nested, ngpa.0), recorder);
-            return match blame {
-                Some(refusal) => Err(refusal.in_npt(format, access, ngpa, exit_info_1)),
-                None => self.page(memory, ngpa, access, phase, &mut Trace::new()),
-            };
-        }
-        Ok(NestedPage {
-            gpa: Gpa(leaf.output),
-            rights: leaf.rights,
-            size: PageSize::of_long_mode(leaf.level),
-        })
+        Ok(NestedPage { gpa: Gpa(leaf.output), rights: leaf.rights, size: leaf.size })
     }
 }

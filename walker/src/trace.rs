@@ -4,6 +4,7 @@
 
 use crate::addr::Gpa;
 use crate::fault::Dimension;
+use crate::memory::Memory;
 use crate::permission::Rights;
 
 /// The most entries one attempt can read: five guest levels, each behind a nested walk of up to five, and the nested
@@ -34,11 +35,11 @@ pub struct Step {
     pub level: u32,
     /// The address being translated: a GVA in the guest dimension, an nGPA in the nested one.
     pub input: u64,
-    /// Where the table starts, in the machine's memory.
+    /// Where the table starts, in the machine's memory; 0 for a PDPTE register.
     pub table_gpa: Gpa,
     /// Index of the entry in its table.
     pub index: u32,
-    /// Where the entry lies, in the machine's memory.
+    /// Where the entry lies, in the machine's memory; 0 for a PDPTE register.
     pub entry_gpa: Gpa,
     /// The entry as it was loaded; 0 if it could not be.
     pub entry: u64,
@@ -46,8 +47,44 @@ pub struct Step {
     pub rights_so_far: Rights,
     /// What the entry is.
     pub verdict: Verdict,
-    /// Whether the page that the walk is about is being written, so that its leaf becomes dirty.
-    pub(crate) writes: bool,
+    /// What held the entry.
+    pub(crate) held: Held,
+    /// The accessed and dirty bits that the access sets in it.
+    pub(crate) sets: u64,
+    /// Where the format keeps accessed and dirty bits.
+    pub(crate) accessed_dirty: u64,
+}
+
+/// What holds an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Held {
+    /// A PDPTE register: it lies nowhere, and its step's addresses are 0.
+    Register,
+    /// Four bytes of memory.
+    Word32,
+    /// Eight bytes of memory.
+    Word64,
+}
+
+impl Step {
+    /// Whether the entry still means what it meant when the walk loaded it: all but its accessed and dirty bits are the
+    /// same.
+    pub fn is_current<M: Memory>(&self, memory: &M) -> bool {
+        let found = match self.held {
+            Held::Register => return true,
+            Held::Word32 => memory.load_u32(self.entry_gpa).map(u64::from),
+            Held::Word64 => memory.load_u64(self.entry_gpa),
+        };
+        match (found, self.verdict) {
+            (found, Verdict::Unbacked) => found.is_none(),
+            (None, _) => false,
+            (Some(found), _) => self.differs_in_accessed_dirty_only(found),
+        }
+    }
+
+    pub(crate) fn differs_in_accessed_dirty_only(&self, found: u64) -> bool {
+        (found ^ self.entry) & !self.accessed_dirty == 0
+    }
 }
 
 /// Takes note of the steps of a walk.
@@ -101,7 +138,9 @@ impl Trace {
         entry: 0,
         rights_so_far: Rights::NONE,
         verdict: Verdict::Table,
-        writes: false,
+        held: Held::Word64,
+        sets: 0,
+        accessed_dirty: 0,
     };
 
     /// An empty trace.

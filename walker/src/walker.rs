@@ -8,7 +8,8 @@ use crate::lane;
 use crate::memory::Memory;
 use crate::nested::NgpaWalk;
 use crate::trace::{NoTrace, Recorder, Step, Trace};
-use crate::walk::{PageWalk, Translation, translate, translate_nested};
+use crate::translation::Translation;
+use crate::walk::{PageWalk, translate};
 
 /// What a walk does to accessed and dirty bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -130,10 +131,7 @@ impl Walker {
         access: &Access,
         recorder: &mut R,
     ) -> Result<Translation, Fault> {
-        match &self.ngpa_walk {
-            None => translate(&self.gva_walk, memory, gva.0, access, recorder),
-            Some(second) => translate_nested(&self.gva_walk, second, memory, gva.0, access, recorder),
-        }
+        translate(&self.gva_walk, self.ngpa_walk.as_ref(), memory, gva.0, access, recorder)
     }
 
     fn set<M: Memory>(

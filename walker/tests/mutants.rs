@@ -4,8 +4,8 @@
 //! built in a scratch folder together with the judges, which run against it with few cases: a mutant that no judge
 //! disagrees with is a disagreement here. The unmutated copy runs first and has to pass under the same counts.
 //!
-//! The kernel's walker on this backend has no 5-level paging. The mutants of that are put before `properties` instead,
-//! whose tests say what the manual does.
+//! The kernel's walker on this backend has no 5-level, 32-bit or PAE paging. The mutants of those are put before
+//! `properties` and `legacy_modes` instead, whose tests say what the manual does.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that reports on standard output")]
 
@@ -21,7 +21,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 
 const CASES: &str = "10000";
 const KERNEL: &[&str] = &["judge_translate", "judge_execution"];
-const RULES: &[&str] = &["properties"];
+const RULES: &[&str] = &["properties", "legacy_modes"];
 
 struct Mutant {
     slip: &'static str,
@@ -48,8 +48,8 @@ const MUTANTS: &[Mutant] = &[
             ),
             (
                 "entry.rs",
-                "Self { withheld: self.withheld | entry ^ E::GRANTING }",
-                "Self { withheld: self.withheld & (entry ^ E::GRANTING) }",
+                "Self { withheld: self.withheld | entry ^ LongMode::GRANTING }",
+                "Self { withheld: self.withheld & (entry ^ LongMode::GRANTING) }",
             ),
         ],
     ),
@@ -57,8 +57,8 @@ const MUTANTS: &[Mutant] = &[
         "only the leaf's rights count",
         &[(
             "entry.rs",
-            "Self { withheld: self.withheld | entry ^ E::GRANTING }",
-            "Self { withheld: entry ^ E::GRANTING }",
+            "Self { withheld: self.withheld | entry ^ LongMode::GRANTING }",
+            "Self { withheld: entry ^ LongMode::GRANTING }",
         )],
     ),
     mutant(
@@ -99,15 +99,11 @@ const MUTANTS: &[Mutant] = &[
     ),
     mutant(
         "bit 7 of a PDE is ignored",
-        &[(
-            "entry.rs",
-            "let leaf = level == 1 || entry & E::PAGE_SIZE != 0;",
-            "let leaf = level == 1 || level > 2 && entry & E::PAGE_SIZE != 0;",
-        )],
+        &[("entry.rs", "let leaf = level == 1 ||", "let leaf = level == 1 || level > 2 &&")],
     ),
     mutant(
         "the offset into a large page is cut to 12 bits",
-        &[("walk.rs", "let within = (1 << shift::<E>(LEVEL)) - 1;", "let within = 0xfff;")],
+        &[("descent.rs", "let within = (1 << shift) - 1;", "let within = 0xfff;")],
     ),
     mutant(
         "NX is reserved although it is enabled",
@@ -148,11 +144,19 @@ const MUTANTS: &[Mutant] = &[
     ),
     mutant(
         "the error code always tells a fetch",
-        &[("format.rs", "fetch_reported: nxe || smep,", "fetch_reported: true,")],
+        &[(
+            "format.rs",
+            "fetch_reported: (nxe && mode != PagingMode::TwoLevel) || smep,",
+            "fetch_reported: true,",
+        )],
     ),
     mutant(
         "the error code tells a fetch under NXE only",
-        &[("format.rs", "fetch_reported: nxe || smep,", "fetch_reported: nxe,")],
+        &[(
+            "format.rs",
+            "fetch_reported: (nxe && mode != PagingMode::TwoLevel) || smep,",
+            "fetch_reported: nxe,",
+        )],
     ),
     mutant(
         "RSVD without P",
@@ -172,7 +176,7 @@ const MUTANTS: &[Mutant] = &[
     ),
     mutant(
         "addresses are not tested for being canonical",
-        &[("walk.rs", "if !is_canonical(gva, 12 + E::INDEX_BITS * LEVELS) {", "if false {")],
+        &[("walk.rs", "if format.mode().is_long() && !is_canonical", "if false && !is_canonical")],
     ),
     mutant(
         "a non-canonical stack access is #GP",
@@ -181,19 +185,20 @@ const MUTANTS: &[Mutant] = &[
     mutant(
         "reads set the dirty bit",
         &[(
-            "accessed_dirty.rs",
-            "step.verdict == Verdict::Leaf && step.writes;",
-            "step.verdict == Verdict::Leaf;",
+            "descent.rs",
+            "verdict == Verdict::Leaf && purpose.access.is_write();",
+            "verdict == Verdict::Leaf;",
         )],
     ),
     mutant(
         "writes set the dirty bit above the leaf",
-        &[("accessed_dirty.rs", "step.verdict == Verdict::Leaf && step.writes;", "step.writes;")],
+        &[(
+            "descent.rs",
+            "verdict == Verdict::Leaf && purpose.access.is_write();",
+            "purpose.access.is_write();",
+        )],
     ),
-    mutant(
-        "the accessed bit is not set",
-        &[("accessed_dirty.rs", "let wanted = E::ACCESSED |", "let wanted = ")],
-    ),
+    mutant("the accessed bit is not set", &[("entry.rs", "Self::ACCESSED | if dirties", "if dirties")]),
     mutant(
         "a walk that faults sets accessed bits",
         &[(
@@ -207,12 +212,51 @@ const MUTANTS: &[Mutant] = &[
     Mutant {
         slip: "5-level addresses are canonical in 48 bits",
         judges: RULES,
-        changes: &[("walk.rs", "is_canonical(gva, 12 + E::INDEX_BITS * LEVELS)", "is_canonical(gva, 48)")],
+        changes: &[("walk.rs", "is_canonical(gva, format.linear_width())", "is_canonical(gva, 48)")],
     },
     Mutant {
         slip: "LA57 is walked as four levels",
         judges: RULES,
-        changes: &[("walk.rs", "if LEVELS > 4 {", "if LEVELS > 5 {")],
+        changes: &[("format.rs", "PagingMode::FiveLevel => (5,", "PagingMode::FiveLevel => (4,")],
+    },
+    Mutant {
+        slip: "the PAE root is cut to 4 KiB",
+        judges: RULES,
+        changes: &[("walk.rs", "PagingMode::Pae => (32, !0x1f)", "PagingMode::Pae => (32, !0xfff)")],
+    },
+    Mutant {
+        slip: "PAE 2 MiB frames are cut to 32 bits",
+        judges: RULES,
+        changes: &[(
+            "entry.rs",
+            "LongMode::page(level, entry)",
+            "LongMode::page(level, entry) & 0xffff_ffff",
+        )],
+    },
+    Mutant {
+        slip: "a PDPTE's bits are taken for rights",
+        judges: RULES,
+        changes: &[("entry.rs", "if level == PDPTE { grants }", "if false { grants }")],
+    },
+    Mutant {
+        slip: "a walk sets a PDPTE's accessed bit",
+        judges: RULES,
+        changes: &[("entry.rs", "if level == PDPTE { 0 }", "if false { 0 }")],
+    },
+    Mutant {
+        slip: "PSE is honoured although CR4.PSE is clear",
+        judges: RULES,
+        changes: &[("format.rs", "let pse = mode != PagingMode::TwoLevel ||", "let pse = true ||")],
+    },
+    Mutant {
+        slip: "PSE-36 is not known",
+        judges: RULES,
+        changes: &[("entry.rs", "(entry & 0x001f_e000) << 19", "0")],
+    },
+    Mutant {
+        slip: "EFER.NXE reports fetches in 32-bit paging",
+        judges: RULES,
+        changes: &[("format.rs", "(nxe && mode != PagingMode::TwoLevel) || smep", "nxe || smep")],
     },
 ];
 
@@ -234,7 +278,10 @@ fn judge() -> Result<(), Failed> {
     if !verdicts.iter().all(|verdict| verdict.passed) {
         return Err(format!("the walker itself does not pass: {verdicts:?}").into());
     }
-    println!("  {:<52} {:>14} {:>14} {:>12}", "mutant", "kvm-translate", "kvm-execution", "properties");
+    println!(
+        "  {:<52} {:>14} {:>14} {:>12} {:>12}",
+        "mutant", "kvm-translate", "kvm-execution", "properties", "legacy modes"
+    );
     for mutant in MUTANTS {
         copy.mutate(mutant)?;
         let verdicts = copy.verdicts(mutant.judges, seed)?;
@@ -244,11 +291,12 @@ fn judge() -> Result<(), Failed> {
             at.map_or_else(|| "-".to_owned(), |at| verdicts[at].to_string())
         };
         println!(
-            "  {:<52} {:>14} {:>14} {:>12}",
+            "  {:<52} {:>14} {:>14} {:>12} {:>12}",
             mutant.slip,
             column("judge_translate"),
             column("judge_execution"),
-            column("properties")
+            column("properties"),
+            column("legacy_modes")
         );
         judge.case();
         if !verdicts.iter().any(Verdict::caught) {

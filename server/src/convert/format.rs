@@ -4,7 +4,11 @@ use pagewalk::{PageFormat, PageWalk, PagingMode};
 use pagewalk_proto::v1;
 
 pub(crate) fn page_walk(walk: &PageWalk) -> v1::PageWalk {
-    v1::PageWalk { root: walk.root(), pdptrs: Vec::new(), format: Some(page_format(walk.format())) }
+    v1::PageWalk {
+        root: walk.root(),
+        pdptrs: walk.pdptes().map_or_else(Vec::new, |pdptes| pdptes.to_vec()),
+        format: Some(page_format(walk.format())),
+    }
 }
 
 pub(crate) fn mode(mode: PagingMode) -> v1::PagingMode {
@@ -30,8 +34,8 @@ fn page_format(format: &PageFormat) -> v1::PageFormat {
         linear_width: format.linear_width(),
         maxphyaddr: u32::from(format.maxphyaddr()),
         fetch_bit_reported: format.fetch_reported(),
-        entry_bytes: if paged { 8 } else { 0 },
-        index_bits: if paged { 9 } else { 0 },
+        entry_bytes: format.entry_bytes(),
+        index_bits: format.index_bits(),
         bits: paged.then(|| entry_bits(format)),
     }
 }

@@ -20,6 +20,7 @@ pub(crate) fn page_size(size: PageSize) -> v1::PageSize {
         PageSize::Unpaged => v1::PageSize::Unpaged,
         PageSize::Size4K => v1::PageSize::PageSize4k,
         PageSize::Size2M => v1::PageSize::PageSize2m,
+        PageSize::Size4M => v1::PageSize::PageSize4m,
         PageSize::Size1G => v1::PageSize::PageSize1g,
     }
 }

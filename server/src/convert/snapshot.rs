@@ -23,7 +23,6 @@ pub(crate) fn run_state(state: RunState) -> v1::RunState {
 pub(crate) fn vcpu_info(vcpu: &Vcpu, snapshot: &Snapshot) -> v1::VcpuInfo {
     let paging = match &snapshot.walker {
         Ok(walker) => mode(walker.gva_walk().format().mode()),
-        Err(pagewalk::StateError::Unsupported(unsupported)) => mode(*unsupported),
         Err(_) => v1::PagingMode::Unspecified,
     };
     v1::VcpuInfo {

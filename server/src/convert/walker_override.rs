@@ -1,7 +1,7 @@
 //! The caller's own walker state, laid over the vCPU's.
 
 use pagewalk::mode::{CR0_PG, EFER_LMA, EFER_LME};
-use pagewalk::{CpuProfile, NgpaWalk, PageWalk, PagingMode, StateError, Vendor, Walker};
+use pagewalk::{CpuProfile, NgpaWalk, PageWalk, Vendor, Walker};
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::walker_override::SecondDimension;
 
@@ -27,13 +27,12 @@ pub(crate) fn walker(request: &v1::WalkerOverride, snapshot: &Snapshot) -> Resul
         }
     };
     let cpu = cpu(request, &snapshot.cpu)?;
-    if !request.pdptrs.is_empty() {
-        return Err(match registers.mode() {
-            Ok(PagingMode::Pae) => Error::RequestState(StateError::Unsupported(PagingMode::Pae)),
-            _ => Error::invalid("override.pdptrs", "only PAE paging has PDPTE registers: leave them out"),
-        });
+    let gva_walk = match <[u64; 4]>::try_from(request.pdptrs.as_slice()) {
+        Ok(pdptes) => PageWalk::with_pdptes(&registers, pdptes, &cpu),
+        Err(_) if request.pdptrs.is_empty() => PageWalk::new(&registers, &cpu),
+        Err(_) => return Err(Error::invalid("override.pdptrs", "give all four, or none")),
     }
-    let gva_walk = PageWalk::new(&registers, &cpu).map_err(Error::RequestState)?;
+    .map_err(Error::RequestState)?;
     let npt = |ncr3, host| NgpaWalk::npt(ncr3, host, &cpu).map_err(Error::RequestState);
     let second = match &request.second_dimension {
         Some(SecondDimension::Npt(request)) => Some(npt(request.ncr3, &npt_host(request))?),

@@ -2,9 +2,7 @@
 
 use std::sync::Arc;
 
-use pagewalk::{
-    Access, AdPolicy, Fault, Gva, Memory as _, NoTrace, PagingMode, Step, Trace, Translation, Verdict, Walker,
-};
+use pagewalk::{Access, AdPolicy, Fault, Gva, NoTrace, PagingMode, Step, Trace, Translation, Walker};
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::translate_response::Outcome;
 use pagewalk_proto::v1::translation_service_server::TranslationService;
@@ -13,7 +11,6 @@ use tonic::{Request, Response, Status};
 use super::resolve::{Target, deadline};
 use super::{Daemon, explain};
 use crate::convert;
-use crate::machine::GuestRam;
 use crate::render::Ladder;
 use crate::status::Error;
 use crate::vcpu::Snapshot;
@@ -46,7 +43,7 @@ impl TranslationService for Daemon {
         let mut provenance = self.provenance(&target, &snapshot);
         if request.validate {
             provenance.validated = true;
-            provenance.torn = torn(memory, trace.steps());
+            provenance.torn = !trace.steps().iter().all(|step| step.is_current(memory.as_ref()));
         }
         let steps = if request.trace { trace.steps() } else { &[] };
         let explanation = if request.explain {
@@ -107,16 +104,6 @@ fn ad_policy(policy: i32) -> Result<AdPolicy, Error> {
         Ok(v1::AdPolicy::Set) => Ok(AdPolicy::Set),
         Err(_) => Err(Error::invalid("ad_policy", format!("{policy} is no policy"))),
     }
-}
-
-/// Whether an entry means something else now than when the walk read it. Accessed and dirty bits come and go.
-fn torn(memory: &GuestRam, steps: &[Step]) -> bool {
-    const ACCESSED_DIRTY: u64 = 0x60;
-    steps.iter().any(|step| match (memory.load_u64(step.entry_gpa), step.verdict) {
-        (found, Verdict::Unbacked) => found.is_some(),
-        (None, _) => true,
-        (Some(found), _) => (found ^ step.entry) & !ACCESSED_DIRTY != 0,
-    })
 }
 
 /// What was asked, of whom: the first line of a ladder.

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use pagewalk::{CpuProfile, PageWalk, StateError};
+use pagewalk::{CpuProfile, PageWalk, PagingMode, StateError, Walker};
 use tokio::sync::{mpsc, watch};
 
 use super::backend::{Backend, Exit};
@@ -58,14 +58,15 @@ pub(super) fn first_snapshot<B: Backend>(backend: &mut B, cpu: CpuProfile) -> Re
         Some(reason) => (RunState::Static, reason),
         None => (RunState::Running, String::new()),
     };
+    let walker = NestedMode::Off.walker(registers.control(), &cpu);
     Ok(Snapshot {
         generation: 1,
         ticket: 0,
         taken: Instant::now(),
         run_state,
         run_state_reason,
-        walker: NestedMode::Off.walker(registers.control(), &cpu),
-        assumed: backend.assumed(&registers),
+        assumed: with_pdptes(backend.assumed(&registers), &walker),
+        walker,
         registers,
         cpu,
         nested: NestedMode::Off,
@@ -272,6 +273,7 @@ impl<B: Backend> Driver<'_, B> {
             Ok(Err(problem)) | Err(problem) => self.without_registers(&problem, &previous),
         };
         let walker = self.nested.walker(registers.control(), &self.cpu);
+        let assumed = with_pdptes(assumed, &walker);
         let changed = walker != previous.walker || self.nested != previous.nested;
         let generation = previous.generation + u64::from(changed);
         let snapshot = Arc::new(Snapshot {
@@ -323,13 +325,19 @@ fn accept<B: Backend>(backend: &mut B, changes: &RegisterChanges, cpu: &CpuProfi
     let current = backend.registers().map_err(VcpuError::Hypervisor)?;
     let wanted = changes.applied_to(&current).control();
     if wanted != current.control() {
-        match PageWalk::new(&wanted, cpu) {
-            // A mode that the walker does not know yet is a fine state for a vCPU all the same.
-            Ok(_) | Err(StateError::Unsupported(_)) => {}
-            Err(problem) => return Err(VcpuError::InvalidRegisters(problem.to_string())),
-        }
+        PageWalk::new(&wanted, cpu).map_err(|problem| VcpuError::InvalidRegisters(problem.to_string()))?;
     }
     backend.set_registers(changes)
+}
+
+/// No backend reads PDPTE registers: the walk takes PDPTEs from memory, as a CPU would that loads CR3 now.
+fn with_pdptes(mut assumed: Vec<String>, walker: &Result<Walker, StateError>) -> Vec<String> {
+    const PDPTES: &str = "PDPTE0-3=as in memory at CR3";
+    let pae = walker.as_ref().is_ok_and(|walker| walker.gva_walk().format().mode() == PagingMode::Pae);
+    if pae && !assumed.iter().any(|known| known == PDPTES) {
+        assumed.push(PDPTES.to_owned());
+    }
+    assumed
 }
 
 /// Says in `assumed` that all registers are those of an earlier moment.

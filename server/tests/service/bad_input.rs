@@ -31,7 +31,6 @@ async fn translate() {
     const FIELD: (Code, &str) = (Code::InvalidArgument, "INVALID_FIELD");
     const STATE: (Code, &str) = (Code::InvalidArgument, "INVALID_WALKER_STATE");
     const LATER: (Code, &str) = (Code::Unimplemented, "NOT_SERVED_YET");
-    const MODE: (Code, &str) = (Code::Unimplemented, "PAGING_MODE_NOT_SERVED");
     let vcpu = |machine: &str, vcpu| Some(v1::VcpuRef { machine: machine.into(), vcpu });
     let address = |address| v1::TranslateRequest { address, ..read(0) };
     let npt = |npt| Over { second_dimension: Some(SecondDimension::Npt(npt)), ..Over::default() };
@@ -90,7 +89,7 @@ async fn translate() {
         (with(Over { maxphyaddr: Some(31), ..Over::default() }), FIELD, "31"),
         (with(Over { maxphyaddr: Some(53), ..Over::default() }), FIELD, "53"),
         (with(Over { maxphyaddr: Some(u32::MAX), ..Over::default() }), FIELD, "override.maxphyaddr"),
-        (with(Over { pdptrs: vec![0; 4], ..Over::default() }), FIELD, "override.pdptrs"),
+        (with(Over { pdptrs: vec![0; 4], ..Over::default() }), STATE, "PDPTE"),
         (with(Over { pdptrs: vec![0; 3], ..Over::default() }), FIELD, "override.pdptrs"),
         (with(Over { efer: Some(0x100), ..Over::default() }), STATE, "LMA"),
         // Reserved bits, and what no CPU does.
@@ -101,6 +100,13 @@ async fn translate() {
         (with(Over { cr4: Some(1 << 40 | 0x20), ..Over::default() }), STATE, "CR4"),
         (with(Over { cr4: Some(0), ..Over::default() }), STATE, "PAE"),
         (with(Over { efer: Some(1 << 40 | 0xd00), ..Over::default() }), STATE, "EFER"),
+        // PAE: a PDPTE with R/W set is in no register, and CR3 has 32 bits.
+        (
+            with(Over { efer: Some(0), cr4: Some(0x20), pdptrs: vec![0, 3, 0, 0], ..Over::default() }),
+            STATE,
+            "PDPTE",
+        ),
+        (with(Over { efer: Some(0), cr4: Some(0), cr3: Some(1 << 32), ..Over::default() }), STATE, "CR3"),
         (with(npt(v1::Npt { ncr3: 1 << 48, ..Default::default() })), STATE, "nCR3"),
         (with(npt(v1::Npt { host_cr4: Some(1 << 63), ..Default::default() })), STATE, "CR4"),
         // Later.
@@ -113,9 +119,6 @@ async fn translate() {
             LATER,
             "EPT",
         ),
-        (with(Over { efer: Some(0), cr4: Some(0x20), ..Over::default() }), MODE, "PAE"),
-        (with(Over { efer: Some(0), cr4: Some(0x20), pdptrs: vec![0; 4], ..Over::default() }), MODE, "PAE"),
-        (with(Over { efer: Some(0), cr4: Some(0), ..Over::default() }), MODE, "2-level"),
         (with(Over { cr4: Some(1 << 24 | 0x20), ..Over::default() }), LATER, "PKS"),
     ];
     for (request, (code, reason), said) in cases {
@@ -224,11 +227,6 @@ async fn set_nested_mode() {
             npt(v1::Npt { ncr3: u64::MAX, ..Default::default() }),
             Code::InvalidArgument,
             "INVALID_WALKER_STATE",
-        ),
-        (
-            npt(v1::Npt { host_efer: Some(0x1000), ..Default::default() }),
-            Code::Unimplemented,
-            "PAGING_MODE_NOT_SERVED",
         ),
         (
             l2(v1::Registers { cr4: Some(1 << 24 | 0x20), ..Default::default() }),

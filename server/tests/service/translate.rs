@@ -366,3 +366,27 @@ async fn freshness_and_privilege_have_defaults() {
     assert_eq!(fault(&by(Privilege::AsCpl, true, non_canonical).await).kind(), FaultKind::StackFault);
     bed.stop().await;
 }
+
+/// The caller's own 32-bit and PAE walks, over tables written into the demo's spare memory.
+#[tokio::test]
+async fn overrides_select_legacy_paging() {
+    use v1::WalkerOverride as Over;
+    let bed = Bed::plain().await;
+    let memory = bed.machine.source().memory();
+    let spare = 0x70_0000;
+    // 2-level: PDE 1 maps 4 MiB at 0. PAE: PDPTE 0, PDE 2 maps 2 MiB at 0.
+    memory.write_u64(Gpa(spare), 0x83 << 32).unwrap();
+    memory.write_u64(Gpa(spare + 0x1000), (spare + 0x2000) | 1).unwrap();
+    memory.write_u64(Gpa(spare + 0x2010), 0x83).unwrap();
+
+    let legacy = |cr3, cr4| Over { cr3: Some(cr3), cr4: Some(cr4), efer: Some(0), ..Over::default() };
+    let two_level = over(&bed, 0x40_1234, legacy(spare, 0x10)).await;
+    assert_eq!((page(&two_level).gpa, page(&two_level).page_size()), (0x1234, v1::PageSize::PageSize4m));
+    let pae = over(&bed, 0x40_1234, legacy(spare + 0x1000, CR4_PAE)).await;
+    assert_eq!((page(&pae).gpa, page(&pae).page_size()), (0x1234, v1::PageSize::PageSize2m));
+    assert_eq!(pae.steps.iter().map(|step| step.level).collect::<Vec<_>>(), [3, 2]);
+    let registers = Over { pdptrs: vec![0, 0, 0, (spare + 0x2000) | 1], ..legacy(0, CR4_PAE) };
+    let cached = over(&bed, 0xc040_1234, registers).await;
+    assert_eq!((page(&cached).gpa, cached.steps[0].entry_gpa), (0x1234, 0));
+    bed.stop().await;
+}

@@ -421,9 +421,9 @@ class _PagingModeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     PAGING_MODE_NONE: _PagingMode.ValueType  # 1
     """CR0.PG is clear: GVA = GPA."""
     PAGING_MODE_TWO_LEVEL: _PagingMode.ValueType  # 2
-    """2-level paging, "32-bit paging". Not served yet."""
+    """2-level paging, "32-bit paging"."""
     PAGING_MODE_PAE: _PagingMode.ValueType  # 3
-    """PAE paging. Not served yet."""
+    """PAE paging."""
     PAGING_MODE_FOUR_LEVEL: _PagingMode.ValueType  # 4
     """4-level paging, 48-bit linear addresses."""
     PAGING_MODE_FIVE_LEVEL: _PagingMode.ValueType  # 5
@@ -441,9 +441,9 @@ PAGING_MODE_UNSPECIFIED: PagingMode.ValueType  # 0
 PAGING_MODE_NONE: PagingMode.ValueType  # 1
 """CR0.PG is clear: GVA = GPA."""
 PAGING_MODE_TWO_LEVEL: PagingMode.ValueType  # 2
-"""2-level paging, "32-bit paging". Not served yet."""
+"""2-level paging, "32-bit paging"."""
 PAGING_MODE_PAE: PagingMode.ValueType  # 3
-"""PAE paging. Not served yet."""
+"""PAE paging."""
 PAGING_MODE_FOUR_LEVEL: PagingMode.ValueType  # 4
 """4-level paging, 48-bit linear addresses."""
 PAGING_MODE_FIVE_LEVEL: PagingMode.ValueType  # 5
@@ -624,8 +624,8 @@ class WalkerOverride(google.protobuf.message.Message):
     """Maker of the CPU. Default: the vCPU's."""
     @property
     def pdptrs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """The four PDPTE registers of PAE paging. Empty, or exactly four, else INVALID_ARGUMENT. PAE is not served yet:
-        UNIMPLEMENTED.
+        """The four PDPTE registers of PAE paging. Empty, or exactly four and only with PAE paging, else INVALID_ARGUMENT.
+        Default: the PDPTEs in memory at CR3, as a CPU would load them now.
         """
 
     @property
@@ -709,7 +709,7 @@ class Npt(google.protobuf.message.Message):
     """L1's CR4 at VMRUN. LA57 selects 5 levels. Default: PAE alone, thus 4 levels."""
     host_efer: builtins.int
     """L1's EFER at VMRUN. NXE decides whether bit 63 of an entry means no-execute or is reserved. Default:
-    LME, LMA, NXE and SVME (0x1d00). Without LMA the format is a legacy one, not served yet: UNIMPLEMENTED.
+    LME, LMA, NXE and SVME (0x1d00). Without LMA the format is a legacy one: PAE, or 2-level without CR4.PAE.
     """
     host_cr0: builtins.int
     """L1's CR0 at VMRUN. Default: PE, WP and PG (0x80010001). Its WP has no say under NPT."""

@@ -44,7 +44,7 @@ class VcpuInfo(google.protobuf.message.Message):
     generation: builtins.int
     """Generation of its walker state. Starts at 1 and counts the published changes."""
     mode: pagewalk.v1.types_pb2.PagingMode.ValueType
-    """Way of paging of its `gva_walk`. May be one that is not served yet."""
+    """Way of paging of its `gva_walk`."""
     cr3: builtins.int
     """CR3."""
     rip: builtins.int

@@ -60,8 +60,8 @@ class WalkerServiceServicer(object):
         """Gives the whole of both walkers: roots, levels, reserved bits, permission words.
 
         Role: `read`.
-        Errors: NOT_FOUND for an unknown machine or vCPU; UNIMPLEMENTED where the vCPU pages in a mode that is not served
-        yet; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the vCPU does not come out in time.
+        Errors: NOT_FOUND for an unknown machine or vCPU; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the vCPU does not come
+        out in time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

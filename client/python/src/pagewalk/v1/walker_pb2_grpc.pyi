@@ -112,8 +112,8 @@ class WalkerServiceStub(typing.Generic[_WalkerServiceGetWalkerStateType, _Walker
     """Gives the whole of both walkers: roots, levels, reserved bits, permission words.
 
     Role: `read`.
-    Errors: NOT_FOUND for an unknown machine or vCPU; UNIMPLEMENTED where the vCPU pages in a mode that is not served
-    yet; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the vCPU does not come out in time.
+    Errors: NOT_FOUND for an unknown machine or vCPU; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the vCPU does not come
+    out in time.
     """
 
     SetNestedMode: _WalkerServiceSetNestedModeType
@@ -164,8 +164,8 @@ class WalkerServiceServicer(metaclass=abc.ABCMeta):
         """Gives the whole of both walkers: roots, levels, reserved bits, permission words.
 
         Role: `read`.
-        Errors: NOT_FOUND for an unknown machine or vCPU; UNIMPLEMENTED where the vCPU pages in a mode that is not served
-        yet; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the vCPU does not come out in time.
+        Errors: NOT_FOUND for an unknown machine or vCPU; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the vCPU does not come
+        out in time.
         """
 
     @abc.abstractmethod

@@ -111,6 +111,7 @@ impl Walker {
     ) -> Result<Translation, Fault> {
         recorder.clear();
         match policy {
+            AdPolicy::Observe if !R::ENABLED => self.translate(memory, gva, access),
             AdPolicy::Observe => self.observe(memory, gva, access, recorder),
             AdPolicy::Set => {
                 let mut trace = Trace::new();

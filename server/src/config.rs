@@ -51,7 +51,7 @@ pub enum Command {
 /// file.
 #[derive(Args, Clone, Debug, Default)]
 pub struct Options {
-    /// A TOML file with the same options: listen, uds, machines, log, log-format, grace-seconds, max-calls, [tls]
+    /// A TOML file with the same options: listen, uds, machines, log, log-format, grace-seconds, max-calls, and a table tls
     #[arg(long, value_name = "FILE", env = "PAGEWALK_CONFIG")]
     pub config: Option<PathBuf>,
     /// Address to listen on; may be repeated. Not loopback: only with the three TLS options [default: 127.0.0.1:50051]

@@ -22,9 +22,10 @@
 mod bed;
 
 use bed::judge::{Judge, cases, skipped};
+use bed::soup::{INDICES, Recipe, linear_address, trouble, twin};
 use bed::{
-    ACCESSED, CR0_WP, CR4_PKE, CR4_SMAP, CR4_SMEP, DIRTY, EFER_NXE, Machine, Maker, NO_EXECUTE, PAGE,
-    PAGE_SIZE, PRESENT, RFLAGS_AC, RFLAGS_FIXED, Ram, USER, Vcpu, WRITE, long_mode, when,
+    CR0_WP, CR4_PKE, CR4_SMAP, CR4_SMEP, EFER_NXE, Machine, Maker, PAGE, RFLAGS_AC, RFLAGS_FIXED, Ram, Vcpu,
+    long_mode, when,
 };
 use fastrand::Rng;
 use kvm_bindings::{kvm_regs, kvm_sregs};
@@ -37,8 +38,6 @@ use pagewalk::{
 const RAM_PAGES: u64 = 64;
 const TABLES: u64 = 12;
 const ADDRESSES: u64 = 64;
-/// Indices that entries are put at and addresses are made of, so that paths meet.
-const INDICES: [u64; 8] = [0, 1, 2, 255, 256, 300, 510, 511];
 
 fn main() {
     let arguments = Arguments::from_args();
@@ -108,17 +107,21 @@ struct Soup {
 
 impl Soup {
     fn cook(rng: &mut Rng, ram: Ram, maxphyaddr: u8, gib_pages: bool) -> Soup {
-        for word in ram.words() {
-            word.store(0, std::sync::atomic::Ordering::Relaxed);
-        }
+        ram.clear();
         let tables: Vec<u64> = (0..TABLES).map(|_| rng.u64(0..RAM_PAGES) * PAGE).collect();
-        // A hostile soup has trouble at every level; a mild one lets most walks through.
-        let trouble = *rng.choice(&[0, 1, 1, 2, 4]).unwrap();
+        let recipe = Recipe {
+            tables: &tables,
+            trouble: trouble(rng),
+            ram_pages: RAM_PAGES,
+            width: maxphyaddr,
+            maxphyaddr,
+            gib_pages,
+        };
         let mut entries = Vec::new();
         for table in &tables {
             for index in INDICES {
                 let gpa = table + index * 8;
-                ram.write(gpa, entry(rng, &tables, trouble, maxphyaddr, gib_pages));
+                ram.write(gpa, recipe.entry(rng));
                 entries.push(gpa);
             }
         }
@@ -154,7 +157,7 @@ impl Soup {
                 let rflags = RFLAGS_FIXED | when(ac, RFLAGS_AC);
                 vcpu.fd.set_regs(&kvm_regs { rflags, ..kvm_regs::default() })?;
             }
-            let gva = address(rng);
+            let gva = linear_address(rng, 4);
             judge.case();
             let tr = vcpu.fd.translate_gva(gva)?;
             let kernel = (tr.valid != 0).then_some(tr.physical_address);
@@ -208,8 +211,8 @@ impl Soup {
 fn ask(walker: &Walker, copy: Ram, gva: u64, ac: bool, judge: &mut Judge) -> Option<Translation> {
     let memory = Window::new(copy.words());
     let access = Access::new(AccessKind::Read, Privilege::Supervisor).with_ac(ac);
-    let twin = (gva << 16) as i64 >> 16;
-    if twin as u64 != gva {
+    let twin = twin(gva, 4);
+    if twin != gva {
         judge.count("non-canonical", 0);
         judge.exempt("non-canonical, walked as its sign-extended twin");
         let refused = walker.translate_with(&memory, Gva(gva), &access, AdPolicy::Set, &mut NoTrace);
@@ -218,7 +221,7 @@ fn ask(walker: &Walker, copy: Ram, gva: u64, ac: bool, judge: &mut Judge) -> Opt
         }
     }
     let mut trace = pagewalk::Trace::new();
-    let outcome = walker.translate_with(&memory, Gva(twin as u64), &access, AdPolicy::Set, &mut trace);
+    let outcome = walker.translate_with(&memory, Gva(twin), &access, AdPolicy::Set, &mut trace);
     let steps = trace.steps();
     if steps
         .iter()
@@ -255,53 +258,4 @@ fn ask(walker: &Walker, copy: Ram, gva: u64, ac: bool, judge: &mut Judge) -> Opt
             None
         }
     }
-}
-
-fn address(rng: &mut Rng) -> u64 {
-    let mut gva = rng.u64(0..PAGE);
-    for level in 0..4 {
-        let index = if rng.u32(0..50) == 0 { rng.u64(0..512) } else { *rng.choice(&INDICES).unwrap() };
-        gva |= index << (12 + 9 * level);
-    }
-    let canonical = ((gva << 16) as i64 >> 16) as u64;
-    match rng.u32(0..20) {
-        0 => gva | rng.u64(..) << 48,
-        1 => canonical ^ 1 << rng.u32(48..64),
-        _ => canonical,
-    }
-}
-
-/// One entry: usually plain, sometimes one of everything that can be wrong with it. `trouble` is in percent and is
-/// applied to each kind of trouble by itself.
-fn entry(rng: &mut Rng, tables: &[u64], trouble: u32, maxphyaddr: u8, gib_pages: bool) -> u64 {
-    let mut chance = |percent: u32| rng.u32(0..100) < percent;
-    let (present, reserved, large, outside) =
-        (!chance(2 + 3 * trouble), chance(trouble), chance(6 + trouble), chance(1 + trouble));
-    let (user, no_execute, noise) = (chance(90), chance(trouble), chance(20));
-    let frame = if large && rng.u32(0..10) < 8 {
-        let width = if gib_pages && rng.bool() { 30 } else { 21 };
-        if rng.bool() { 0 } else { rng.u64(0..1 << (maxphyaddr - width)) << width }
-    } else if outside {
-        match rng.u32(0..3) {
-            0 => RAM_PAGES * PAGE,
-            1 => rng.u64(RAM_PAGES..1 << (maxphyaddr - 12)) * PAGE,
-            _ => (1 << maxphyaddr) - PAGE,
-        }
-    } else if rng.u32(0..20) == 0 {
-        rng.u64(0..RAM_PAGES) * PAGE
-    } else {
-        *rng.choice(tables).unwrap()
-    };
-    let mut entry = frame | when(rng.bool(), WRITE);
-    for (set, bit) in [(present, PRESENT), (user, USER), (large, PAGE_SIZE), (no_execute, NO_EXECUTE)] {
-        entry |= when(set, bit);
-    }
-    if reserved {
-        entry |= 1 << rng.u32(u32::from(maxphyaddr)..52.max(u32::from(maxphyaddr) + 1));
-    }
-    if noise {
-        // PWT, PCD, A, D, G, ignored bits 11:9 and 62:52; never what decides a path.
-        entry |= rng.u64(..) & (0b11 << 3 | ACCESSED | DIRTY | 0xf << 8 | 0x7ff << 52);
-    }
-    entry
 }

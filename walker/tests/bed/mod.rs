@@ -8,6 +8,7 @@
 pub(crate) mod case;
 pub(crate) mod ground;
 pub(crate) mod judge;
+pub(crate) mod soup;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -40,6 +41,7 @@ pub(crate) const CR4_PKE: u64 = 1 << 22;
 pub(crate) const EFER_LME: u64 = 1 << 8;
 pub(crate) const EFER_LMA: u64 = 1 << 10;
 pub(crate) const EFER_NXE: u64 = 1 << 11;
+pub(crate) const EFER_SVME: u64 = 1 << 12;
 pub(crate) const RFLAGS_FIXED: u64 = 1 << 1;
 pub(crate) const RFLAGS_IOPL3: u64 = 3 << 12;
 pub(crate) const RFLAGS_AC: u64 = 1 << 18;
@@ -92,6 +94,12 @@ impl Ram {
         self.write(gpa, self.read(gpa) & !(0xff << shift) | u64::from(value) << shift);
     }
 
+    pub(crate) fn clear(self) {
+        for word in self.0 {
+            word.store(0, Ordering::Relaxed);
+        }
+    }
+
     pub(crate) fn copy_from(self, other: Ram) {
         for (to, from) in self.0.iter().zip(other.0) {
             to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
@@ -132,14 +140,21 @@ pub(crate) struct Vcpu {
 impl Vcpu {
     /// The walker for this vCPU while it holds `sregs`.
     pub(crate) fn walker(&self, sregs: &kvm_sregs) -> Result<Walker, StateError> {
+        Ok(Walker::new(self.gva_walk(sregs)?))
+    }
+
+    pub(crate) fn gva_walk(&self, sregs: &kvm_sregs) -> Result<PageWalk, StateError> {
+        let (cr0, cr3, cr4, efer) = (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer);
+        let registers = ControlRegisters { cr0, cr3, cr4, efer, ..ControlRegisters::default() };
+        PageWalk::new(&registers, &self.profile())
+    }
+
+    pub(crate) fn profile(&self) -> CpuProfile {
         let vendor = match self.maker {
             Maker::Intel => Vendor::Intel,
             Maker::Amd => Vendor::Amd,
         };
-        let (cr0, cr3, cr4, efer) = (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer);
-        let registers = ControlRegisters { cr0, cr3, cr4, efer, ..ControlRegisters::default() };
-        let cpu = CpuProfile { vendor, maxphyaddr: self.maxphyaddr, gib_pages: self.gib_pages };
-        Ok(Walker::new(PageWalk::new(&registers, &cpu)?))
+        CpuProfile { vendor, maxphyaddr: self.maxphyaddr, gib_pages: self.gib_pages }
     }
 }
 
@@ -206,6 +221,20 @@ impl Machine {
 
     pub(crate) fn maxphyaddr(&self) -> Result<u8, String> {
         Ok(self.leaf(0x8000_0008)?.eax as u8)
+    }
+
+    /// Gives the vCPU a value of PKRU, which no other ioctl carries.
+    pub(crate) fn set_pkru(&self, fd: &VcpuFd, pkru: u32) -> Result<(), String> {
+        const HEADER: usize = 512;
+        const PKRU: u32 = 9;
+        let leaf = self.supported.as_slice().iter().find(|leaf| (leaf.function, leaf.index) == (0xd, PKRU));
+        let offset = leaf.ok_or("the supported CPUID has no PKRU state")?.ebx as usize;
+        let mut xsave = fd.get_xsave().map_err(|error| format!("KVM_GET_XSAVE: {error}"))?;
+        xsave.region[HEADER / 4] |= 1 << PKRU;
+        *xsave.region.get_mut(offset / 4).ok_or("PKRU lies outside the XSAVE area")? = pkru;
+        // SAFETY: only features without dynamically sized state are enabled.
+        #[allow(unsafe_code, reason = "the ioctl's buffer may have to be larger than its type")]
+        unsafe { fd.set_xsave(&xsave) }.map_err(|error| format!("KVM_SET_XSAVE: {error}"))
     }
 
     fn gib_pages(&self) -> bool {

@@ -2,7 +2,7 @@
 //!
 //! Environment: `PAGEWALK_SEED` (decimal or `0x`) repeats a run, `PAGEWALK_JUDGE_CASES` asks for more or fewer cases,
 //! `PAGEWALK_FULL=1` for a full enumeration where a judge has one, and `PAGEWALK_REQUIRE=kvm,...` turns a skipped bed
-//! into a failure.
+//! into a failure. Inside a bed, `PAGEWALK_BED` is its name, and comes first in the judge's.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -15,7 +15,7 @@ const MINIMA_FOR: u64 = 200_000;
 const SHOWN: u64 = 20;
 
 pub(crate) struct Judge {
-    name: &'static str,
+    name: String,
     seed: u64,
     started: Instant,
     cases: u64,
@@ -29,6 +29,10 @@ impl Judge {
         let clock =
             || SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_nanos() as u64);
         let seed = number("PAGEWALK_SEED")?.unwrap_or_else(clock);
+        let name = match std::env::var("PAGEWALK_BED") {
+            Ok(bed) => format!("{bed}-{name}"),
+            Err(_) => name.to_owned(),
+        };
         println!("\njudge {name}: PAGEWALK_SEED={seed:#x} repeats this run");
         Ok(Judge {
             name,

@@ -46,19 +46,15 @@ pub(crate) fn registers(registers: &Registers) -> v1::Registers {
     }
 }
 
-/// Bits of CR4 that change what addresses mean or who may use them, and that the walker knows nothing of.
-const CR4_NOT_SERVED: [(u64, &str); 3] = [
-    (1 << 24, "CR4.PKS is set, and supervisor protection keys are not served yet"),
-    (1 << 27, "CR4.LASS is set, and linear-address-space separation is not served yet"),
-    (1 << 28, "CR4.LAM_SUP is set, and linear-address masking is not served yet"),
-];
-
-/// CR4 as a client may set it: what is not served is refused rather than ignored.
+/// CR4 as a client may set it: supervisor protection keys are refused rather than ignored.
 pub(crate) fn cr4(cr4: Option<u64>, field: &'static str) -> Result<Option<u64>, Error> {
-    let not_served = CR4_NOT_SERVED.iter().find(|(bit, _)| cr4.is_some_and(|cr4| cr4 & bit != 0));
-    match not_served {
-        Some((_, problem)) => Err(Error::unimplemented(field, *problem)),
-        None => Ok(cr4),
+    const PKS: u64 = 1 << 24;
+    match cr4 {
+        Some(cr4) if cr4 & PKS != 0 => Err(Error::unimplemented(
+            field,
+            "CR4.PKS is set, and supervisor protection keys are not served yet",
+        )),
+        _ => Ok(cr4),
     }
 }
 

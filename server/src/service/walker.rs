@@ -1,13 +1,13 @@
 //! `WalkerService`.
 
 use std::pin::Pin;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::set_nested_mode_request::Mode;
 use pagewalk_proto::v1::walker_service_server::WalkerService;
 use tokio::sync::{mpsc, watch};
-use tokio::time::{sleep, sleep_until};
+use tokio::time::sleep;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
@@ -15,7 +15,6 @@ use tonic::{Request, Response, Status};
 use super::Daemon;
 use super::resolve::{Target, deadline};
 use crate::convert;
-use crate::layer::Deadline;
 use crate::status::Error;
 use crate::vcpu::{NestedMode, NptOverlay, Snapshot};
 
@@ -103,7 +102,6 @@ impl WalkerService for Daemon {
         &self,
         request: Request<v1::WatchWalkerStateRequest>,
     ) -> Result<Response<Self::WatchWalkerStateStream>, Status> {
-        let deadline = request.extensions().get::<Deadline>().map(|deadline| deadline.0);
         let request = request.into_inner();
         let target = self.target(request.vcpu)?;
         let pace = interval(request.min_interval)?;
@@ -116,7 +114,6 @@ impl WalkerService for Daemon {
             daemon: self.clone(),
             generation: target.vcpu.subscribe(),
             target,
-            deadline,
             pace,
             left: request.max_updates,
         };
@@ -142,8 +139,6 @@ fn interval(request: Option<prost_types::Duration>) -> Result<Duration, Error> {
 struct Watcher {
     daemon: Daemon,
     target: Target,
-    /// When the client's patience ends, if it does.
-    deadline: Option<Instant>,
     generation: watch::Receiver<u64>,
     pace: Duration,
     left: Option<u32>,
@@ -152,18 +147,10 @@ struct Watcher {
 impl Watcher {
     async fn run(mut self, updates: mpsc::Sender<Result<v1::GetWalkerStateResponse, Status>>) {
         let mut draining = self.daemon.draining.clone();
-        let deadline = self.deadline;
-        let deadline = async {
-            match deadline {
-                Some(deadline) => sleep_until(deadline.into()).await,
-                None => std::future::pending().await,
-            }
-        };
         let ended = tokio::select! {
             ended = self.send_all(&updates) => ended,
             () = updates.closed() => return,
             _ = draining.wait_for(|draining| *draining) => Some(Error::ShuttingDown),
-            () = deadline => Some(Error::Deadline),
         };
         if let Some(error) = ended {
             // Waits for a slow reader; one that has gone needs no reason.

@@ -120,8 +120,6 @@ async fn translate() {
             "EPT",
         ),
         (with(Over { cr4: Some(1 << 24 | 0x20), ..Over::default() }), LATER, "PKS"),
-        (with(Over { cr4: Some(1 << 27 | 0x20), ..Over::default() }), LATER, "LASS"),
-        (with(Over { cr4: Some(1 << 28 | 0x20), ..Over::default() }), LATER, "LAM_SUP"),
     ];
     for (request, (code, reason), said) in cases {
         let asked = format!("{request:?}");

@@ -7,7 +7,6 @@ mod bed;
 #[allow(dead_code, reason = "each test target uses its part")]
 #[path = "../demo_landmarks/mod.rs"]
 mod demo_landmarks;
-mod drain;
 mod explain;
 mod nested;
 mod property;

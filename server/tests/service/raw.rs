@@ -6,7 +6,7 @@ use prost::Message;
 use tokio::net::TcpStream;
 use tonic::Status;
 
-/// Calls `method` with `timeout` as its deadline, and gives the status at the end of the answer.
+/// Calls `method` with `timeout` as its deadline, and gives the status of an answer that has nothing else.
 pub(crate) async fn call(address: SocketAddr, method: &str, timeout: &str, request: &impl Message) -> Status {
     call_with(address, &format!("pagewalk.v1.{method}"), timeout, &request.encode_to_vec()).await
 }
@@ -24,18 +24,7 @@ pub(crate) async fn call_with(address: SocketAddr, method: &str, timeout: &str, 
     let (answer, mut body) = client.send_request(head, false).unwrap();
     let length = u32::try_from(message.len()).unwrap().to_be_bytes();
     body.send_data([&[0], length.as_slice(), message].concat().into(), true).unwrap();
-    let mut answer = answer.await.unwrap();
-    let status = match Status::from_header_map(answer.headers()) {
-        Some(status) => status,
-        None => {
-            let body = answer.body_mut();
-            while let Some(data) = body.data().await {
-                body.flow_control().release_capacity(data.unwrap().len()).unwrap();
-            }
-            let trailers = body.trailers().await.unwrap().expect("trailers");
-            Status::from_header_map(&trailers).expect("a status in the trailers")
-        }
-    };
+    let answer = answer.await.unwrap();
     connection.abort();
-    status
+    Status::from_header_map(answer.headers()).expect("a status in the headers")
 }

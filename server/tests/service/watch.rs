@@ -120,16 +120,6 @@ async fn shutdown_ends_it_with_unavailable() {
     timeout(SOON, ended).await.unwrap().unwrap().unwrap();
 }
 
-#[tokio::test]
-async fn ends_at_its_deadline() {
-    let bed = Bed::plain().await;
-    let request = v1::WatchWalkerStateRequest::default();
-    let end = crate::raw::call(bed.address, "WalkerService/WatchWalkerState", "100m", &request);
-    let status = timeout(SOON, end).await.expect("an end in time");
-    assert_eq!(refusal(Err::<(), _>(status)), (Code::DeadlineExceeded, "DEADLINE".to_owned()));
-    bed.stop().await;
-}
-
 /// One place in the daemon: a stream that nobody reads any more has given it back.
 #[tokio::test]
 async fn a_client_that_leaves_frees_its_place() {

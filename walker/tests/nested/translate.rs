@@ -1,0 +1,397 @@
+//! `KVM_TRANSLATE` against the walker, with and without NPT.
+//!
+//! Walked side by side are the guest's memory (by the kernel) and a copy of it (by the walker, policy `Set`); after each
+//! address all entries are compared, after each set of tables all memory.
+
+use std::collections::BTreeMap;
+
+use fastrand::Rng;
+use kvm_bindings::{kvm_regs, kvm_sregs};
+use libtest_mimic::Failed;
+use pagewalk::{
+    Access, AccessKind, AdPolicy, Backing, ControlRegisters, Dimension, Fault, FaultKind, Gpa, Gva, Memory,
+    NgpaWalk, NoTrace, PageSize, Privilege, Reason, Step, Trace, Translation, Walker, Window,
+};
+
+use super::guest_mode;
+use super::tables::{RAM_PAGES, Tables};
+use crate::bed::judge::{Judge, cases};
+use crate::bed::soup::{linear_address, twin};
+use crate::bed::{
+    ACCESSED, CR0_NE, CR0_PE, CR0_PG, CR0_WP, CR4_LA57, CR4_PAE, CR4_PKE, CR4_SMAP, CR4_SMEP, DIRTY,
+    EFER_LMA, EFER_LME, EFER_NXE, EFER_SVME, Machine, Maker, PAGE, RFLAGS_AC, RFLAGS_FIXED, Ram, Vcpu,
+    long_mode, when,
+};
+
+const ADDRESSES: u64 = 16;
+
+/// One judge: the modes of both dimensions.
+#[derive(Clone, Copy)]
+pub(crate) struct Modes {
+    pub(crate) name: &'static str,
+    /// The guest's levels; 0 without paging.
+    pub(crate) levels: u32,
+    /// NPT's levels, where there is NPT.
+    pub(crate) npt_levels: Option<u32>,
+}
+
+pub(crate) struct Bed {
+    machine: Machine,
+    vcpus: Vec<Vcpu>,
+    copy: Ram,
+}
+
+impl Bed {
+    pub(crate) fn new() -> Result<Bed, String> {
+        let machine = Machine::new(RAM_PAGES * PAGE)?;
+        let here = machine.maxphyaddr()?;
+        let wanted = [(Maker::Amd, here), (Maker::Intel, here), (Maker::Amd, 52), (Maker::Amd, 36)];
+        let mut vcpus = Vec::new();
+        for (id, (maker, maxphyaddr)) in wanted.into_iter().enumerate() {
+            vcpus.push(machine.vcpu(id as u64, maker, maxphyaddr)?);
+        }
+        let copy = Ram::new(machine.ram.bytes());
+        Ok(Bed { machine, vcpus, copy })
+    }
+}
+
+pub(crate) fn judge(bed: &Bed, modes: Modes) -> Result<(), Failed> {
+    let mut judge = Judge::new(modes.name)?;
+    let mut rng = Rng::with_seed(judge.seed());
+    let wanted = cases(50_000)?;
+    while judge.cases() < wanted {
+        let vcpu = rng.choice(&bed.vcpus).unwrap();
+        Round::new(&mut rng, bed, vcpu, modes)?.ask_all(&mut rng, &mut judge)?;
+    }
+    judge.finish(&minima(modes))
+}
+
+/// One set of tables and registers.
+struct Round<'a> {
+    bed: &'a Bed,
+    vcpu: &'a Vcpu,
+    modes: Modes,
+    tables: Tables,
+    sregs: kvm_sregs,
+    host: ControlRegisters,
+    walker: Walker,
+}
+
+impl<'a> Round<'a> {
+    fn new(rng: &mut Rng, bed: &'a Bed, vcpu: &'a Vcpu, modes: Modes) -> Result<Self, Failed> {
+        let tables = Tables::cook(rng, bed.machine.ram, vcpu, modes.levels, modes.npt_levels);
+        bed.copy.copy_from(bed.machine.ram);
+        let sregs = guest_registers(rng, vcpu, modes, tables.root);
+        let host = host_registers(rng, modes);
+        if modes.npt_levels.is_some() {
+            guest_mode::leave(&vcpu.fd)?;
+        }
+        vcpu.fd.set_sregs(&sregs)?;
+        let held = vcpu.fd.get_sregs()?;
+        if (held.cr0, held.cr3, held.cr4, held.efer) != (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) {
+            return Err(format!("KVM did not keep the registers {sregs:x?}: {held:x?}").into());
+        }
+        let gva_walk = vcpu.gva_walk(&sregs)?;
+        let walker = match tables.ncr3 {
+            Some(ncr3) => {
+                guest_mode::enter(&vcpu.fd, ncr3, &host)?;
+                Walker::nested(gva_walk, NgpaWalk::npt(ncr3, &host, &vcpu.profile())?)
+            }
+            None => Walker::new(gva_walk),
+        };
+        Ok(Round { bed, vcpu, modes, tables, sregs, host, walker })
+    }
+
+    fn ask_all(&self, rng: &mut Rng, judge: &mut Judge) -> Result<(), Failed> {
+        let (ram, copy) = (self.bed.machine.ram, self.bed.copy);
+        let mut access = Access::new(AccessKind::Read, Privilege::Supervisor);
+        for number in 0..ADDRESSES {
+            if number % (ADDRESSES / 2) == 0 {
+                let (ac, pkru) = (rng.bool(), if rng.bool() { rng.u32(..) } else { 0 });
+                let rflags = RFLAGS_FIXED | when(ac, RFLAGS_AC);
+                self.vcpu.fd.set_regs(&kvm_regs { rflags, ..kvm_regs::default() })?;
+                self.bed.machine.set_pkru(&self.vcpu.fd, pkru)?;
+                access = access.with_ac(ac).with_pkru(pkru);
+            }
+            let gva = self.address(rng);
+            judge.case();
+            let tr = self.vcpu.fd.translate_gva(gva)?;
+            let kernel = (tr.valid != 0).then_some(tr.physical_address);
+            let ours = self.ask(gva, &access, judge);
+            if ours.map(|page| page.gpa.0) != kernel {
+                judge.disagree(|| {
+                    let ours = ours.map_or("invalid".to_owned(), |page| format!("{:?}", page.gpa));
+                    let kernel = kernel.map_or("invalid".to_owned(), |gpa| format!("{gpa:#x}"));
+                    format!("translation: walker {ours}, kernel {kernel}\n{}", self.describe(gva, &access))
+                });
+            }
+            if let Some(gpa) = self.tables.entries.iter().find(|gpa| ram.read(**gpa) != copy.read(**gpa)) {
+                judge.disagree(|| {
+                    let (ours, kernel) = (copy.read(*gpa), ram.read(*gpa));
+                    format!(
+                        "entry at {gpa:#x}: walker left {ours:#x}, kernel {kernel:#x}\n{}",
+                        self.describe(gva, &access)
+                    )
+                });
+                copy.copy_from(ram);
+            }
+        }
+        if let Some(gpa) = ram.differs_from(copy) {
+            judge.disagree(|| format!("memory at {gpa:#x} changed: no table uses it"));
+        }
+        Ok(())
+    }
+
+    fn address(&self, rng: &mut Rng) -> u64 {
+        match self.modes.levels {
+            0 if rng.bool() => rng.choice(&self.tables.homes).unwrap() & 0xffff_f000 | rng.u64(0..PAGE),
+            0 => linear_address(rng, 4) & 0xffff_ffff,
+            levels => linear_address(rng, levels),
+        }
+    }
+
+    /// The walker's answer in the ioctl's terms, counted by class.
+    fn ask(&self, gva: u64, access: &Access, judge: &mut Judge) -> Option<Translation> {
+        let memory = Window::new(self.bed.copy.words());
+        let mut taken_for = gva;
+        if self.modes.levels > 0 && twin(gva, self.modes.levels) != gva {
+            taken_for = twin(gva, self.modes.levels);
+            judge.count("non-canonical", 0);
+            judge.exempt("non-canonical, walked as its sign-extended twin");
+            let refused = self.walker.translate_with(&memory, Gva(gva), access, AdPolicy::Set, &mut NoTrace);
+            if refused.map_err(|fault| fault.kind) != Err(FaultKind::GeneralProtection) {
+                judge.disagree(|| format!("{gva:#x} is not canonical; the walker says {refused:?}"));
+            }
+        }
+        let mut trace = Trace::new();
+        let before: BTreeMap<u64, u64> =
+            self.tables.entries.iter().map(|gpa| (*gpa, self.bed.copy.read(*gpa))).collect();
+        let outcome = self.walker.translate_with(&memory, Gva(taken_for), access, AdPolicy::Set, &mut trace);
+        match outcome {
+            Ok(page) => {
+                judge.count(size_class(page), 0);
+                judge.count_if("mapped without backing", page.backing == Backing::None);
+                let changed = |step: &Step, bit| {
+                    before
+                        .get(&step.entry_gpa.0)
+                        .is_some_and(|was| was & bit == 0 && self.bed.copy.read(step.entry_gpa.0) & bit != 0)
+                };
+                for (dimension, accessed, dirty) in [
+                    (
+                        Dimension::Guest,
+                        "accessed bit set in the guest's entry",
+                        "dirty bit set in the guest's entry",
+                    ),
+                    (Dimension::Nested, "accessed bit set in NPT's entry", "dirty bit set in NPT's entry"),
+                ] {
+                    let steps = || trace.steps().iter().filter(|step| step.dimension == dimension);
+                    judge.count_if(accessed, steps().any(|step| changed(step, ACCESSED)));
+                    judge.count_if(dirty, steps().any(|step| changed(step, DIRTY)));
+                }
+                Some(page)
+            }
+            Err(fault) => {
+                count_fault(&fault, judge);
+                if self.commit_finished_nested_walks(trace.steps()) {
+                    judge.exempt("refused, with accessed or dirty bits of finished nested walks set");
+                }
+                None
+            }
+        }
+    }
+
+    /// KVM commits a nested walk as soon as that is done, whatever becomes of the guest's walk; policy `Set` commits
+    /// nothing of a refused walk. Does to the copy what KVM does.
+    fn commit_finished_nested_walks(&self, steps: &[Step]) -> bool {
+        let memory = Window::new(self.bed.copy.words());
+        let mut changed = false;
+        for finished in steps.split_inclusive(|step| step.dimension == Dimension::Guest) {
+            let Some((guest, nested)) = finished.split_last() else { continue };
+            if guest.dimension != Dimension::Guest {
+                break;
+            }
+            for (at, step) in nested.iter().enumerate() {
+                let dirty = when(at + 1 == nested.len(), DIRTY);
+                let entry = self.bed.copy.read(step.entry_gpa.0);
+                let wanted = entry | ACCESSED | dirty;
+                changed |= wanted != entry;
+                let _ = memory.compare_exchange_u64(Gpa(step.entry_gpa.0), entry, wanted);
+            }
+        }
+        changed
+    }
+
+    fn describe(&self, gva: u64, access: &Access) -> String {
+        let memory = Window::new(self.bed.copy.words());
+        let mut trace = Trace::new();
+        let outcome = self.walker.translate_with(&memory, Gva(gva), access, AdPolicy::Observe, &mut trace);
+        let mut text = format!(
+            "  {:?} MAXPHYADDR {} CR0 {:#x} CR3 {:#x} CR4 {:#x} EFER {:#x} nCR3 {:x?} host {:x?} GVA {gva:#x} {access:x?}\n  now {outcome:x?}",
+            self.vcpu.maker,
+            self.vcpu.maxphyaddr,
+            self.sregs.cr0,
+            self.sregs.cr3,
+            self.sregs.cr4,
+            self.sregs.efer,
+            self.tables.ncr3,
+            self.host
+        );
+        for step in trace.steps() {
+            text += &format!(
+                "\n  {:?} level {}: [{:#x}] = {:#x} for {:#x}: {:?}",
+                step.dimension, step.level, step.entry_gpa, step.entry, step.input, step.verdict
+            );
+        }
+        text
+    }
+}
+
+fn guest_registers(rng: &mut Rng, vcpu: &Vcpu, modes: Modes, root: u64) -> kvm_sregs {
+    let mut sregs = vcpu.reset;
+    // CR3's low bits select cacheability, not a root.
+    long_mode(&mut sregs, root | rng.u64(0..4) << 3);
+    sregs.cr0 &= !when(rng.bool(), CR0_WP);
+    sregs.efer &= !when(rng.u32(0..3) == 0, EFER_NXE);
+    sregs.cr4 |= when(modes.levels == 5, CR4_LA57);
+    sregs.cr4 |= when(rng.bool(), CR4_SMEP);
+    sregs.cr4 |= when(rng.u32(0..3) == 0, CR4_SMAP);
+    sregs.cr4 |= when(rng.bool(), CR4_PKE);
+    if modes.levels == 0 {
+        sregs.cr0 &= !CR0_PG;
+        sregs.efer &= !EFER_LMA;
+        sregs.cs.l = 0;
+        sregs.cs.db = 1;
+    }
+    sregs.efer |= when(modes.npt_levels.is_some(), EFER_SVME);
+    sregs
+}
+
+/// L1's registers at VMRUN. WP, SMEP, SMAP and PKE must not matter to NPT.
+fn host_registers(rng: &mut Rng, modes: Modes) -> ControlRegisters {
+    ControlRegisters {
+        cr0: CR0_PE | CR0_NE | CR0_PG | when(rng.bool(), CR0_WP),
+        cr3: 0,
+        cr4: CR4_PAE
+            | when(modes.npt_levels == Some(5), CR4_LA57)
+            | when(rng.bool(), CR4_SMEP)
+            | when(rng.bool(), CR4_SMAP)
+            | when(rng.bool(), CR4_PKE),
+        efer: EFER_SVME | EFER_LME | EFER_LMA | when(rng.u32(0..3) != 0, EFER_NXE),
+        ..ControlRegisters::default()
+    }
+}
+
+fn size_class(page: Translation) -> &'static str {
+    use PageSize::{Size1G, Size2M, Size4K, Unpaged};
+    match (page.page_size, page.nested_page_size) {
+        (Unpaged, None) => "mapped unpaged",
+        (Size4K, None) => "mapped 4 KiB",
+        (Size2M, None) => "mapped 2 MiB",
+        (Size1G, None) => "mapped 1 GiB",
+        (Unpaged, Some(Size4K)) => "mapped unpaged over 4 KiB",
+        (Unpaged, Some(Size2M)) => "mapped unpaged over 2 MiB",
+        (Unpaged, Some(Size1G)) => "mapped unpaged over 1 GiB",
+        (Size4K, Some(Size4K)) => "mapped 4 KiB over 4 KiB",
+        (Size4K, Some(Size2M)) => "mapped 4 KiB over 2 MiB",
+        (Size4K, Some(Size1G)) => "mapped 4 KiB over 1 GiB",
+        (Size2M, Some(Size4K)) => "mapped 2 MiB over 4 KiB",
+        (Size2M, Some(Size2M)) => "mapped 2 MiB over 2 MiB",
+        (Size2M, Some(Size1G)) => "mapped 2 MiB over 1 GiB",
+        (Size1G, Some(Size4K)) => "mapped 1 GiB over 4 KiB",
+        (Size1G, Some(Size2M)) => "mapped 1 GiB over 2 MiB",
+        (Size1G, Some(Size1G)) => "mapped 1 GiB over 1 GiB",
+        _ => "mapped otherwise",
+    }
+}
+
+fn count_fault(fault: &Fault, judge: &mut Judge) {
+    let class = match (fault.dimension, fault.reason) {
+        (Dimension::Guest, Reason::NotPresent) => "guest: not present, level",
+        (Dimension::Guest, Reason::ReservedBits) => "guest: reserved, level",
+        (Dimension::Guest, Reason::TableUnbacked) => "guest: table outside memory, level",
+        (Dimension::Guest, Reason::Smap) => "guest: SMAP",
+        (Dimension::Guest, Reason::ProtectionKey) => "guest: protection key",
+        (Dimension::Nested, Reason::NotPresent) => "NPT: not present, level",
+        (Dimension::Nested, Reason::ReservedBits) => "NPT: reserved, level",
+        (Dimension::Nested, Reason::TableUnbacked) => "NPT: table outside memory, level",
+        (Dimension::Nested, Reason::SupervisorPage) => "NPT: supervisor page, level",
+        (Dimension::Nested, Reason::ReadOnly) => "NPT: read-only, level",
+        _ => "refused otherwise",
+    };
+    let leveled = class.ends_with("level");
+    judge.count(class, if leveled { u64::from(fault.level) } else { 0 });
+    if let FaultKind::NestedPageFault { exit_info_1 } = fault.kind {
+        let table = exit_info_1 & pagewalk::EXIT_INFO_1_TABLE != 0;
+        judge.count(if table { "NPF for a table" } else { "NPF for the final address" }, 0);
+    }
+}
+
+fn minima(modes: Modes) -> Vec<(&'static str, Option<u64>, u64)> {
+    let mut minima = Vec::new();
+    let guest = 1..=u64::from(modes.levels);
+    let nested = 1..=u64::from(modes.npt_levels.unwrap_or(0));
+    for level in guest.clone() {
+        minima.extend([
+            ("guest: not present, level", Some(level), 1_500),
+            ("guest: reserved, level", Some(level), if level == 1 { 60 } else { 150 }),
+            ("guest: table outside memory, level", Some(level), 400),
+        ]);
+    }
+    for level in nested.clone() {
+        minima.extend([
+            ("NPT: not present, level", Some(level), 500),
+            ("NPT: reserved, level", Some(level), 200),
+            ("NPT: supervisor page, level", Some(level), 200),
+        ]);
+        if !guest.is_empty() {
+            minima.push(("NPT: read-only, level", Some(level), 200));
+        }
+        if level + 1 < *nested.end() {
+            minima.push(("NPT: table outside memory, level", Some(level), 200));
+        }
+    }
+    match (guest.is_empty(), nested.is_empty()) {
+        (true, true) => minima.push(("mapped unpaged", None, 200_000)),
+        (true, false) => minima.extend([
+            ("mapped unpaged over 4 KiB", None, 20_000),
+            ("mapped unpaged over 2 MiB", None, 5_000),
+            ("mapped unpaged over 1 GiB", None, 5_000),
+        ]),
+        (false, true) => minima.extend([
+            ("mapped 4 KiB", None, 20_000),
+            ("mapped 2 MiB", None, 1_500),
+            ("mapped 1 GiB", None, 1_500),
+        ]),
+        (false, false) => {
+            minima.extend([
+                ("mapped 4 KiB over 4 KiB", None, 5_000),
+                ("mapped 4 KiB over 2 MiB", None, 1_500),
+                ("mapped 4 KiB over 1 GiB", None, 1_500),
+                ("mapped 2 MiB over 4 KiB", None, 200),
+                ("mapped 2 MiB over 2 MiB", None, 20),
+                ("mapped 2 MiB over 1 GiB", None, 50),
+                ("mapped 1 GiB over 4 KiB", None, 200),
+                ("mapped 1 GiB over 2 MiB", None, 20),
+                ("mapped 1 GiB over 1 GiB", None, 50),
+                ("NPF for a table", None, 20_000),
+                ("dirty bit set in NPT's entry", None, 1_000),
+            ]);
+        }
+    }
+    if !guest.is_empty() {
+        minima.extend([
+            ("guest: SMAP", None, 1_000),
+            ("guest: protection key", None, 1_000),
+            ("non-canonical", None, 5_000),
+            ("mapped without backing", None, 500),
+            ("accessed bit set in the guest's entry", None, 5_000),
+        ]);
+    }
+    if !nested.is_empty() {
+        minima.extend([
+            ("NPF for the final address", None, 2_000),
+            ("accessed bit set in NPT's entry", None, 2_000),
+        ]);
+    }
+    minima
+}

@@ -46,6 +46,9 @@ pub enum ServeError {
     /// The transport.
     #[error("the server failed: {0}")]
     Transport(#[from] tonic::transport::Error),
+    /// A listener ended though nobody stopped it.
+    #[error("the server stopped by itself: {0}")]
+    Ended(String),
 }
 
 /// A daemon that has bound its addresses. Dropping it closes them.
@@ -153,9 +156,11 @@ impl Server {
             () = stop => {}
             Some(ended) = tasks.join_next() => {
                 // A listener does not end by itself: either it failed or its task did.
-                if let Ok(Err(error)) = ended {
-                    return Err(error.into());
-                }
+                return Err(match ended {
+                    Ok(Err(error)) => error.into(),
+                    Ok(Ok(())) => ServeError::Ended("its listener closed".to_owned()),
+                    Err(error) => ServeError::Ended(error.to_string()),
+                });
             }
         }
         tracing::info!(grace = ?self.grace, "draining");

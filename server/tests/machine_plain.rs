@@ -135,6 +135,11 @@ async fn nested_mode_lies_over_any_paging_mode() {
     let off = vcpu.set_nested(NestedMode::Off, soon()).await.unwrap();
     assert_eq!(off.nested, NestedMode::Off);
     assert!(off.walker.as_ref().unwrap().ngpa_walk().is_none());
+    // What the walker does not model is said.
+    let cr4 = off.registers.cr4 | 1 << 24;
+    let pks =
+        vcpu.set_registers(RegisterChanges { cr4: Some(cr4), ..Default::default() }, soon()).await.unwrap();
+    assert!(pks.assumed.contains(&"CR4.PKS=0".to_owned()), "{:?}", pks.assumed);
 }
 
 #[test]

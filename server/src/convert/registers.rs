@@ -3,7 +3,7 @@
 use pagewalk_proto::v1;
 
 use crate::status::Error;
-use crate::vcpu::{L2Registers, RegisterChanges, Registers};
+use crate::vcpu::{L2Registers, RegisterChanges, Registers, UNMODELLED};
 
 pub(crate) fn registers(registers: &Registers) -> v1::Registers {
     let selectors = registers.selectors;
@@ -46,15 +46,14 @@ pub(crate) fn registers(registers: &Registers) -> v1::Registers {
     }
 }
 
-/// CR4 as a client may set it: supervisor protection keys are refused rather than ignored.
+/// CR4 as a client may set it: what the walker does not model is refused rather than ignored.
 pub(crate) fn cr4(cr4: Option<u64>, field: &'static str) -> Result<Option<u64>, Error> {
-    const PKS: u64 = 1 << 24;
-    match cr4 {
-        Some(cr4) if cr4 & PKS != 0 => Err(Error::unimplemented(
-            field,
-            "CR4.PKS is set, and supervisor protection keys are not served yet",
-        )),
-        _ => Ok(cr4),
+    let set = UNMODELLED.iter().find(|(bit, _)| cr4.unwrap_or_default() & bit != 0);
+    match set {
+        Some((_, name)) => {
+            Err(Error::unimplemented(field, format!("{name} is set, which is not served yet")))
+        }
+        None => Ok(cr4),
     }
 }
 

@@ -1,8 +1,7 @@
 //! Accepted connections, bounded in number, and in how long they may stay silent at first.
 //!
 //! tonic accepts whatever comes, tries again at once when the process is out of file descriptors, and gives a client that
-//! never says a word all the time in the world. What is left open: a client that begins a TLS handshake and does not end
-//! it keeps its place.
+//! never says a word all the time in the world. The TLS handshake has a bound of its own.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;

@@ -1,8 +1,12 @@
 //! Mutual TLS: the daemon shows its certificate and asks every client for one.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use tonic::transport::{Certificate, Identity, ServerTlsConfig};
+
+/// How long a client may take to shake hands: until then it keeps a place without having shown who it is.
+const HANDSHAKE_BOUND: Duration = Duration::from_secs(10);
 
 /// Where the certificates lie; all PEM.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,7 +62,7 @@ impl Tls {
     pub(crate) fn config(&self) -> Result<ServerTlsConfig, TlsError> {
         let identity = Identity::from_pem(read("--tls-cert", &self.cert)?, read("--tls-key", &self.key)?);
         let authority = Certificate::from_pem(read("--client-ca", &self.client_ca)?);
-        Ok(ServerTlsConfig::new().identity(identity).client_ca_root(authority))
+        Ok(ServerTlsConfig::new().identity(identity).client_ca_root(authority).timeout(HANDSHAKE_BOUND))
     }
 }
 

@@ -29,6 +29,7 @@ use tokio::time::timeout_at;
 pub use backend::{Backend, Exit, ImmediateExit};
 pub use command::VcpuError;
 pub use plain::PlainBackend;
+pub(crate) use registers::UNMODELLED;
 pub use registers::{RegisterChanges, Registers, Selectors};
 pub use snapshot::{L2Registers, NestedMode, NptOverlay, RunState, Snapshot};
 

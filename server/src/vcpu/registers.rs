@@ -89,6 +89,10 @@ registers! {
     gs_base "GS.base" "Base of GS.",
 }
 
+/// Bits of CR4 that change what an access may do and that the walker does not model yet.
+pub(crate) const UNMODELLED: [(u64, &str); 3] =
+    [(1 << 24, "CR4.PKS"), (1 << 27, "CR4.LASS"), (1 << 28, "CR4.LAM_SUP")];
+
 /// The visible parts of the segment registers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Selectors {

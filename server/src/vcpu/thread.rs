@@ -18,7 +18,7 @@ use tokio::sync::{mpsc, watch};
 use super::backend::{Backend, Exit};
 use super::command::{Action, Command, Reply, VcpuError};
 use super::kick::{Kicker, OnThread, REFRESH};
-use super::registers::{RegisterChanges, Registers};
+use super::registers::{RegisterChanges, Registers, UNMODELLED};
 use super::snapshot::{NestedMode, RunState, Snapshot};
 
 /// How long a vCPU rests after HLT: nothing here sends it interrupts.
@@ -65,7 +65,7 @@ pub(super) fn first_snapshot<B: Backend>(backend: &mut B, cpu: CpuProfile) -> Re
         taken: Instant::now(),
         run_state,
         run_state_reason,
-        assumed: with_pdptes(backend.assumed(&registers), &walker),
+        assumed: with_limits(backend.assumed(&registers), &registers, &walker),
         walker,
         registers,
         cpu,
@@ -273,7 +273,7 @@ impl<B: Backend> Driver<'_, B> {
             Ok(Err(problem)) | Err(problem) => self.without_registers(&problem, &previous),
         };
         let walker = self.nested.walker(registers.control(), &self.cpu);
-        let assumed = with_pdptes(assumed, &walker);
+        let assumed = with_limits(assumed, &registers, &walker);
         let changed = walker != previous.walker || self.nested != previous.nested;
         let generation = previous.generation + u64::from(changed);
         let snapshot = Arc::new(Snapshot {
@@ -330,12 +330,22 @@ fn accept<B: Backend>(backend: &mut B, changes: &RegisterChanges, cpu: &CpuProfi
     backend.set_registers(changes)
 }
 
-/// No backend reads PDPTE registers: the walk takes PDPTEs from memory, as a CPU would that loads CR3 now.
-fn with_pdptes(mut assumed: Vec<String>, walker: &Result<Walker, StateError>) -> Vec<String> {
-    const PDPTES: &str = "PDPTE0-3=as in memory at CR3";
+/// Adds what the walkers take for granted: no backend reads PDPTE registers, so that PDPTEs come from memory, as if CR3 were
+/// loaded now; and what the walker does not model is as if it were off.
+fn with_limits(
+    mut assumed: Vec<String>,
+    registers: &Registers,
+    walker: &Result<Walker, StateError>,
+) -> Vec<String> {
     let pae = walker.as_ref().is_ok_and(|walker| walker.gva_walk().format().mode() == PagingMode::Pae);
-    if pae && !assumed.iter().any(|known| known == PDPTES) {
-        assumed.push(PDPTES.to_owned());
+    let unmodelled = UNMODELLED.iter().filter(|(bit, _)| registers.cr4 & bit != 0);
+    let limits = unmodelled
+        .map(|(_, name)| format!("{name}=0"))
+        .chain(pae.then(|| "PDPTE0-3=as in memory at CR3".to_owned()));
+    for limit in limits {
+        if !assumed.contains(&limit) {
+            assumed.push(limit);
+        }
     }
     assumed
 }

@@ -704,7 +704,9 @@ class Npt(google.protobuf.message.Message):
     HOST_EFER_FIELD_NUMBER: builtins.int
     HOST_CR0_FIELD_NUMBER: builtins.int
     ncr3: builtins.int
-    """nCR3, the VMCB12 field: an L1 GPA, 4 KiB-aligned. Fails with INVALID_ARGUMENT with bits at or above MAXPHYADDR."""
+    """nCR3, the VMCB12 field: an L1 GPA, 4 KiB-aligned (32 bytes in PAE format); bits below are ignored, as CR3's are. Fails
+    with INVALID_ARGUMENT with bits at or above MAXPHYADDR.
+    """
     host_cr4: builtins.int
     """L1's CR4 at VMRUN. LA57 selects 5 levels. Default: PAE alone, thus 4 levels."""
     host_efer: builtins.int

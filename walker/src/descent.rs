@@ -124,7 +124,8 @@ pub(crate) fn descend<E: EntryLayout, M: Memory, R: Recorder>(
                 };
             }
             Meaning::Absent => {
-                note(recorder, held, entry_gpa, entry, rights, Verdict::NotPresent);
+                // The other bits of an absent entry are ignored: it grants nothing.
+                note(recorder, held, entry_gpa, entry, Rights::NONE, Verdict::NotPresent);
                 return refused(Reason::NotPresent, entry_gpa, entry, E::PRESENT);
             }
             Meaning::Reserved(bits) => {

@@ -68,8 +68,8 @@ impl NgpaWalk {
 
     /// Walks the second dimension alone: what `ngpa` means for an access of L2, or of the CPU on L2's behalf.
     ///
-    /// `access` decides read, write or fetch; under NPT every access that is not exempt is a user access. The answer has
-    /// no guest page: its page size is [`PageSize::Unpaged`].
+    /// `access` decides read, write or fetch of a final address; a paging structure is always written. Under NPT every access
+    /// that is not exempt is a user access. The answer has no guest page: its page size is [`PageSize::Unpaged`].
     ///
     /// # Errors
     /// The fault that L1 would see. Its `address` is 0: no GVA is known.
@@ -83,7 +83,11 @@ impl NgpaWalk {
     ) -> Result<Translation, Fault> {
         recorder.clear();
         let privilege = if access.is_exempt() { Privilege::Exempt } else { Privilege::User };
-        let page = self.page(memory, ngpa, &Access::new(access.kind(), privilege), phase, recorder)?;
+        let kind = match phase {
+            NestedPhase::Table => AccessKind::Write,
+            NestedPhase::Final => access.kind(),
+        };
+        let page = self.page(memory, ngpa, &Access::new(kind, privilege), phase, recorder)?;
         Ok(Translation {
             gpa: page.gpa,
             entry: 0,

@@ -1,0 +1,319 @@
+//! Judge `oracle`: the walker against a second implementation that was written from the manuals and shares nothing with it.
+//!
+//! An odometer in the manner of kvm-unit-tests' `access.c`, in sheets ([`oracle::trial::sheets`] says what each turns and why
+//! it leaves the rest alone), and random tables. For each case the complete outcome must be equal: every field of the
+//! translation or of the fault, with policy `Observe` untraced and traced, and with `Set`; every step of the trace; and
+//! memory after `Set`, which may have changed in the oracle's bits and nowhere else.
+//!
+//! A case is one access to one set of tables under one set of registers. The default is five million of them, spread over
+//! each sheet; `PAGEWALK_FULL=1` turns every sheet through.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that reports on standard output")]
+
+#[allow(dead_code, reason = "this judge needs no bed and grants no exemption")]
+#[path = "bed/judge.rs"]
+mod judge;
+mod oracle;
+
+use fastrand::Rng;
+use judge::{Judge, cases, full};
+use libtest_mimic::{Arguments, Failed, Trial};
+use oracle::trial::answers;
+use oracle::trial::ground::Ground;
+use oracle::trial::odometer::{Odometer, Reading};
+use oracle::trial::setup::Setup;
+use oracle::trial::{sheets, soup};
+use oracle::{Answer, Cause, Dimension, Event, Purpose, Request, Size};
+use pagewalk::{AdPolicy, Fault, Gva, NestedGpa, NestedPhase, NoTrace, Recorder, Trace, Translation};
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let examples = oracle::worked::EXAMPLES.iter().map(|&(name, example)| {
+        Trial::test(format!("worked::{name}"), move || {
+            example();
+            Ok(())
+        })
+    });
+    let trials = examples.chain([Trial::test("the_oracle_agrees", run)]).collect();
+    libtest_mimic::run(&arguments, trials).exit();
+}
+
+/// Cases of a default run.
+const CASES: u64 = 5_000_000;
+/// One in so many cases of a default run is soup.
+const SOUP: u64 = 5;
+
+fn run() -> Result<(), Failed> {
+    let wanted = cases(CASES)?;
+    let mut bench = Bench::new(Judge::new("oracle")?);
+    bench.odometer(wanted - wanted / SOUP);
+    bench.soup(wanted.saturating_sub(bench.judge.cases()).max(wanted / SOUP));
+    // A full run turns its sheets in other proportions, but no sheet less than a default run does.
+    let cases = bench.judge.cases().min(CASES);
+    let minima: Vec<_> = MINIMA
+        .iter()
+        .flat_map(|&(class, details, count)| details.iter().map(move |&detail| (class, Some(detail), count)))
+        .map(|(class, detail, count)| (class, detail, count * (cases / MINIMA_FOR).max(1)))
+        // Of few cases a rare class may rightly have none.
+        .filter(|(_, _, count)| count * cases / MINIMA_FOR > 0)
+        .collect();
+    bench.judge.finish(&minima)
+}
+
+/// Minimum counts, of this many cases: about a third of what a run has.
+const MINIMA_FOR: u64 = 200_000;
+const MINIMA: &[(&str, &[u64], u64)] = &[
+    ("rights", &[0], 25_000),
+    ("entry", &[0], 30_000),
+    ("order", &[0], 10_000),
+    ("canonicality", &[0], 3_000),
+    ("accessed and dirty", &[0], 7_000),
+    ("nested", &[0], 45_000),
+    ("soup", &[0], 40_000),
+    ("second dimension alone", &[0], 2_000),
+    ("unpaged", &[0], 3_000),
+    ("2-level", &[0], 3_000),
+    ("PAE", &[0], 2_000),
+    ("4-level", &[0], 4_000),
+    ("5-level", &[0], 4_000),
+    ("over 2-level NPT", &[0], 1_000),
+    ("over PAE NPT", &[0], 1_000),
+    ("over 4-level NPT", &[0], 1_000),
+    ("over 5-level NPT", &[0], 1_000),
+    ("mapped as is", &[0], 1_500),
+    ("mapped 4 KiB", &[0], 5_000),
+    ("mapped 2 MiB", &[0], 2_000),
+    ("mapped 4 MiB", &[0], 300),
+    ("mapped 1 GiB", &[0], 1_500),
+    ("nested mapped as is", &[0], 1_900),
+    ("nested mapped 4 KiB", &[0], 1_000),
+    ("nested mapped 2 MiB", &[0], 700),
+    ("nested mapped 4 MiB", &[0], 500),
+    ("nested mapped 1 GiB", &[0], 400),
+    ("bits set", &[0], 12_000),
+    ("bits skipped", &[0], 1_800),
+    ("no backing", &[0], 8_000),
+    ("#GP", &[0], 150),
+    ("#SS", &[0], 150),
+    ("#PF code", &[0x00, 0x02, 0x04, 0x06], 1_000),
+    ("#PF code", &[0x01, 0x03, 0x05, 0x07], 300),
+    ("#PF code", &[0x09, 0x0b, 0x0d, 0x0f], 1_000),
+    ("#PF code", &[0x10, 0x11, 0x14, 0x15, 0x19, 0x1d], 700),
+    ("#PF code", &[0x21, 0x23, 0x25, 0x27], 60),
+    ("NPF code", &[0x1_0000_0004, 0x1_0000_0006, 0x1_0000_0014], 200),
+    ("NPF code", &[0x1_0000_0005, 0x1_0000_0007, 0x1_0000_0015], 60),
+    ("NPF code", &[0x1_0000_000d, 0x1_0000_000f, 0x1_0000_001d], 200),
+    ("NPF code", &[0x2_0000_0006, 0x2_0000_0007, 0x2_0000_000f], 1_500),
+    ("not present at level", &[1, 2, 3, 4, 5], 1_000),
+    ("reserved bits at level", &[1, 2, 3, 4, 5], 1_000),
+    ("unbacked at level", &[1, 2, 3, 4], 600),
+    ("unbacked at level", &[5], 25),
+    ("supervisor page at level", &[1, 2, 3, 4], 300),
+    ("supervisor page at level", &[5], 80),
+    ("no execute at level", &[1, 2, 3, 4], 100),
+    ("no execute at level", &[5], 25),
+    ("read only at level", &[1, 2, 3, 4], 100),
+    ("read only at level", &[5], 25),
+    ("SMEP at level", &[1, 2, 3], 60),
+    ("SMAP at level", &[1, 2, 3], 150),
+    ("protection key at level", &[1, 2, 3], 60),
+    ("nested too wide", &[0], 2_000),
+    ("nested not present at level", &[1, 2, 3, 4, 5], 250),
+    ("nested reserved bits at level", &[1, 2, 3, 4, 5], 250),
+    ("nested unbacked at level", &[1, 2, 3, 4], 250),
+    ("nested supervisor page at level", &[1, 2, 3, 4, 5], 60),
+    ("nested read only at level", &[1, 2, 3, 4, 5], 40),
+    ("nested no execute at level", &[1, 2, 3, 4, 5], 3),
+];
+
+struct Bench {
+    judge: Judge,
+    ground: Ground,
+    rng: Rng,
+    trace: Trace,
+}
+
+impl Bench {
+    fn new(judge: Judge) -> Bench {
+        let rng = Rng::with_seed(judge.seed());
+        Bench { judge, ground: Ground::new(), rng, trace: Trace::new() }
+    }
+
+    fn odometer(&mut self, wanted: u64) {
+        let sheets = sheets::all(&mut self.rng);
+        let shares: u64 = sheets.iter().map(|sheet| sheet.share).sum();
+        let tuples: u64 = sheets.iter().map(|sheet| sheet.wheels.iter().product::<u64>()).sum();
+        println!("  {} sheets of {tuples} tuples in all", sheets.len());
+        let mut reading = Reading::default();
+        for sheet in &sheets {
+            let odometer = Odometer::new(&sheet.wheels, self.rng.u64(..));
+            let turns = if full() { odometer.tuples() } else { wanted * sheet.share / shares };
+            for turn in 0..turns.min(odometer.tuples()) {
+                odometer.read(turn, &mut reading);
+                let (number, request) =
+                    (sheet.lay)(&mut reading, &sheet.setups, &mut self.ground, &mut self.rng);
+                self.judge.count(sheet.name, 0);
+                self.put(&sheet.setups[number], request);
+                self.ground.clear();
+            }
+        }
+    }
+
+    fn soup(&mut self, wanted: u64) {
+        for _ in 0..64 {
+            soup::stir(&self.ground, &mut self.rng);
+        }
+        let mut setup = soup::setup(&mut self.rng);
+        for n in 0..wanted {
+            if n % 64 == 0 {
+                setup = soup::setup(&mut self.rng);
+            }
+            if n % 512 == 0 {
+                soup::stir(&self.ground, &mut self.rng);
+            }
+            let request = soup::request(&mut self.rng, &setup);
+            self.judge.count("soup", 0);
+            if setup.system.second.is_some() && n % 4 == 0 {
+                self.put_nested(&setup, request);
+            } else {
+                self.put(&setup, request);
+            }
+        }
+    }
+
+    fn put(&mut self, setup: &Setup, request: Request) {
+        let Bench { judge, ground, trace, .. } = self;
+        judge.case();
+        let answer = oracle::translate(&setup.system, ground, request);
+        let access = answers::access(&request);
+        let gva = Gva(request.linear);
+        let walker = &setup.walker;
+
+        let untraced = walker.translate(ground, gva, &access);
+        let observed = walker.translate_with(ground, gva, &access, AdPolicy::Observe, trace);
+        let steps = trace.steps().to_vec();
+        let touched = ground.settle(&[]);
+        let set = walker.translate_with(ground, gva, &access, AdPolicy::Set, &mut NoTrace);
+        let settled = ground.settle(&answer.written);
+
+        let expected = Some(answer.outcome);
+        let skipped = |of: &Result<Translation, Fault>| of.as_ref().is_ok_and(|it| it.ad_skipped);
+        let differs = [
+            ("the untraced outcome", answers::outcome(&untraced) != expected || skipped(&untraced)),
+            ("the traced outcome", observed != untraced),
+            ("the steps", !answers::same_steps(&steps, &answer.visits)),
+            ("memory after Observe", touched.is_err()),
+            ("the outcome of Set", answers::outcome(&set) != expected && !answer.overlap),
+            ("the entries that Set skipped", skipped(&set) != answer.skipped && !answer.overlap),
+            ("memory after Set", settled.is_err() && !answer.overlap),
+        ];
+        if answer.overlap {
+            judge.exempt("Set where entries of four and of eight bytes overlap");
+        }
+        let differing: Vec<_> = differs.iter().filter(|(_, it)| *it).map(|(what, _)| *what).collect();
+        if !differing.is_empty() {
+            judge.disagree(|| {
+                format!(
+                    "in {differing:?}\n  {request:x?}\n  {:x?}\n  oracle   {:x?}\n  untraced {untraced:x?}\n  traced   \
+                     {observed:x?}\n  Set      {set:x?}\n  oracle's visits {:x?}\n  walker's steps  {steps:x?}\n  \
+                     oracle writes {:x?}, skips {}\n  walker wrote {touched:x?} {settled:x?}",
+                    setup.system, answer.outcome, answer.visits, answer.written, answer.skipped
+                )
+            });
+        }
+        classify(judge, setup, &answer);
+    }
+
+    /// The second dimension alone.
+    fn put_nested(&mut self, setup: &Setup, request: Request) {
+        let Bench { judge, ground, trace, rng } = self;
+        judge.case();
+        let (purpose, phase) = match rng.bool() {
+            true => (Purpose::Table, NestedPhase::Table),
+            false => (Purpose::Final, NestedPhase::Final),
+        };
+        let answer = oracle::translate_nested(&setup.system, ground, request, purpose);
+        let second = setup.walker.ngpa_walk().unwrap();
+        let access = answers::access(&request);
+        trace.clear();
+        let outcome = second.translate(ground, NestedGpa(request.linear), &access, phase, trace);
+        let agree = answers::outcome(&outcome) == Some(answer.outcome)
+            && answers::same_steps(trace.steps(), &answer.visits)
+            && ground.settle(&[]).is_ok();
+        if !agree {
+            judge.disagree(|| {
+                format!(
+                    "for {purpose:?}\n  {request:x?}\n  {:x?}\n  oracle {:x?}\n  walker {outcome:x?}\n  oracle's visits \
+                     {:x?}\n  walker's steps  {:x?}",
+                    setup.system,
+                    answer.outcome,
+                    answer.visits,
+                    trace.steps()
+                )
+            });
+        }
+        judge.count("second dimension alone", 0);
+        classify(judge, setup, &answer);
+    }
+}
+
+fn classify(judge: &mut Judge, setup: &Setup, answer: &Answer) {
+    match &answer.outcome {
+        Ok(page) => {
+            let modes = ["unpaged", "", "2-level", "PAE", "4-level", "5-level"];
+            judge.count(modes[setup.shape.0 as usize], 0);
+            if let Some(host) = setup.host {
+                let hosts =
+                    ["", "", "over 2-level NPT", "over PAE NPT", "over 4-level NPT", "over 5-level NPT"];
+                judge.count(hosts[host.0 as usize], 0);
+            }
+            let nested = page.nested.is_some();
+            let class = match (page.size, nested) {
+                (Size::Unpaged, false) => "mapped as is",
+                (Size::FourKib, false) => "mapped 4 KiB",
+                (Size::TwoMib, false) => "mapped 2 MiB",
+                (Size::OneGib, false) => "mapped 1 GiB",
+                (Size::FourMib, false) => "mapped 4 MiB",
+                (Size::FourMib, true) => "nested mapped 4 MiB",
+                (Size::Unpaged, true) => "nested mapped as is",
+                (Size::FourKib, true) => "nested mapped 4 KiB",
+                (Size::TwoMib, true) => "nested mapped 2 MiB",
+                (Size::OneGib, true) => "nested mapped 1 GiB",
+            };
+            judge.count(class, 0);
+            judge.count_if("bits set", !answer.written.is_empty());
+            judge.count_if("bits skipped", answer.skipped);
+            judge.count_if("no backing", page.nature == oracle::Nature::Nothing);
+        }
+        Err(refusal) => {
+            match refusal.event {
+                Event::PageFault(code) => judge.count("#PF code", u64::from(code)),
+                Event::NestedPageFault(info) => judge.count("NPF code", info),
+                Event::GeneralProtection => judge.count("#GP", 0),
+                Event::StackFault => judge.count("#SS", 0),
+                Event::Unbacked => {}
+            }
+            let guest = refusal.dimension == Dimension::Guest;
+            let class = match (refusal.cause, guest) {
+                (Cause::NonCanonical, _) => return,
+                (Cause::TooWide, _) => "nested too wide",
+                (Cause::TableUnbacked, true) => "unbacked at level",
+                (Cause::TableUnbacked, false) => "nested unbacked at level",
+                (Cause::NotPresent, true) => "not present at level",
+                (Cause::NotPresent, false) => "nested not present at level",
+                (Cause::ReservedBits, true) => "reserved bits at level",
+                (Cause::ReservedBits, false) => "nested reserved bits at level",
+                (Cause::SupervisorPage, true) => "supervisor page at level",
+                (Cause::SupervisorPage, false) => "nested supervisor page at level",
+                (Cause::NoExecute, true) => "no execute at level",
+                (Cause::NoExecute, false) => "nested no execute at level",
+                (Cause::ReadOnly, true) => "read only at level",
+                (Cause::ReadOnly, false) => "nested read only at level",
+                (Cause::Smep, _) => "SMEP at level",
+                (Cause::Smap, _) => "SMAP at level",
+                (Cause::ProtectionKey, _) => "protection key at level",
+            };
+            judge.count(class, u64::from(refusal.level));
+        }
+    }
+}

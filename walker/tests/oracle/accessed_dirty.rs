@@ -1,0 +1,44 @@
+//! Accessed and dirty bits.
+//!
+//! Intel SDM volume 3, "Accessed and Dirty Flags": bit 5 is set in every entry that the translation used, bit 6 in the entry
+//! that maps a page which is written. AMD APM volume 2, "Nested Table Walk": the nested tables' bits are set likewise, and a
+//! guest's paging structure counts as written. By the project's own rule (`AdPolicy::Set`) that happens only after the access
+//! was allowed, and entries in read-only memory keep what they hold.
+
+use super::{Found, Nature, Physical, Visit, Written};
+
+/// The entries that change, in order, and whether one stays as it is for lying in read-only memory.
+pub(super) fn written<P: Physical>(memory: &P, visits: &[Visit]) -> (Vec<Written>, bool) {
+    let mut written: Vec<Written> = Vec::new();
+    let mut skipped = false;
+    for visit in visits.iter().filter(|visit| visit.accessed_bit) {
+        let mut wanted = 1 << 5;
+        if visit.found == Found::Leaf && visit.writes {
+            wanted |= 1 << 6;
+        }
+        // A structure that is met twice in one walk already holds what the first visit left in it.
+        let earlier = written.iter_mut().find(|earlier| earlier.address == visit.address);
+        let now = earlier.as_ref().map_or(visit.entry, |earlier| earlier.entry);
+        if now & wanted == wanted {
+            continue;
+        }
+        if memory.nature(visit.address) == Nature::Rom {
+            skipped = true;
+            continue;
+        }
+        match earlier {
+            Some(earlier) => earlier.entry = now | wanted,
+            None => written.push(Written { address: visit.address, entry: now | wanted, bytes: visit.bytes }),
+        }
+    }
+    (written, skipped)
+}
+
+/// Whether the walk met one word as an entry of four bytes and as one of eight. Setting a bit of the one may then move the frame of
+/// the other under the CPU's feet, in an order that no manual gives.
+pub(super) fn overlap(visits: &[Visit]) -> bool {
+    let word = |visit: &Visit| visit.address & !7;
+    visits.iter().filter(|visit| visit.bytes == 4).any(|narrow| {
+        visits.iter().any(|wide| wide.bytes == 8 && wide.accessed_bit && word(wide) == word(narrow))
+    })
+}

@@ -1,0 +1,140 @@
+//! From a linear address to the mode that translates it, and on to the page.
+//!
+//! Intel SDM volume 3, "Paging Modes and Control Bits" and "Paging-Mode Enabling"; volume 1, "Canonical Addressing".
+
+use super::structures::{Mapped, View};
+use super::{
+    Cause, Dimension, Event, Granted, Kind, Page, Physical, Purpose, Refusal, Size, Walk, bit, bits, number,
+};
+
+impl<P: Physical> Walk<'_, P> {
+    pub(super) fn linear_address(&mut self) -> Result<Page, Refusal> {
+        let registers = self.system.registers;
+
+        // "Paging Modes": with CR0.PG = 0 linear addresses are treated as physical addresses. That is outside 64-bit mode,
+        // where a linear address has 32 bits.
+        if !registers.cr0_pg() {
+            let physical = bits(self.request.linear, 31, 0);
+            return self.unpaged(physical);
+        }
+
+        // "Paging-Mode Enabling": outside long mode CR4.PAE selects PAE or 32-bit paging; linear addresses have 32 bits.
+        let long = registers.efer_lma();
+        let input = if long { self.request.linear } else { bits(self.request.linear, 31, 0) };
+        // In long mode CR4.LA57 selects 5-level paging.
+        let width = if registers.cr4_la57() { 57 } else { 48 };
+
+        // "Canonical Addressing": bits 63 to the highest one that is translated are equal. Otherwise #GP(0), and for a
+        // reference through SS #SS(0); no paging structure is looked at.
+        if long && !canonical(input, width) {
+            return Err(Refusal {
+                event: if self.request.stack { Event::StackFault } else { Event::GeneralProtection },
+                cause: Cause::NonCanonical,
+                linear: self.request.linear,
+                dimension: Dimension::Guest,
+                level: 0,
+                at: 0,
+                entry: 0,
+                bits: 0,
+                nested: None,
+            });
+        }
+
+        let view = View {
+            dimension: Dimension::Guest,
+            registers,
+            cpu: self.system.cpu,
+            input,
+            purpose: Purpose::Final,
+            writes: self.request.kind == Kind::Write,
+            first_visit: 0,
+        };
+        // "4-Level Paging and 5-Level Paging", use of CR3: bits 51:12 are the table's address; the bits below are a PCID, or
+        // PWT and PCD, and not part of it.
+        let root = bits(registers.cr3, 51, 12);
+        let mapped = match (long, registers.cr4_pae()) {
+            (true, _) if registers.cr4_la57() => self.five_level(&view, root)?,
+            (true, _) => self.four_level(&view, root)?,
+            (false, true) => self.pae(&view, registers.cr3)?,
+            (false, false) => self.two_level(&view, registers.cr3)?,
+        };
+
+        // "Determination of Access Rights": after the translation, by all the entries that control it.
+        self.linear_access_allowed(&view, &mapped)?;
+        self.reached(mapped)
+    }
+
+    /// No translation in the guest.
+    fn unpaged(&mut self, physical: u64) -> Result<Page, Refusal> {
+        self.reached(Mapped {
+            address: physical,
+            entry: 0,
+            size: Size::Unpaged,
+            granted: Granted::EVERYTHING,
+        })
+    }
+
+    /// What lies behind the address that the guest's tables gave.
+    fn reached(&mut self, mapped: Mapped) -> Result<Page, Refusal> {
+        let mut physical = mapped.address;
+        let mut granted = mapped.granted;
+        let mut nested = None;
+        if self.system.second.is_some() {
+            // APM, "Nested Paging": the guest physical address is translated by the nested tables, for the access itself.
+            let behind = self.through_second(mapped.address, Purpose::Final)?;
+            nested = Some((mapped.address, behind.size));
+            physical = behind.address;
+            granted = granted.and(behind.granted);
+        }
+        let paged = mapped.size != Size::Unpaged;
+        Ok(Page {
+            physical,
+            nested,
+            entry: mapped.entry,
+            size: mapped.size,
+            granted,
+            // "Protection Keys": bits 62:59 of the entry that maps the page.
+            key: number(mapped.entry, 62, 59) as u8,
+            accessed: bit(mapped.entry, 5),
+            dirty: bit(mapped.entry, 6),
+            global: bit(mapped.entry, 8),
+            pat_index: paged.then(|| pat_index(mapped.entry, mapped.size)),
+            nature: self.memory.nature(physical),
+        })
+    }
+
+    /// The same where only the second dimension was asked.
+    pub(super) fn without_guest(&self, nested: u64, mapped: Mapped) -> Page {
+        Page {
+            physical: mapped.address,
+            nested: Some((nested, mapped.size)),
+            entry: 0,
+            size: Size::Unpaged,
+            granted: mapped.granted,
+            key: 0,
+            accessed: false,
+            dirty: false,
+            global: false,
+            pat_index: None,
+            nature: self.memory.nature(mapped.address),
+        }
+    }
+}
+
+/// "Determining the Memory Type of a Page": 4*PAT + 2*PCD + PWT; PAT is bit 7 of a PTE and bit 12 of a larger leaf.
+fn pat_index(leaf: u64, size: Size) -> usize {
+    let pat = if size == Size::FourKib { bit(leaf, 7) } else { bit(leaf, 12) };
+    4 * usize::from(pat) + 2 * usize::from(bit(leaf, 4)) + usize::from(bit(leaf, 3))
+}
+
+pub(super) fn canonical(linear: u64, width: u32) -> bool {
+    let top = bit(linear, width - 1);
+    let mut above = width;
+    while above < 64 {
+        if bit(linear, above) != top {
+            return false;
+        }
+        above += 1;
+    }
+    true
+}

@@ -1,0 +1,10 @@
+//! How the walker is put before the oracle: memory both can read, their answers side by side, and what is asked.
+
+pub(crate) mod answers;
+pub(crate) mod ground;
+mod nested;
+pub(crate) mod odometer;
+mod path;
+pub(crate) mod setup;
+pub(crate) mod sheets;
+pub(crate) mod soup;

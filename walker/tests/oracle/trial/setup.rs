@@ -1,0 +1,107 @@
+//! Registers and CPUs, in the words of both sides.
+
+use pagewalk::{ControlRegisters, CpuProfile, NgpaWalk, PageWalk, Vendor, Walker};
+
+use super::path::Shape;
+use crate::oracle::{Cpu, Registers, Second, System};
+
+/// A system for the oracle, and the walker for the same system.
+pub(crate) struct Setup {
+    pub(crate) system: System,
+    pub(crate) walker: Walker,
+    pub(crate) shape: Shape,
+    /// The host's format under a nested guest.
+    pub(crate) host: Option<Shape>,
+}
+
+/// The control bits that decide an access.
+#[derive(Clone, Copy)]
+pub(crate) struct Controls {
+    pub(crate) shape: Shape,
+    pub(crate) wp: bool,
+    pub(crate) nxe: bool,
+    pub(crate) smep: bool,
+    pub(crate) smap: bool,
+    pub(crate) pke: bool,
+    pub(crate) pse: bool,
+}
+
+impl Controls {
+    /// The combination with this number, of thirty-two; CR4.PSE is set.
+    pub(crate) fn numbered(shape: Shape, number: u64) -> Controls {
+        let on = |bit: u64| number >> bit & 1 == 1;
+        Controls { shape, wp: on(0), nxe: on(1), smep: on(2), smap: on(3), pke: on(4), pse: true }
+    }
+
+    pub(crate) fn registers(self, root: u64) -> Registers {
+        let set = |on: bool, bit: u32| u64::from(on) << bit;
+        let levels = self.shape.0;
+        Registers {
+            cr0: 1 | set(self.wp, 16) | set(levels > 0, 31),
+            cr3: root,
+            cr4: set(self.pse, 4)
+                | set(levels >= 3, 5)
+                | set(levels == 5, 12)
+                | set(self.smep, 20)
+                | set(self.smap, 21)
+                | set(self.pke, 22),
+            efer: set(levels >= 4, 8) | set(levels >= 4, 10) | set(self.nxe, 11),
+        }
+    }
+}
+
+impl Setup {
+    pub(crate) fn new(registers: Registers, cpu: Cpu, second: Option<Second>) -> Setup {
+        Setup::with_pdptes(registers, cpu, None, second)
+    }
+
+    /// A setup whose PDPTE registers are known.
+    pub(crate) fn with_pdptes(
+        registers: Registers,
+        cpu: Cpu,
+        pdpte_registers: Option<[u64; 4]>,
+        second: Option<Second>,
+    ) -> Setup {
+        let (control, profile) = (control_registers(&registers), profile(&cpu));
+        let gva_walk = match pdpte_registers {
+            Some(pdptes) => PageWalk::with_pdptes(&control, pdptes, &profile).unwrap(),
+            None => PageWalk::new(&control, &profile).unwrap(),
+        };
+        let walker = match second {
+            None => Walker::new(gva_walk),
+            Some(Second::Npt { ncr3, host, cpu }) => {
+                let npt = NgpaWalk::npt(ncr3, &control_registers(&host), &self::profile(&cpu)).unwrap();
+                Walker::nested(gva_walk, npt)
+            }
+        };
+        let host = second.map(|Second::Npt { host, .. }| shape(&host));
+        Setup {
+            system: System { registers, cpu, pdpte_registers, second },
+            walker,
+            shape: shape(&registers),
+            host,
+        }
+    }
+}
+
+fn shape(of: &Registers) -> Shape {
+    let on = |register: u64, bit: u32| register >> bit & 1 == 1;
+    match *of {
+        Registers { cr0, .. } if !on(cr0, 31) => Shape(0),
+        Registers { cr4, .. } if !on(cr4, 5) => Shape(2),
+        Registers { efer, .. } if !on(efer, 10) => Shape(3),
+        Registers { cr4, .. } => Shape(if on(cr4, 12) { 5 } else { 4 }),
+    }
+}
+
+fn control_registers(of: &Registers) -> ControlRegisters {
+    ControlRegisters { cr0: of.cr0, cr3: of.cr3, cr4: of.cr4, efer: of.efer, ..Default::default() }
+}
+
+fn profile(of: &Cpu) -> CpuProfile {
+    CpuProfile {
+        vendor: if of.amd { Vendor::Amd } else { Vendor::Intel },
+        maxphyaddr: of.maxphyaddr as u8,
+        gib_pages: of.page1gb,
+    }
+}

@@ -1,0 +1,98 @@
+//! Random tables: entries that refer to any page, their own included, walked from everywhere in both dimensions.
+
+use fastrand::Rng;
+
+use super::ground::{Ground, HIGH, LOW, ROM, TOP};
+use super::path::{PAGE, Shape, canonical};
+use super::setup::{Controls, Setup};
+use crate::oracle::{By, Cpu, Kind, Request, Second};
+
+/// Pages of [`LOW`] that hold tables.
+const TABLES: u64 = 12;
+
+pub(crate) fn setup(rng: &mut Rng) -> Setup {
+    let cpu = |rng: &mut Rng| Cpu {
+        amd: rng.bool(),
+        maxphyaddr: [32, 36, 40, 48, 52, 52][rng.usize(..6)],
+        page1gb: rng.bool(),
+    };
+    let shape = Shape([0, 2, 3, 4, 4, 5, 5][rng.usize(..7)]);
+    let controls = |shape: Shape, rng: &mut Rng| Controls {
+        pse: rng.bool(),
+        ..Controls::numbered(shape, rng.u64(..32))
+    };
+    let root = |rng: &mut Rng| (rng.u64(..TABLES) * PAGE) | (rng.u64(..) & 0xfff);
+    let second = rng.bool().then(|| Second::Npt {
+        ncr3: root(rng),
+        host: controls(Shape(rng.u32(2..=5)), rng).registers(0),
+        cpu: cpu(rng),
+    });
+    let pdptes = (shape.0 == 3 && second.is_none() && rng.bool())
+        .then(|| [0; 4].map(|_| (rng.u64(..TABLES) * PAGE) | u64::from(rng.u32(..8) != 0)));
+    Setup::with_pdptes(controls(shape, rng).registers(root(rng)), cpu(rng), pdptes, second)
+}
+
+/// Fills one page of tables.
+pub(crate) fn stir(ground: &Ground, rng: &mut Rng) {
+    let page = rng.u64(..TABLES) * PAGE;
+    // Some pages hold sound entries only: otherwise few walks of two dimensions come to an end.
+    let sound = rng.bool();
+    let narrow = rng.u32(..4) == 0;
+    for index in 0..512 {
+        let word = match narrow {
+            true => entry(rng, sound) & 0xffff_ffff | entry(rng, sound) << 32,
+            false => entry(rng, sound),
+        };
+        ground.keep(page + 8 * index, word);
+    }
+}
+
+fn entry(rng: &mut Rng, sound: bool) -> u64 {
+    let mut entry = (rng.u64(..TABLES) * PAGE) | 7 | (rng.u64(..) & 0x0e78);
+    match rng.u32(..4) {
+        // What only long mode allows.
+        0 => entry |= rng.u64(..) & 0x7ff0_0000_0000_0000,
+        // What a PDPTE of PAE paging allows.
+        1 => entry &= !0x1e6,
+        _ => {}
+    }
+    if rng.u32(..8) == 0 {
+        entry |= 1 << 7;
+        if rng.u32(..4) != 0 {
+            entry &= !0x1f_e000;
+        }
+    }
+    if sound {
+        return entry;
+    }
+    match rng.u32(..16) {
+        0 => entry & !1,
+        1 | 2 => entry & !2,
+        3 | 4 => entry & !4,
+        5 | 6 => entry | 1 << 63,
+        7 => entry | 1 << rng.u32(12..52),
+        8 => entry | 1 << 8,
+        9 => entry | [ROM, HIGH, TOP][rng.usize(..3)].start,
+        10 => rng.u64(..),
+        _ => entry,
+    }
+}
+
+pub(crate) fn request(rng: &mut Rng, setup: &Setup) -> Request {
+    let mut linear = canonical(rng, if setup.shape == Shape(5) { 57 } else { 48 });
+    // Where a large page starts at address 0, half of the offsets should meet memory.
+    if rng.bool() {
+        linear &= !0x3ffc_0000 | (LOW.pages * PAGE - 1);
+    }
+    if rng.u32(..64) == 0 {
+        linear = rng.u64(..);
+    }
+    Request {
+        linear,
+        kind: [Kind::Read, Kind::Write, Kind::Fetch][rng.usize(..3)],
+        by: [By::User, By::User, By::Supervisor, By::ImplicitSupervisor, By::Exempt][rng.usize(..5)],
+        ac: rng.bool(),
+        pkru: rng.u32(..) & rng.u32(..),
+        stack: rng.bool(),
+    }
+}

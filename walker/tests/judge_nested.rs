@@ -4,16 +4,19 @@
 //! they say. Inside the bed it is the judge. Where the bed was not built, it is skipped: building it downloads packages.
 //!
 //! # `nested-amd-translate-*`, `nested-amd-npt-*`: `KVM_TRANSLATE`
-//! 4-level, 5-level and unpaged guests, alone and as L2 over 4-level and 5-level NPT, with 4 KiB, 2 MiB and 1 GiB leaves
-//! in both dimensions, MAXPHYADDR of 36, 52 and the host's. `KVM_SET_NESTED_STATE` puts the vCPU into guest mode. What
-//! `judge_translate` says of the ioctl holds here too, and:
+//! Unpaged, 2-level, PAE, 4-level and 5-level guests, alone and as L2 over 4-level and 5-level NPT, with leaves of every
+//! size in both dimensions, MAXPHYADDR of 36, 52 and the host's. `KVM_SET_NESTED_STATE` puts the vCPU into guest mode.
+//! What `judge_translate` says of the ioctl holds here too, and:
 //! - PKRU is varied: the key's access-disable bit decides.
 //! - The access is a read: NPT's R/W is decided for L2's tables only, which NPT takes to be written, and NPT's NX never.
 //! - KVM commits accessed and dirty bits of each nested walk as soon as that walk is done, even if the guest's walk is
 //!   refused later; policy `Set` commits all or nothing. (A CPU may do either.) By rule: after a refusal, the copy is
 //!   given exactly the bits of the nested walks that were finished. Counted.
+//! - PDPTEs of PAE paging are registers, set by `KVM_SET_SREGS2`, for L2 too. That a CPU loads L2's from memory under NPT
+//!   is not seen.
+//! - 2-level paging is judged with a MAXPHYADDR of 36 alone: KVM takes every CPU's 4 MiB pages to have 36-bit addresses.
 //! - nGPAs above the width of 4-level NPT are not asked for: KVM ignores these bits.
-//! - Without paging, addresses are of 32 bits: KVM does not cut longer ones, which a vCPU cannot form.
+//! - Outside long mode, addresses are of 32 bits: KVM does not cut longer ones, which a vCPU cannot form.
 //! - EXITINFO1 is not seen: the ioctl has no error code.
 //!
 //! # `nested-amd-kvm-execution`: accesses that a vCPU executes
@@ -33,12 +36,18 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use nested::translate::{Bed, Modes, judge};
 
 /// Name, the guest's levels, NPT's levels.
-const MODES: [(&str, u32, Option<u32>); 9] = [
+const MODES: [(&str, u32, Option<u32>); 15] = [
     ("translate-unpaged", 0, None),
+    ("translate-2", 2, None),
+    ("translate-pae", 3, None),
     ("translate-4", 4, None),
     ("translate-5", 5, None),
     ("npt-unpagedx4", 0, Some(4)),
     ("npt-unpagedx5", 0, Some(5)),
+    ("npt-2x4", 2, Some(4)),
+    ("npt-2x5", 2, Some(5)),
+    ("npt-paex4", 3, Some(4)),
+    ("npt-paex5", 3, Some(5)),
     ("npt-4x4", 4, Some(4)),
     ("npt-4x5", 4, Some(5)),
     ("npt-5x4", 5, Some(4)),

@@ -439,6 +439,7 @@ fastrand = "2"
 kvm-bindings = { version = "0.14", features = ["fam-wrappers"] }
 kvm-ioctls = "0.25"
 libtest-mimic = "0.8"
+vmm-sys-util = "0.15"
 proptest = { version = "1", default-features = false, features = ["std"] }
 
 [[test]]

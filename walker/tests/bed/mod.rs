@@ -13,11 +13,13 @@ pub(crate) mod soup;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_dtable, kvm_segment, kvm_sregs,
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVMIO, kvm_cpuid_entry2, kvm_dtable, kvm_segment, kvm_sregs, kvm_sregs2,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use pagewalk::{ControlRegisters, CpuProfile, PageWalk, StateError, Vendor, Walker};
+use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::ioctl_iow_nr;
 
 pub(crate) const PAGE: u64 = 4096;
 
@@ -33,6 +35,7 @@ pub(crate) const CR0_PE: u64 = 1 << 0;
 pub(crate) const CR0_NE: u64 = 1 << 5;
 pub(crate) const CR0_WP: u64 = 1 << 16;
 pub(crate) const CR0_PG: u64 = 1 << 31;
+pub(crate) const CR4_PSE: u64 = 1 << 4;
 pub(crate) const CR4_PAE: u64 = 1 << 5;
 pub(crate) const CR4_LA57: u64 = 1 << 12;
 pub(crate) const CR4_SMEP: u64 = 1 << 20;
@@ -45,6 +48,10 @@ pub(crate) const EFER_SVME: u64 = 1 << 12;
 pub(crate) const RFLAGS_FIXED: u64 = 1 << 1;
 pub(crate) const RFLAGS_IOPL3: u64 = 3 << 12;
 pub(crate) const RFLAGS_AC: u64 = 1 << 18;
+
+ioctl_iow_nr!(KVM_SET_SREGS2, KVMIO, 0xcd, kvm_sregs2);
+/// Flag of `kvm_sregs2`.
+const PDPTRS_VALID: u64 = 1;
 
 /// `bits` where `on`, nothing otherwise.
 pub(crate) fn when(on: bool, bits: u64) -> u64 {
@@ -87,6 +94,10 @@ impl Ram {
 
     pub(crate) fn read_byte(self, gpa: u64) -> u8 {
         (self.read(gpa) >> (gpa % 8 * 8)) as u8
+    }
+
+    pub(crate) fn write_u32(self, gpa: u64, value: u32) {
+        self.write_bytes(gpa, &value.to_le_bytes());
     }
 
     pub(crate) fn write_byte(self, gpa: u64, value: u8) {
@@ -140,13 +151,38 @@ pub(crate) struct Vcpu {
 impl Vcpu {
     /// The walker for this vCPU while it holds `sregs`.
     pub(crate) fn walker(&self, sregs: &kvm_sregs) -> Result<Walker, StateError> {
-        Ok(Walker::new(self.gva_walk(sregs)?))
+        Ok(Walker::new(self.gva_walk(sregs, None)?))
     }
 
-    pub(crate) fn gva_walk(&self, sregs: &kvm_sregs) -> Result<PageWalk, StateError> {
+    /// `pdptes` are the PDPTE registers, which PAE paging has.
+    pub(crate) fn gva_walk(
+        &self,
+        sregs: &kvm_sregs,
+        pdptes: Option<[u64; 4]>,
+    ) -> Result<PageWalk, StateError> {
         let (cr0, cr3, cr4, efer) = (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer);
         let registers = ControlRegisters { cr0, cr3, cr4, efer, ..ControlRegisters::default() };
-        PageWalk::new(&registers, &self.profile())
+        match pdptes {
+            Some(pdptes) => PageWalk::with_pdptes(&registers, pdptes, &self.profile()),
+            None => PageWalk::new(&registers, &self.profile()),
+        }
+    }
+
+    /// Gives the PDPTE registers of PAE paging these values, next to `sregs`.
+    pub(crate) fn set_pdptes(&self, sregs: &kvm_sregs, pdptrs: [u64; 4]) -> Result<(), String> {
+        let &kvm_sregs { cs, ds, es, fs, gs, ss, tr, ldt, gdt, idt, .. } = sregs;
+        let &kvm_sregs { cr0, cr2, cr3, cr4, cr8, efer, apic_base, .. } = sregs;
+        #[rustfmt::skip]
+        let sregs2 = kvm_sregs2 {
+            cs, ds, es, fs, gs, ss, tr, ldt, gdt, idt, cr0, cr2, cr3, cr4, cr8, efer, apic_base,
+            flags: PDPTRS_VALID, pdptrs,
+        };
+        // SAFETY: the ioctl only reads the structure that it is defined for.
+        #[allow(unsafe_code, reason = "kvm-ioctls has no KVM_SET_SREGS2")]
+        match unsafe { ioctl_with_ref(&self.fd, KVM_SET_SREGS2(), &sregs2) } {
+            0 => Ok(()),
+            _ => Err(format!("KVM_SET_SREGS2: {}", std::io::Error::last_os_error())),
+        }
     }
 
     pub(crate) fn profile(&self) -> CpuProfile {

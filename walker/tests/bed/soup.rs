@@ -61,6 +61,47 @@ impl Recipe<'_> {
         }
         entry
     }
+
+    /// An entry of PAE paging below the PDPTEs. Bits 62:52, noise in long mode, are reserved there.
+    pub(crate) fn entry_of_pae(&self, rng: &mut Rng) -> u64 {
+        let entry = self.entry(rng);
+        if rng.u32(0..100) < self.trouble { entry } else { entry & !(0x7ff << 52) }
+    }
+
+    /// What a PDPTE register may hold.
+    pub(crate) fn pdpte(&self, rng: &mut Rng) -> u64 {
+        let within = ((1 << self.maxphyaddr) - 1) & !(PAGE - 1);
+        let noise = rng.u64(..) & (0b11 << 3 | 0b111 << 9);
+        match rng.u32(0..12) {
+            0 => rng.u64(..) & !PRESENT,
+            1 => self.entry(rng) & within | noise | PRESENT,
+            _ => *rng.choice(self.tables).unwrap() | noise | PRESENT,
+        }
+    }
+
+    /// An entry of 32-bit paging, with 4 MiB pages of 36-bit addresses.
+    pub(crate) fn entry_of_two_levels(&self, rng: &mut Rng) -> u32 {
+        let entry = self.entry(rng);
+        let mut low = entry as u32 & 0xfff;
+        let mut chance = |percent: u32| rng.u32(0..100) < percent;
+        let (large, reserved, outside) = (
+            chance(20),
+            chance(self.trouble),
+            entry >> 12 << 12 >= self.ram_pages * PAGE && entry >> 32 != 0,
+        );
+        if large {
+            low |= PAGE_SIZE as u32;
+            // PAT and, rarely, address bits 35:32 and a reserved one.
+            low |= rng.u32(..) & 1 << 12;
+            low |= when(rng.u32(0..4) == 0, rng.u64(..) & 0xf << 13) as u32;
+            low |= when(rng.bool(), rng.u64(..) & 0xffc0_0000) as u32;
+            low | when(reserved, 1 << rng.u32(17..22)) as u32
+        } else if outside {
+            low | rng.u32(..) & 0xffff_f000
+        } else {
+            low | entry as u32 & 0xffff_f000
+        }
+    }
 }
 
 /// An address bit that this CPU does not have; where it has all 52, an ignored bit instead.

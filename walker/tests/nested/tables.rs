@@ -22,6 +22,8 @@ pub(crate) struct Tables {
     /// CR3: a GPA, or an nGPA where there is NPT.
     pub(crate) root: u64,
     pub(crate) ncr3: Option<u64>,
+    /// The PDPTE registers, where L2 uses PAE paging.
+    pub(crate) pdptes: Option<[u64; 4]>,
     /// GPA of every entry that may be other than zero.
     pub(crate) entries: Vec<u64>,
     /// Where L2's tables lie, in the space that L2's entries refer to.
@@ -38,14 +40,13 @@ impl Tables {
         let mut entries = Vec::new();
         let mut homes = guest_tables.clone();
         let mut ncr3 = None;
-        // nGPAs above the width of NPT are not asked for: KVM ignores these bits.
         let mut width = vcpu.maxphyaddr;
         if let Some(npt_levels) = npt_levels {
+            // nGPAs above the width of NPT are not asked for: KVM ignores these bits.
             width = width.min(12 + 9 * npt_levels as u8);
-            if levels == 0 {
-                width = 32;
-            }
-            let mut npt = Npt::new(rng, ram, vcpu, npt_levels, &mut pages, width);
+            // What 32-bit entries and addresses can refer to.
+            let reach = if levels < 4 { 32 } else { width };
+            let mut npt = Npt::new(rng, ram, vcpu, npt_levels, &mut pages, reach);
             homes = guest_tables.iter().map(|gpa| npt.house(rng, *gpa)).collect();
             npt.fill(rng);
             entries = npt.entries;
@@ -57,17 +58,27 @@ impl Tables {
             ram_pages: RAM_PAGES,
             width,
             maxphyaddr: vcpu.maxphyaddr,
-            gib_pages: vcpu.gib_pages,
+            gib_pages: vcpu.gib_pages && levels > 3,
         };
         for table in guest_tables {
             for index in INDICES {
-                let gpa = table + index * 8;
-                ram.write(gpa, recipe.entry(rng));
-                entries.push(gpa);
+                if levels == 2 {
+                    for index in [index, index + 512] {
+                        let gpa = table + index * 4;
+                        ram.write_u32(gpa, recipe.entry_of_two_levels(rng));
+                        entries.push(gpa & !7);
+                    }
+                } else {
+                    let gpa = table + index * 8;
+                    let entry = if levels == 3 { recipe.entry_of_pae(rng) } else { recipe.entry(rng) };
+                    ram.write(gpa, entry);
+                    entries.push(gpa);
+                }
             }
         }
+        let pdptes = (levels == 3).then(|| std::array::from_fn(|_| recipe.pdpte(rng)));
         let root = if rng.u32(0..30) == 0 { RAM_PAGES * PAGE } else { homes[0] };
-        Tables { root, ncr3, entries, homes }
+        Tables { root, ncr3, pdptes, entries, homes }
     }
 }
 

@@ -16,20 +16,22 @@ use pagewalk::{
 use super::guest_mode;
 use super::tables::{RAM_PAGES, Tables};
 use crate::bed::judge::{Judge, cases};
-use crate::bed::soup::{linear_address, twin};
+use crate::bed::soup::{INDICES, linear_address, twin};
 use crate::bed::{
-    ACCESSED, CR0_NE, CR0_PE, CR0_PG, CR0_WP, CR4_LA57, CR4_PAE, CR4_PKE, CR4_SMAP, CR4_SMEP, DIRTY,
+    ACCESSED, CR0_NE, CR0_PE, CR0_PG, CR0_WP, CR4_LA57, CR4_PAE, CR4_PKE, CR4_PSE, CR4_SMAP, CR4_SMEP, DIRTY,
     EFER_LMA, EFER_LME, EFER_NXE, EFER_SVME, Machine, Maker, PAGE, RFLAGS_AC, RFLAGS_FIXED, Ram, Vcpu,
     long_mode, when,
 };
 
 const ADDRESSES: u64 = 16;
+/// The vCPU whose MAXPHYADDR is 36: KVM takes every CPU's 4 MiB pages to have addresses of 36 bits.
+const WITH_36_BITS: usize = 3;
 
 /// One judge: the modes of both dimensions.
 #[derive(Clone, Copy)]
 pub(crate) struct Modes {
     pub(crate) name: &'static str,
-    /// The guest's levels; 0 without paging.
+    /// The guest's levels: 0 without paging, 2 and 3 for 32-bit and PAE paging.
     pub(crate) levels: u32,
     /// NPT's levels, where there is NPT.
     pub(crate) npt_levels: Option<u32>,
@@ -60,7 +62,10 @@ pub(crate) fn judge(bed: &Bed, modes: Modes) -> Result<(), Failed> {
     let mut rng = Rng::with_seed(judge.seed());
     let wanted = cases(50_000)?;
     while judge.cases() < wanted {
-        let vcpu = rng.choice(&bed.vcpus).unwrap();
+        let vcpu = match modes.levels {
+            2 => &bed.vcpus[WITH_36_BITS],
+            _ => rng.choice(&bed.vcpus).unwrap(),
+        };
         Round::new(&mut rng, bed, vcpu, modes)?.ask_all(&mut rng, &mut judge)?;
     }
     judge.finish(&minima(modes))
@@ -91,7 +96,7 @@ impl<'a> Round<'a> {
         if (held.cr0, held.cr3, held.cr4, held.efer) != (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) {
             return Err(format!("KVM did not keep the registers {sregs:x?}: {held:x?}").into());
         }
-        let gva_walk = vcpu.gva_walk(&sregs)?;
+        let gva_walk = vcpu.gva_walk(&sregs, tables.pdptes)?;
         let walker = match tables.ncr3 {
             Some(ncr3) => {
                 guest_mode::enter(&vcpu.fd, ncr3, &host)?;
@@ -99,6 +104,10 @@ impl<'a> Round<'a> {
             }
             None => Walker::new(gva_walk),
         };
+        // In guest mode, if there is one: L1 has PDPTE registers of its own.
+        if let Some(pdptes) = tables.pdptes {
+            vcpu.set_pdptes(&sregs, pdptes)?;
+        }
         Ok(Round { bed, vcpu, modes, tables, sregs, host, walker })
     }
 
@@ -145,7 +154,11 @@ impl<'a> Round<'a> {
     fn address(&self, rng: &mut Rng) -> u64 {
         match self.modes.levels {
             0 if rng.bool() => rng.choice(&self.tables.homes).unwrap() & 0xffff_f000 | rng.u64(0..PAGE),
-            0 => linear_address(rng, 4) & 0xffff_ffff,
+            0 | 3 => linear_address(rng, 4) & 0xffff_ffff,
+            2 => {
+                let mut index = || rng.choice(&INDICES).unwrap() + 512 * rng.u64(0..2);
+                index() << 22 | index() << 12 | rng.u64(0..PAGE)
+            }
             levels => linear_address(rng, levels),
         }
     }
@@ -154,7 +167,7 @@ impl<'a> Round<'a> {
     fn ask(&self, gva: u64, access: &Access, judge: &mut Judge) -> Option<Translation> {
         let memory = Window::new(self.bed.copy.words());
         let mut taken_for = gva;
-        if self.modes.levels > 0 && twin(gva, self.modes.levels) != gva {
+        if self.modes.levels > 3 && twin(gva, self.modes.levels) != gva {
             taken_for = twin(gva, self.modes.levels);
             judge.count("non-canonical", 0);
             judge.exempt("non-canonical, walked as its sign-extended twin");
@@ -256,9 +269,11 @@ fn guest_registers(rng: &mut Rng, vcpu: &Vcpu, modes: Modes, root: u64) -> kvm_s
     sregs.cr4 |= when(rng.bool(), CR4_SMEP);
     sregs.cr4 |= when(rng.u32(0..3) == 0, CR4_SMAP);
     sregs.cr4 |= when(rng.bool(), CR4_PKE);
-    if modes.levels == 0 {
-        sregs.cr0 &= !CR0_PG;
-        sregs.efer &= !EFER_LMA;
+    if modes.levels < 4 {
+        sregs.cr0 &= !when(modes.levels == 0, CR0_PG);
+        sregs.cr4 &= !when(modes.levels < 3, CR4_PAE);
+        sregs.cr4 |= when(rng.bool(), CR4_PSE);
+        sregs.efer &= !(EFER_LMA | EFER_LME);
         sregs.cs.l = 0;
         sregs.cs.db = 1;
     }
@@ -282,11 +297,12 @@ fn host_registers(rng: &mut Rng, modes: Modes) -> ControlRegisters {
 }
 
 fn size_class(page: Translation) -> &'static str {
-    use PageSize::{Size1G, Size2M, Size4K, Unpaged};
+    use PageSize::{Size1G, Size2M, Size4K, Size4M, Unpaged};
     match (page.page_size, page.nested_page_size) {
         (Unpaged, None) => "mapped unpaged",
         (Size4K, None) => "mapped 4 KiB",
         (Size2M, None) => "mapped 2 MiB",
+        (Size4M, None) => "mapped 4 MiB",
         (Size1G, None) => "mapped 1 GiB",
         (Unpaged, Some(Size4K)) => "mapped unpaged over 4 KiB",
         (Unpaged, Some(Size2M)) => "mapped unpaged over 2 MiB",
@@ -297,6 +313,9 @@ fn size_class(page: Translation) -> &'static str {
         (Size2M, Some(Size4K)) => "mapped 2 MiB over 4 KiB",
         (Size2M, Some(Size2M)) => "mapped 2 MiB over 2 MiB",
         (Size2M, Some(Size1G)) => "mapped 2 MiB over 1 GiB",
+        (Size4M, Some(Size4K)) => "mapped 4 MiB over 4 KiB",
+        (Size4M, Some(Size2M)) => "mapped 4 MiB over 2 MiB",
+        (Size4M, Some(Size1G)) => "mapped 4 MiB over 1 GiB",
         (Size1G, Some(Size4K)) => "mapped 1 GiB over 4 KiB",
         (Size1G, Some(Size2M)) => "mapped 1 GiB over 2 MiB",
         (Size1G, Some(Size1G)) => "mapped 1 GiB over 1 GiB",
@@ -328,70 +347,84 @@ fn count_fault(fault: &Fault, judge: &mut Judge) {
 
 fn minima(modes: Modes) -> Vec<(&'static str, Option<u64>, u64)> {
     let mut minima = Vec::new();
-    let guest = 1..=u64::from(modes.levels);
-    let nested = 1..=u64::from(modes.npt_levels.unwrap_or(0));
-    for level in guest.clone() {
+    let levels = u64::from(modes.levels);
+    let npt_levels = u64::from(modes.npt_levels.unwrap_or(0));
+    // A PDPTE register lies in no table, and holds no reserved bits.
+    for level in 1..=if levels == 3 { 2 } else { levels } {
         minima.extend([
             ("guest: not present, level", Some(level), 1_500),
-            ("guest: reserved, level", Some(level), if level == 1 { 60 } else { 150 }),
             ("guest: table outside memory, level", Some(level), 400),
         ]);
+        if levels > 2 || level == 2 {
+            minima.push(("guest: reserved, level", Some(level), if level == 1 { 60 } else { 150 }));
+        }
     }
-    for level in nested.clone() {
+    for level in 1..=npt_levels {
         minima.extend([
-            ("NPT: not present, level", Some(level), 500),
+            ("NPT: not present, level", Some(level), 200),
             ("NPT: reserved, level", Some(level), 200),
             ("NPT: supervisor page, level", Some(level), 200),
         ]);
-        if !guest.is_empty() {
+        if levels > 0 {
             minima.push(("NPT: read-only, level", Some(level), 200));
         }
-        if level + 1 < *nested.end() {
+        if level + 1 < npt_levels {
             minima.push(("NPT: table outside memory, level", Some(level), 200));
         }
     }
-    match (guest.is_empty(), nested.is_empty()) {
-        (true, true) => minima.push(("mapped unpaged", None, 200_000)),
-        (true, false) => minima.extend([
-            ("mapped unpaged over 4 KiB", None, 20_000),
-            ("mapped unpaged over 2 MiB", None, 5_000),
-            ("mapped unpaged over 1 GiB", None, 5_000),
-        ]),
-        (false, true) => minima.extend([
-            ("mapped 4 KiB", None, 20_000),
-            ("mapped 2 MiB", None, 1_500),
-            ("mapped 1 GiB", None, 1_500),
-        ]),
-        (false, false) => {
-            minima.extend([
-                ("mapped 4 KiB over 4 KiB", None, 5_000),
-                ("mapped 4 KiB over 2 MiB", None, 1_500),
-                ("mapped 4 KiB over 1 GiB", None, 1_500),
-                ("mapped 2 MiB over 4 KiB", None, 200),
-                ("mapped 2 MiB over 2 MiB", None, 20),
-                ("mapped 2 MiB over 1 GiB", None, 50),
-                ("mapped 1 GiB over 4 KiB", None, 200),
-                ("mapped 1 GiB over 2 MiB", None, 20),
-                ("mapped 1 GiB over 1 GiB", None, 50),
-                ("NPF for a table", None, 20_000),
-                ("dirty bit set in NPT's entry", None, 1_000),
-            ]);
-        }
-    }
-    if !guest.is_empty() {
+    let sizes: &[(&str, u64)] = match (levels, npt_levels) {
+        (0, 0) => &[("mapped unpaged", 200_000)],
+        (2, 0) => &[("mapped 4 KiB", 20_000), ("mapped 4 MiB", 5_000)],
+        (3, 0) => &[("mapped 4 KiB", 20_000), ("mapped 2 MiB", 5_000)],
+        (_, 0) => &[("mapped 4 KiB", 20_000), ("mapped 2 MiB", 1_500), ("mapped 1 GiB", 1_500)],
+        (0, _) => &[
+            ("mapped unpaged over 4 KiB", 20_000),
+            ("mapped unpaged over 2 MiB", 5_000),
+            ("mapped unpaged over 1 GiB", 5_000),
+        ],
+        (2, _) => &[
+            ("mapped 4 KiB over 4 KiB", 5_000),
+            ("mapped 4 KiB over 2 MiB", 1_500),
+            ("mapped 4 KiB over 1 GiB", 1_500),
+            ("mapped 4 MiB over 4 KiB", 200),
+            ("mapped 4 MiB over 2 MiB", 200),
+            ("mapped 4 MiB over 1 GiB", 200),
+        ],
+        (_, _) => &[
+            ("mapped 4 KiB over 4 KiB", 5_000),
+            ("mapped 4 KiB over 2 MiB", 1_500),
+            ("mapped 4 KiB over 1 GiB", 1_500),
+            ("mapped 2 MiB over 4 KiB", 200),
+            ("mapped 2 MiB over 2 MiB", 20),
+            ("mapped 2 MiB over 1 GiB", 50),
+        ],
+    };
+    minima.extend(sizes.iter().map(|(class, minimum)| (*class, None, *minimum)));
+    if levels > 0 {
         minima.extend([
             ("guest: SMAP", None, 1_000),
-            ("guest: protection key", None, 1_000),
-            ("non-canonical", None, 5_000),
             ("mapped without backing", None, 500),
             ("accessed bit set in the guest's entry", None, 5_000),
         ]);
     }
-    if !nested.is_empty() {
+    if levels > 3 {
+        minima.extend([("guest: protection key", None, 1_000), ("non-canonical", None, 5_000)]);
+    }
+    if npt_levels > 0 {
         minima.extend([
             ("NPF for the final address", None, 2_000),
             ("accessed bit set in NPT's entry", None, 2_000),
         ]);
+    }
+    if levels > 3 && npt_levels > 0 {
+        minima.extend([
+            ("mapped 1 GiB over 4 KiB", None, 200),
+            ("mapped 1 GiB over 2 MiB", None, 20),
+            ("mapped 1 GiB over 1 GiB", None, 50),
+        ]);
+    }
+    if levels > 0 && npt_levels > 0 {
+        minima.extend([("NPF for a table", None, 20_000), ("dirty bit set in NPT's entry", None, 1_000)]);
     }
     minima
 }

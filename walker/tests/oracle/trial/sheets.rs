@@ -5,6 +5,8 @@
 //! - `rights`: rights accumulate over all levels, so all of W, U and NX turn at once on every level. What a present and
 //!   well-formed entry holds besides (accessed, dirty, keys, memory type, frame, available bits) decides nothing there that
 //!   depends on the rights of other levels: it is drawn.
+//! - `protection keys`: decided by the page's key, by U/S and R/W of all levels, for which the leaf's stand here (`rights` has the
+//!   others), by the control bits and the access.
 //! - `entry`: an entry is read by itself, so the bits of one turn at a time, under every MAXPHYADDR, vendor and feature; the
 //!   others are sound. A reserved address bit is tried at both ends of the reserved range and in the middle, not 20 times.
 //! - `order`: which of several defects is met first depends on their levels and not on their bits: one of each kind.
@@ -62,6 +64,7 @@ pub(crate) fn all(rng: &mut Rng) -> Vec<Sheet> {
     for shape in [2, 3, 4, 5].map(Shape) {
         for leaf in 1..=shape.largest_leaf() {
             sheets.push(rights(shape, leaf));
+            sheets.push(protection_keys(shape, leaf));
             sheets.push(accessed_and_dirty(shape, leaf));
             for level in leaf..=shape.0 {
                 sheets.push(entry(shape, leaf, level, rng));
@@ -137,6 +140,33 @@ fn rights(shape: Shape, leaf: u32) -> Sheet {
         (number, request)
     };
     Sheet { name: "rights", wheels, setups, share: 8, lay: Box::new(lay) }
+}
+
+fn protection_keys(shape: Shape, leaf: u32) -> Sheet {
+    // CR4.PKE is set in all of them: `rights` has it clear.
+    let mut wheels = vec![16, 4, 16, 4];
+    wheels.extend(ACCESS_WHEELS);
+    let setups =
+        (0..16).map(|number| rooted(Controls::numbered(shape, 16 | number), LOW, ANY_CPU, number)).collect();
+    let lay = move |reading: &mut Reading, _: &[Setup], ground: &mut Ground, rng: &mut Rng| {
+        let number = reading.take() as usize;
+        let mut path = Path::new(shape.linear(rng), shape, leaf, LOW);
+        path.tables[shape.0 as usize] = root(shape, LOW);
+        let (rights, key, disabled) = (reading.take(), reading.take(), reading.take() as u32);
+        let leaf_entry = &mut path.entries[leaf as usize];
+        *leaf_entry |= shape.frame(leaf, rng) | if shape.0 < 4 { 0 } else { key << 59 };
+        *leaf_entry &= !((!rights & 3) << 1);
+        let pkru = rng.u32(..) & !(3 << (2 * key)) | disabled << (2 * key);
+        path.lay(ground);
+        (number, request(reading, path.linear, pkru))
+    };
+    Sheet {
+        name: "protection keys",
+        wheels,
+        setups,
+        share: if shape.0 < 4 { 2 } else { 8 },
+        lay: Box::new(lay),
+    }
 }
 
 fn entry(shape: Shape, leaf: u32, level: u32, rng: &mut Rng) -> Sheet {

@@ -4,8 +4,8 @@
 //! built in a scratch folder together with the judges, which run against it with few cases: a mutant that no judge
 //! disagrees with is a disagreement here. The unmutated copy runs first and has to pass under the same counts.
 //!
-//! The kernel's walker on this backend has no 5-level, 32-bit or PAE paging. The mutants of those are put before
-//! `properties` and `legacy_modes` instead, whose tests say what the manual does.
+//! The kernel's walker on this backend has no 5-level, 32-bit or PAE paging, no PKRU and no second dimension. The mutants of
+//! those are put before `properties` and `legacy_modes`, whose tests say what the manual does, and before `judge_oracle`.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that reports on standard output")]
 
@@ -21,7 +21,8 @@ use libtest_mimic::{Arguments, Failed, Trial};
 
 const CASES: &str = "10000";
 const KERNEL: &[&str] = &["judge_translate", "judge_execution"];
-const RULES: &[&str] = &["properties", "legacy_modes"];
+const RULES: &[&str] = &["properties", "legacy_modes", "judge_oracle"];
+const ORACLE: &[&str] = &["judge_oracle"];
 
 struct Mutant {
     slip: &'static str,
@@ -35,6 +36,14 @@ const fn mutant(
     changes: &'static [(&'static str, &'static str, &'static str)],
 ) -> Mutant {
     Mutant { slip, judges: KERNEL, changes }
+}
+
+/// One that no kernel here can see.
+const fn unseen(
+    slip: &'static str,
+    changes: &'static [(&'static str, &'static str, &'static str)],
+) -> Mutant {
+    Mutant { slip, judges: ORACLE, changes }
 }
 
 const MUTANTS: &[Mutant] = &[
@@ -258,6 +267,67 @@ const MUTANTS: &[Mutant] = &[
         judges: RULES,
         changes: &[("format.rs", "(nxe && mode != PagingMode::TwoLevel) || smep", "nxe || smep")],
     },
+    unseen("PKRU is ignored", &[("permission.rs", "& decides & 0b11", "& decides & 0")]),
+    unseen(
+        "keys guard supervisor pages",
+        &[("permission.rs", "self.protection_keys && index & page_user != 0 &&", "self.protection_keys &&")],
+    ),
+    unseen(
+        "keys guard instruction fetches",
+        &[("permission.rs", "index & page_user != 0 && index & FETCH == 0", "index & page_user != 0")],
+    ),
+    unseen(
+        "a key's write-disable binds supervisors without CR0.WP",
+        &[(
+            "permission.rs",
+            "index & WRITE != 0 && (index & USER != 0 || self.write_protect)",
+            "index & WRITE != 0",
+        )],
+    ),
+    unseen(
+        "a key is reported only where it alone refuses",
+        &[("fault.rs", "if self.key {", "if self.key && matches!(self.reason, Reason::ProtectionKey) {")],
+    ),
+    unseen(
+        "the entry nearest to the root is blamed",
+        &[("descent.rs", "(level..=format.levels()).find(", "(level..=format.levels()).rev().find(")],
+    ),
+    unseen(
+        "an absent entry grants rights",
+        &[("descent.rs", "entry, Rights::NONE, Verdict::NotPresent", "entry, rights, Verdict::NotPresent")],
+    ),
+    unseen(
+        "a guest's table is read, not written, in the nested walk",
+        &[(
+            "nested.rs",
+            "Access::new(AccessKind::Write, privilege)",
+            "Access::new(AccessKind::Read, privilege)",
+        )],
+    ),
+    unseen(
+        "the phase does not decide how the second dimension alone is walked",
+        &[("nested.rs", "NestedPhase::Table => AccessKind::Write,", "NestedPhase::Table => access.kind(),")],
+    ),
+    unseen(
+        "EXITINFO1 takes guest tables for final addresses",
+        &[("nested.rs", "Self::Table => EXIT_INFO_1_TABLE,", "Self::Table => EXIT_INFO_1_FINAL,")],
+    ),
+    unseen(
+        "an nGPA's bits above the width are dropped",
+        &[("nested.rs", "if ngpa.0 >> (format.linear_width() & 63) != 0 {", "if false {")],
+    ),
+    unseen(
+        "the second dimension's rights do not count in the answer",
+        &[("walk.rs", "rights: page.rights.and(nested.rights),", "rights: page.rights,")],
+    ),
+    unseen(
+        "a guest's table is read by the supervisor in the nested walk",
+        &[(
+            "nested.rs",
+            "if walking_for.is_exempt() { Privilege::Exempt } else { Privilege::User }",
+            "if walking_for.is_exempt() { Privilege::Exempt } else { Privilege::Supervisor }",
+        )],
+    ),
 ];
 
 fn main() {
@@ -279,8 +349,8 @@ fn judge() -> Result<(), Failed> {
         return Err(format!("the walker itself does not pass: {verdicts:?}").into());
     }
     println!(
-        "  {:<52} {:>14} {:>14} {:>12} {:>12}",
-        "mutant", "kvm-translate", "kvm-execution", "properties", "legacy modes"
+        "  {:<66} {:>14} {:>14} {:>12} {:>12} {:>12}",
+        "mutant", "kvm-translate", "kvm-execution", "properties", "legacy modes", "oracle"
     );
     for mutant in MUTANTS {
         copy.mutate(mutant)?;
@@ -291,12 +361,13 @@ fn judge() -> Result<(), Failed> {
             at.map_or_else(|| "-".to_owned(), |at| verdicts[at].to_string())
         };
         println!(
-            "  {:<52} {:>14} {:>14} {:>12} {:>12}",
+            "  {:<66} {:>14} {:>14} {:>12} {:>12} {:>12}",
             mutant.slip,
             column("judge_translate"),
             column("judge_execution"),
             column("properties"),
-            column("legacy_modes")
+            column("legacy_modes"),
+            column("judge_oracle")
         );
         judge.case();
         if !verdicts.iter().any(Verdict::caught) {
@@ -346,7 +417,7 @@ impl Copy {
                 fs::remove_dir_all(&folder_in_copy)?;
             }
         }
-        for folder in ["src", "tests/bed"] {
+        for folder in ["src", "tests/bed", "tests/oracle"] {
             copy_folder(&walker.join(folder), &copy.root.join(folder))?;
         }
         for judge in KERNEL.iter().chain(RULES) {
@@ -444,6 +515,10 @@ proptest = { version = "1", default-features = false, features = ["std"] }
 
 [[test]]
 name = "judge_execution"
+harness = false
+
+[[test]]
+name = "judge_oracle"
 harness = false
 
 [[test]]

@@ -6,11 +6,25 @@
 //! memory after `Set`, which may have changed in the oracle's bits and nowhere else.
 //!
 //! A case is one access to one set of tables under one set of registers. The default is five million of them, spread over
-//! each sheet; `PAGEWALK_FULL=1` turns every sheet through.
+//! each sheet; `PAGEWALK_FULL=1` turns every sheet through, 1.2 thousand million cases, in half an hour to an hour.
+//!
+//! # What is the project's and not the manuals'
+//! Here the oracle follows the walker's documentation, so agreement says that the walker does what it documents:
+//! - which entry is blamed for a missing right, and which of several reasons is named;
+//! - what an exempt access is: nothing refuses it but absence and reserved bits; its #PF would be a supervisor's, its NPF a
+//!   user's, like all of those; its dirty bits are set;
+//! - a step's rights where an entry is absent (none) or has reserved bits (its own included), a step for a PDPTE register;
+//! - a fault tells the GVA as it was asked for, even with bits above the 32 that count outside long mode;
+//! - accessed and dirty bits after success only, and not in read-only memory.
+//!
+//! # Not judged
+//! - What `Set` leaves where a walk meets one word as an entry of four bytes and of eight: the dirty bit of the one is a frame
+//!   bit of the other, and the order in which a CPU notices is its own. Counted, as compared by rule.
+//! - Memory that changes under the walk, PDPTE registers with reserved bits (no CPU loads them), registers that no CPU accepts.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that reports on standard output")]
 
-#[allow(dead_code, reason = "this judge needs no bed and grants no exemption")]
+#[allow(dead_code, reason = "this judge needs no bed")]
 #[path = "bed/judge.rs"]
 mod judge;
 mod oracle;
@@ -54,8 +68,8 @@ fn run() -> Result<(), Failed> {
         .iter()
         .flat_map(|&(class, details, count)| details.iter().map(move |&detail| (class, Some(detail), count)))
         .map(|(class, detail, count)| (class, detail, count * (cases / MINIMA_FOR).max(1)))
-        // Of few cases a rare class may rightly have none.
-        .filter(|(_, _, count)| count * cases / MINIMA_FOR > 0)
+        // Of few cases a rare class may rightly have next to none.
+        .filter(|(_, _, count)| count * cases / MINIMA_FOR >= 20)
         .collect();
     bench.judge.finish(&minima)
 }
@@ -81,7 +95,7 @@ const MINIMA: &[(&str, &[u64], u64)] = &[
     ("over PAE NPT", &[0], 1_000),
     ("over 4-level NPT", &[0], 1_000),
     ("over 5-level NPT", &[0], 1_000),
-    ("mapped as is", &[0], 1_500),
+    ("mapped as is", &[0], 800),
     ("mapped 4 KiB", &[0], 5_000),
     ("mapped 2 MiB", &[0], 2_000),
     ("mapped 4 MiB", &[0], 300),
@@ -166,7 +180,7 @@ impl Bench {
         }
         let mut setup = soup::setup(&mut self.rng);
         for n in 0..wanted {
-            if n % 64 == 0 {
+            if n % 16 == 0 {
                 setup = soup::setup(&mut self.rng);
             }
             if n % 512 == 0 {

@@ -1,7 +1,8 @@
 //! A counter with a wheel for each thing that varies.
 //!
-//! Every tuple has a number. A run visits all of them, or as many as were asked for in steps that are coprime to the number
-//! of tuples: no tuple comes twice, and any two neighbouring wheels meet in all combinations early.
+//! Every tuple has a number. A run visits all of them, or as many as were asked for, in steps that are coprime to the number of
+//! tuples: no tuple comes twice, and the wheels that are read first run through all their combinations in exactly as many tuples
+//! as those are. Steps near the golden section spread the readings of the other wheels evenly.
 
 pub(crate) struct Odometer {
     wheels: Vec<u64>,
@@ -13,7 +14,6 @@ pub(crate) struct Odometer {
 impl Odometer {
     pub(crate) fn new(wheels: &[u64], start: u64) -> Odometer {
         let tuples = wheels.iter().product();
-        // Near the golden section of the whole, so that consecutive tuples lie far apart.
         let mut step = (tuples as f64 * 0.618_033_988_749) as u64 | 1;
         while common_divisor(step, tuples) != 1 {
             step += 1;

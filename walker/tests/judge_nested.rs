@@ -19,6 +19,9 @@
 //! - Outside long mode, addresses are of 32 bits: KVM does not cut longer ones, which a vCPU cannot form.
 //! - EXITINFO1 is not seen: the ioctl has no error code.
 //!
+//! # `nested-amd-vmrun-execution`: accesses that an L2 executes
+//! An L1 enters L2 by VMRUN, over NPT: see `nested/vmrun.rs`. One case for ten of the other judges.
+//!
 //! # `nested-amd-kvm-execution`: accesses that a vCPU executes
 //! With `npt=0` KVM shadows the guest's tables: see `judge_execution`. 4-level paging only.
 
@@ -54,6 +57,8 @@ const MODES: [(&str, u32, Option<u32>); 15] = [
     ("npt-5x5", 5, Some(5)),
 ];
 
+const VMRUN: &str = "vmrun-execution";
+
 const BED: &str = "nested-amd";
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// The bed gives up after this long.
@@ -71,11 +76,14 @@ fn judges() -> Vec<Trial> {
     let trial = |(name, levels, npt_levels)| {
         Trial::test(name, move || judge(&Bed::new()?, Modes { name, levels, npt_levels }))
     };
-    MODES.into_iter().map(trial).collect()
+    let mut trials: Vec<Trial> = MODES.into_iter().map(trial).collect();
+    trials.push(Trial::test(VMRUN, nested::vmrun::judge));
+    trials
 }
 
 fn boots() -> Vec<Trial> {
-    let translations: Vec<String> = MODES.iter().map(|(name, ..)| format!("{BED}-{name}")).collect();
+    let names = MODES.iter().map(|(name, ..)| *name).chain([VMRUN]);
+    let translations: Vec<String> = names.map(|name| format!("{BED}-{name}")).collect();
     let executions = vec![format!("{BED}-kvm-execution")];
     vec![
         Trial::test("kvm_amd_translates_as_we_do", move || {

@@ -15,21 +15,21 @@ const HEADER_BYTES: u32 = 128;
 const VMCB_BYTES: usize = 4096;
 
 // Control area.
-const INTERCEPT_VMRUN: usize = 0x10;
-const IOPM_BASE: usize = 0x40;
-const MSRPM_BASE: usize = 0x48;
-const GUEST_ASID: usize = 0x58;
-const NESTED_CTL: usize = 0x90;
-const NCR3: usize = 0xb0;
+pub(crate) const INTERCEPT_VMRUN: usize = 0x10;
+pub(crate) const IOPM_BASE: usize = 0x40;
+pub(crate) const MSRPM_BASE: usize = 0x48;
+pub(crate) const GUEST_ASID: usize = 0x58;
+pub(crate) const NESTED_CTL: usize = 0x90;
+pub(crate) const NCR3: usize = 0xb0;
 // Save area.
-const EFER: usize = 0x4d0;
-const CR4: usize = 0x548;
-const CR3: usize = 0x550;
-const CR0: usize = 0x558;
-const DR7: usize = 0x560;
-const DR6: usize = 0x568;
-const RFLAGS: usize = 0x570;
-const PAT: usize = 0x668;
+pub(crate) const EFER: usize = 0x4d0;
+pub(crate) const CR4: usize = 0x548;
+pub(crate) const CR3: usize = 0x550;
+pub(crate) const CR0: usize = 0x558;
+pub(crate) const DR7: usize = 0x560;
+pub(crate) const DR6: usize = 0x568;
+pub(crate) const RFLAGS: usize = 0x570;
+pub(crate) const PAT: usize = 0x668;
 
 /// Enters guest mode with NPT rooted at `ncr3`. The VMCB lies at GPA 0, which nothing reads: the vCPU is never run.
 pub(crate) fn enter(vcpu: &VcpuFd, ncr3: u64, host: &ControlRegisters) -> Result<(), String> {

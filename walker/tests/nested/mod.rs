@@ -3,3 +3,4 @@
 pub(crate) mod guest_mode;
 pub(crate) mod tables;
 pub(crate) mod translate;
+pub(crate) mod vmrun;

@@ -170,7 +170,8 @@ impl<'a> Npt<'a> {
                 tables: &below,
                 trouble: self.trouble,
                 ram_pages: RAM_PAGES,
-                width: self.vcpu.maxphyaddr,
+                // L2 may take these for entries of its own, and what they hold for nGPAs.
+                width: self.vcpu.maxphyaddr.min(12 + 9 * self.levels as u8),
                 maxphyaddr: self.vcpu.maxphyaddr,
                 gib_pages: self.vcpu.gib_pages,
             };

@@ -186,12 +186,12 @@ impl<K: Send + Sync + 'static> KvmBackend<K> {
                 Ok(VcpuExit::Shutdown) => Seen::TripleFault,
                 Ok(VcpuExit::InternalError) => Seen::InternalError,
                 Ok(VcpuExit::MmioRead(gpa, data)) => {
-                    Seen::At("read without memory", format!("of {} bytes at GPA {gpa:#x}", data.len()))
+                    Seen::At("read", format!("of {} bytes at GPA {gpa:#x}, which has no memory,", data.len()))
                 }
                 Ok(VcpuExit::MmioWrite(gpa, data)) => {
                     let what =
-                        format!("of {} bytes at GPA {gpa:#x}, which has no writable memory", data.len());
-                    Seen::At("write without memory", what)
+                        format!("of {} bytes at GPA {gpa:#x}, which has no writable memory,", data.len());
+                    Seen::At("write", what)
                 }
                 Ok(VcpuExit::FailEntry(reason, cpu)) => Seen::At(
                     "the CPU refused to enter the guest",

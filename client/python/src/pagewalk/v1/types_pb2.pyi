@@ -10,7 +10,7 @@ entry that maps a page. Levels count from the leaf end: 1 is the page table, 4 t
 Addresses and raw entries are `fixed64`. Enums' zero values are never answers.
 
 Errors. A fault of the guest is an answer, never an error. A request that cannot be answered fails with a status that
-carries `google.rpc.ErrorInfo` (domain `pagewalk.v1`) and a message that says what to do. Every RPC can fail with
+carries `google.rpc.ErrorInfo` (domain `pagewalk`) and a message that says what to do. Every RPC can fail with
   INVALID_ARGUMENT     a field is missing, out of range or contradicts another,
   NOT_FOUND            there is no such machine or vCPU,
   FAILED_PRECONDITION  the machine's source cannot do this at all or not now,

@@ -48,10 +48,13 @@ async fn tour(address: SocketAddr, once: bool) -> Result<(), Error> {
     say(&guide.explain("read-only", 3).await?)?;
 
     say("\n3. A guest of the guest: the same question under nested paging, in two dimensions.\n\n")?;
-    guide.nested(true).await?;
+    let on = guide.nested(true).await?;
     let ladder = guide.translate("l2-data", v1::AccessKind::Write).await;
-    guide.nested(false).await?;
+    // Off again before the output can fail.
+    let off = guide.nested(false).await?;
+    say(&on)?;
     say(&ladder?)?;
+    say(&off)?;
 
     let example = guide.landmark("kernel-text")?;
     let (condition, address) = if once {
@@ -116,7 +119,8 @@ impl Guide {
         Ok(self.translation.explain_fault(request).await?.into_inner().explanation)
     }
 
-    async fn nested(&mut self, on: bool) -> Result<(), Error> {
+    /// Switches nested mode, and gives a line that says so.
+    async fn nested(&mut self, on: bool) -> Result<String, Error> {
         let request = if on {
             v1::SetNestedModeRequest {
                 mode: Some(Mode::Npt(v1::Npt { ncr3: self.landmark("l2-ncr3")?, ..Default::default() })),
@@ -131,6 +135,6 @@ impl Guide {
             v1::NestedEffectKind::RealVcpu => "on the vCPU",
             _ => "in the walkers alone",
         };
-        say(&format!("nested mode {} {place}: {}\n", if on { "on" } else { "off" }, effect.reason))
+        Ok(format!("nested mode {} {place}: {}\n", if on { "on" } else { "off" }, effect.reason))
     }
 }

@@ -55,7 +55,7 @@ pub struct Options {
     #[arg(long, value_name = "FILE", env = "PAGEWALK_CONFIG")]
     pub config: Option<PathBuf>,
     /// Address to listen on; may be repeated. Not loopback: only with the three TLS options [default: 127.0.0.1:50051]
-    #[arg(long, value_name = "ADDR", env = "PAGEWALK_LISTEN", value_delimiter = ',')]
+    #[arg(long, value_name = "ADDR", env = "PAGEWALK_LISTEN", value_delimiter = ',', value_parser = address)]
     pub listen: Vec<SocketAddr>,
     /// Unix socket to listen on as well [default: $XDG_RUNTIME_DIR/pagewalk.sock, none without that variable]
     #[arg(long, value_name = "PATH", env = "PAGEWALK_UDS")]
@@ -210,6 +210,12 @@ impl Config {
             max_calls,
         })
     }
+}
+
+fn address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| {
+        "write IP:PORT, such as 127.0.0.1:50051 or [::1]:50051; names are not looked up".to_owned()
+    })
 }
 
 fn first_given<T>(lists: [Vec<T>; 2], default: impl FnOnce() -> Vec<T>) -> Vec<T> {

@@ -33,7 +33,9 @@ pub enum ListenError {
         problem: std::io::Error,
     },
     /// The socket cannot be bound.
-    #[error("cannot listen on unix:{path}: {problem}")]
+    #[error(
+        "cannot listen on unix:{path}: {problem}; pass --uds a short path in a folder that exists and can be written to"
+    )]
     Uds {
         /// The path.
         path: PathBuf,

@@ -37,7 +37,7 @@ fn refusals_say_what_to_do() -> Result<(), Failed> {
     let cases: &[(&[&str], &[&str])] = &[
         (&["--listen", "0.0.0.0:0"], &["0.0.0.0:0", "--tls-cert", "--client-ca", "127.0.0.1"]),
         (&["--listen", "[::]:0"], &["--tls-key"]),
-        (&["--listen", "localhost:1"], &["localhost:1"]),
+        (&["--listen", "localhost:1"], &["localhost:1", "write IP:PORT"]),
         (&["--tls-cert", "/nonexistent"], &["--tls-key"]),
         (&["--tls-cert", "/nonexistent", "--tls-key", &no_elf, "--client-ca", &no_elf], &["/nonexistent"]),
         (&["--tls-cert", &no_elf, "--tls-key", &no_elf, "--client-ca", &no_elf], &["PEM"]),

@@ -93,7 +93,10 @@ impl Table {
             let mut line = " ".repeat(self.indent);
             for (column, (cell, width)) in row.into_iter().zip(&widths).enumerate() {
                 let padding = if column == last { 0 } else { width - cell.width() + 2 };
-                line += &(cell.paint)(cell.text);
+                // Paint around nothing would keep the line's tail from being trimmed.
+                if !cell.text.is_empty() {
+                    line += &(cell.paint)(cell.text);
+                }
                 line += &" ".repeat(padding);
             }
             lines.push(line.trim_end().to_owned());
@@ -108,10 +111,11 @@ mod tests {
 
     #[test]
     fn columns_line_up_and_lines_have_no_tail() {
-        let mut table = Table::new(&["A", "LONG", "C"]).indented(1);
+        let mut table = Table::new(&["A", "LONG", "C", ""]).indented(1);
         table.row(["wide cell".into(), "b".into(), "c".into()]);
         table.row(["x".into(), "".into()]);
+        table.row(["y".into(), "b".into(), "c".into(), Cell::dim("")]);
         let text = anstream::adapter::strip_str(&table.render()).to_string();
-        assert_eq!(text, " A          LONG  C\n wide cell  b     c\n x");
+        assert_eq!(text, " A          LONG  C\n wide cell  b     c\n x\n y          b     c");
     }
 }

@@ -49,7 +49,7 @@ impl fmt::Display for Ladder<'_> {
                 step.entry_gpa.0,
                 bits(step),
                 rights(step.rights_so_far),
-                said(step),
+                self.said(step),
             )?;
         }
         match self.outcome {
@@ -60,6 +60,18 @@ impl fmt::Display for Ladder<'_> {
 }
 
 impl Ladder<'_> {
+    /// What the entry is, and whether it is the one that refuses.
+    fn said(&self, step: &Step) -> String {
+        let what = match step.verdict {
+            Verdict::Leaf if step.level > 1 => "maps a large page",
+            other => verdict(other),
+        };
+        let refuses = self.outcome.as_ref().is_err_and(|fault| {
+            (fault.dimension, fault.level, fault.entry_gpa) == (step.dimension, step.level, step.entry_gpa)
+        });
+        if refuses { format!("{what} <- refuses") } else { what.to_owned() }
+    }
+
     fn page(&self, page: &Translation) -> String {
         let through = page.nested_gpa.map(|gpa| format!(" through nGPA {gpa:#x}")).unwrap_or_default();
         let nested_size = page
@@ -153,13 +165,6 @@ fn bit_list(mask: u64) -> String {
         [only] => format!("bit {only}"),
         [low, .., high] if *high as usize - *low as usize + 1 == bits.len() => format!("bits {high}:{low}"),
         _ => format!("bits {}", bits.iter().map(u32::to_string).collect::<Vec<_>>().join(", ")),
-    }
-}
-
-fn said(step: &Step) -> String {
-    match step.verdict {
-        Verdict::Leaf if step.level > 1 => "maps a large page".to_owned(),
-        other => verdict(other).to_owned(),
     }
 }
 

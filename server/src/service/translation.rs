@@ -89,13 +89,12 @@ pub(super) fn walker(
 }
 
 pub(super) fn check_width(walker: &Walker, gva: u64, field: &'static str) -> Result<(), Error> {
-    match walker.gva_walk().format().mode() {
-        PagingMode::None if u32::try_from(gva).is_err() => Err(Error::invalid(
-            field,
-            format!("{gva:#x} does not fit the 32 bits of a linear address without paging"),
-        )),
-        _ => Ok(()),
+    let mode = walker.gva_walk().format().mode();
+    if mode.is_long() || u32::try_from(gva).is_ok() {
+        return Ok(());
     }
+    let problem = format!("{gva:#x} does not fit the 32 bits of a linear address outside long mode ({mode})");
+    Err(Error::invalid(field, problem))
 }
 
 fn ad_policy(policy: i32) -> Result<AdPolicy, Error> {

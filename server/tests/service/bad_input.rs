@@ -107,6 +107,8 @@ async fn translate() {
             "PDPTE",
         ),
         (with(Over { efer: Some(0), cr4: Some(0), cr3: Some(1 << 32), ..Over::default() }), STATE, "CR3"),
+        // The landmark's address has 64 bits.
+        (with(Over { efer: Some(0), cr4: Some(0x20), ..Over::default() }), FIELD, "32 bits"),
         (with(npt(v1::Npt { ncr3: 1 << 48, ..Default::default() })), STATE, "nCR3"),
         (with(npt(v1::Npt { host_cr4: Some(1 << 63), ..Default::default() })), STATE, "CR4"),
         // Later.

@@ -230,7 +230,12 @@ fn read(path: &Path) -> Result<File, ConfigError> {
     let failed = |problem| ConfigError::Read { path: path.to_owned(), problem };
     let mut text = String::new();
     let file = std::fs::File::open(path).map_err(failed)?;
-    file.take(FILE_MAX).read_to_string(&mut text).map_err(failed)?;
+    file.take(FILE_MAX + 1).read_to_string(&mut text).map_err(failed)?;
+    if text.len() as u64 > FILE_MAX {
+        return Err(failed(std::io::Error::other(
+            "it is larger than 1 MiB: name the daemon's own TOML file",
+        )));
+    }
     toml::from_str(&text).map_err(|problem| ConfigError::File { path: path.to_owned(), problem })
 }
 
@@ -291,6 +296,9 @@ mod tests {
             let error = file(text).unwrap_err().to_string();
             assert!(error.contains(said), "{text}: {error}");
         }
+        // Cut off, it would parse and mean something else.
+        let long = format!("{}\nmax-calls = 1", "#\n".repeat(1 << 19));
+        assert!(file(&long).unwrap_err().to_string().contains("1 MiB"));
         let missing = Options { config: Some("/nonexistent/x.toml".into()), ..Options::default() };
         assert!(
             Config::resolve(missing, Vec::new()).unwrap_err().to_string().contains("/nonexistent/x.toml")

@@ -52,7 +52,7 @@ impl NgpaWalk {
     /// NPT with the root `ncr3`, in the host format that `host`'s CR0, CR4 and EFER select; `host.cr3` is not used.
     ///
     /// # Errors
-    /// Names the register that no CPU would accept, or the mode that is not supported yet.
+    /// Names the register that no CPU would accept, or says that L1 does not page.
     pub fn npt(ncr3: u64, host: &ControlRegisters, cpu: &CpuProfile) -> Result<Self, StateError> {
         let format = PageFormat::npt(host, cpu)?;
         Ok(Self::Npt(PageWalk::rooted(format, "nCR3", ncr3, cpu)?))

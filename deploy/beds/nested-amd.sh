@@ -14,67 +14,17 @@
 # Other variables named PAGEWALK_* are handed to the program.
 set -euo pipefail
 
-here=${PAGEWALK_BEDS:-${XDG_CACHE_HOME:-$HOME/.cache}/pagewalk-beds}/nested-amd
+bed=nested-amd
+# shellcheck source=deploy/beds/parts.sh
+. "$(dirname "$0")/parts.sh"
+parts=(qemu linux-amd64)
+linux=$beds/linux-amd64
 # In the order in which they are loaded.
 modules=(irqbypass kvm kvm-amd)
 
-fail() {
-    printf 'nested-amd: %s\n' "$1" >&2
-    exit 125
-}
-
-need() {
-    command -v "$1" >/dev/null || fail "$1 is missing: $2"
-}
-
 build() {
-    need apt-get "this bed is made of Debian packages, and builds on Debian and its relatives only"
-    need dpkg-deb "install the package dpkg"
-    local kernel packages
-    kernel=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null | awk '/Depends: linux-image-/ { print $2; exit }')
-    [ -n "$kernel" ] || fail "apt knows no linux-image-cloud-amd64: run apt-get update, or add a Debian source"
-    # QEMU and the libraries that this system lacks. What apt would remove for them stays: nothing is installed.
-    packages=$(apt-get -s -y --no-install-recommends install qemu-system-x86 | awk '/^Inst/ { print $2 }') \
-        || fail "apt finds no way to qemu-system-x86"
-
-    mkdir -p "$(dirname "$here")"
-    work=$(mktemp -d "$here.XXXXXX")
-    trap 'rm -rf "$work"' EXIT
-    mkdir "$work/packages" "$work/kernel" "$work/bed"
-    # shellcheck disable=SC2086
-    (cd "$work/packages" && printf '%s\n' $packages qemu-system-x86 qemu-system-common qemu-system-data seabios ipxe-qemu \
-        busybox-static "$kernel" | sort -u | xargs apt-get -q -o APT::Sandbox::User=root download) \
-        || fail "the packages cannot be downloaded"
-    for package in "$work"/packages/*.deb; do
-        case $package in
-            */linux-image-*) dpkg-deb -x "$package" "$work/kernel" ;;
-            *) dpkg-deb -x "$package" "$work/bed" ;;
-        esac
-    done
-    cp "$work"/kernel/boot/vmlinuz-* "$work/bed/vmlinuz"
-    for module in "${modules[@]}"; do
-        file=$(find "$work/kernel" -name "$module.ko*")
-        case $file in
-            *.ko) cp "$file" "$work/bed/" ;;
-            *.ko.xz) xz -dc "$file" >"$work/bed/$module.ko" ;;
-            *) fail "$kernel has no module $module" ;;
-        esac
-    done
-    rm -rf "$here"
-    mv "$work/bed" "$here"
-    version >/dev/null || { rm -rf "$here"; fail "QEMU does not start"; }
-    echo "nested-amd: built in $here: $kernel, $(version)"
-}
-
-# qemu SECONDS ARGUMENT...
-qemu() {
-    local libraries=lib/x86_64-linux-gnu
-    QEMU_MODULE_DIR=$here/usr/$libraries/qemu LD_LIBRARY_PATH=$here/usr/$libraries:$here/$libraries \
-        timeout --kill-after=5 "$1" "$here/usr/bin/qemu-system-x86_64" "${@:2}"
-}
-
-version() {
-    qemu 20 --version | sed -n 1p
+    build_parts "${parts[@]}"
+    echo "nested-amd: built in $beds: $(cat "$linux/version"), $(cat "$beds/qemu/version")"
 }
 
 # What runs first in the guest, as a script for busybox: init [ARGUMENT]...
@@ -95,7 +45,7 @@ INIT
 }
 
 check() {
-    [ -f "$here/vmlinuz" ] || fail "the bed is not built: run $0 build"
+    has_parts "${parts[@]}" || fail "the bed is not built: run $0 build"
 }
 
 run() {
@@ -110,21 +60,20 @@ run() {
     trap 'rm -rf "$work"' EXIT
     mkdir -p "$work/root/bin"
     for module in "${modules[@]}"; do
-        cp "$here/$module.ko" "$work/root/"
+        cp "$linux/$module.ko" "$work/root/"
     done
-    cp "$here/bin/busybox" "$work/root/bin/"
+    cp "$linux/busybox" "$work/root/bin/"
     cp "$program" "$work/root/program"
     init "$@" >"$work/root/init"
     export -p | grep -E '^declare -x PAGEWALK_' | sed 's/^declare -x/export/' >"$work/root/environment" || true
     chmod +x "$work/root/init" "$work/root/program"
-    (cd "$work/root" && find . | "$here/bin/busybox" cpio -o -H newc 2>/dev/null) >"$work/initramfs"
+    archive "$work/root" >"$work/initramfs"
 
     local seconds=${PAGEWALK_BED_SECONDS:-600}
+    qemu_command "$seconds"
     set +e
-    qemu "$seconds" -nodefaults -no-user-config -display none -no-reboot \
-        -L "$here/usr/share/qemu" -L "$here/usr/share/seabios" -L "$here/usr/lib/ipxe/qemu" \
-        -machine pc,accel=tcg -cpu max,la57=on -smp 1 -m 1G \
-        -kernel "$here/vmlinuz" -initrd "$work/initramfs" -append "console=ttyS0 quiet loglevel=3 panic=-1" \
+    "${qemu[@]}" -machine pc,accel=tcg -cpu max,la57=on -smp 1 -m 1G \
+        -kernel "$linux/vmlinuz" -initrd "$work/initramfs" -append "console=ttyS0 quiet loglevel=3 panic=-1" \
         -serial stdio </dev/null | sed -u 's/\r$//' | tee "$work/output"
     local status=("${PIPESTATUS[@]}")
     set -e

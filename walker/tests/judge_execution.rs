@@ -1,7 +1,7 @@
 //! Judge `kvm-execution`: the walker's outcome against what happens when a vCPU executes the access.
 //!
 //! A case is one load, store, fetch, stack access or descriptor load, at CPL 3 or 0, through four entries of its own.
-//! The walker walks a copy of the tables with policy `Set`; the vCPU executes on the guest's. Equal must be: the
+//! The walker walks a copy of the tables with policy `Observe`, then `Set`; the vCPU executes on the guest's. Equal must be: the
 //! vector, the error code and CR2, or that the access succeeded; *where* it succeeded (the byte that was loaded or stored
 //! lies at the walker's GPA; the fetched instruction was put only there; an access without backing leaves the guest with
 //! the walker's GPA); and all four entries afterwards, accessed and dirty bits included. Nothing else in the tables may
@@ -55,15 +55,14 @@ use bed::ground::{
 use bed::judge::{Judge, cases, full, skipped};
 use bed::{
     ACCESSED, CR0_NE, CR0_PE, CR0_PG, CR0_WP, CR4_PAE, CR4_PKE, CR4_SMAP, CR4_SMEP, DIRTY, EFER_LMA,
-    EFER_LME, EFER_NXE, Machine, Maker, PAGE, PAGE_SIZE, Ram, Vcpu, long_mode, when,
+    EFER_LME, EFER_NXE, Machine, Maker, PAGE, PAGE_SIZE, Ram, Vcpu, long_mode, walk, when,
 };
 use fastrand::Rng;
 use kvm_bindings::kvm_sregs;
 use kvm_ioctls::SyncReg;
 use libtest_mimic::{Arguments, Failed, Trial};
 use pagewalk::{
-    Access, AccessKind, AdPolicy, Backing, Fault, FaultKind, Gva, NoTrace, PageSize, Privilege, Reason,
-    Translation, Walker, Window,
+    Access, AccessKind, Backing, Fault, FaultKind, NoTrace, PageSize, Privilege, Reason, Translation, Walker,
 };
 
 fn main() {
@@ -122,7 +121,7 @@ fn judge(mut bed: Bed) -> Result<(), Failed> {
             }
         }
     } else {
-        let wanted = cases(200_000)?;
+        let wanted = cases(300_000)?;
         while judge.cases() < wanted {
             let mut controls = Controls::sample(&mut rng, bed.vcpus.len());
             controls.pke &= bed.pke;
@@ -245,7 +244,7 @@ impl Bed {
         }
 
         let play = Play { act: case.act, cpl: case.cpl, ac: case.ac, gva, byte: rng.u8(..) };
-        let (answer, prop) = ask(walker, self.copy, &play);
+        let (answer, prop) = ask(walker, self.copy, &play, judge);
         let expected = Expected::new(&answer, controls, &play);
         classify(judge, &answer, &expected, &play);
 
@@ -348,7 +347,12 @@ impl Expected {
 
 /// The walker's answer for the access, with its accessed and dirty bits set in `copy`; and where in memory the access
 /// begins, if it does.
-fn ask(walker: &Walker, copy: Ram, play: &Play) -> (Result<Translation, Fault>, Option<u64>) {
+fn ask(
+    walker: &Walker,
+    copy: Ram,
+    play: &Play,
+    judge: &mut Judge,
+) -> (Result<Translation, Fault>, Option<u64>) {
     let kind = match play.act {
         Act::Store | Act::StackStore => AccessKind::Write,
         Act::Fetch => AccessKind::Fetch,
@@ -361,9 +365,7 @@ fn ask(walker: &Walker, copy: Ram, play: &Play) -> (Result<Translation, Fault>, 
     };
     let stack = matches!(play.act, Act::StackLoad | Act::StackStore);
     let access = Access::new(kind, privilege).with_ac(play.ac).through_stack(stack);
-    let walk = |access: &Access| {
-        walker.translate_with(&Window::new(copy.words()), Gva(play.gva), access, AdPolicy::Set, &mut NoTrace)
-    };
+    let mut walk = |access: &Access| walk(walker, copy, play.gva, access, &mut NoTrace, judge);
     let first = walk(&access);
     let prop = first.ok().filter(|page| page.backing != Backing::None).map(|page| page.gpa.0);
     match play.act {

@@ -2,8 +2,8 @@
 //!
 //! Tables are a soup: every table page may be used at every level, so that tables refer to themselves, to each other
 //! and to nowhere, and one entry is a PML4E on one path and a PTE on the next. Walked side by side are the guest's
-//! memory (by the kernel) and a copy of it (by the walker, policy `Set`); after each address all entries are compared,
-//! after each soup all memory.
+//! memory (by the kernel) and a copy of it (by the walker, policy `Observe`, then `Set`); after each address all entries
+//! are compared, after each soup all memory.
 //!
 //! What the ioctl asks, and how that is mapped:
 //! - It is an explicit supervisor data *read*, whatever the vCPU's CPL: so is our access. W and execution are therefore
@@ -25,14 +25,13 @@ use bed::judge::{Judge, cases, skipped};
 use bed::soup::{INDICES, Recipe, linear_address, trouble, twin};
 use bed::{
     CR0_WP, CR4_PKE, CR4_SMAP, CR4_SMEP, EFER_NXE, Machine, Maker, PAGE, RFLAGS_AC, RFLAGS_FIXED, Ram, Vcpu,
-    long_mode, when,
+    long_mode, walk, when,
 };
 use fastrand::Rng;
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use libtest_mimic::{Arguments, Failed, Trial};
 use pagewalk::{
-    Access, AccessKind, AdPolicy, Backing, FaultKind, Gva, NoTrace, PageSize, Privilege, Reason, Translation,
-    Walker, Window,
+    Access, AccessKind, Backing, FaultKind, NoTrace, PageSize, Privilege, Reason, Translation, Walker,
 };
 
 const RAM_PAGES: u64 = 64;
@@ -69,7 +68,7 @@ impl Bed {
 fn judge(bed: &Bed) -> Result<(), Failed> {
     let mut judge = Judge::new("kvm-translate")?;
     let mut rng = Rng::with_seed(judge.seed());
-    let wanted = cases(250_000)?;
+    let wanted = cases(700_000)?;
     let copy = Ram::new(bed.machine.ram.bytes());
     while judge.cases() < wanted {
         let vcpu = rng.choice(&bed.vcpus).unwrap();
@@ -209,19 +208,18 @@ impl Soup {
 
 /// The walker's answer in the ioctl's terms, counted by class.
 fn ask(walker: &Walker, copy: Ram, gva: u64, ac: bool, judge: &mut Judge) -> Option<Translation> {
-    let memory = Window::new(copy.words());
     let access = Access::new(AccessKind::Read, Privilege::Supervisor).with_ac(ac);
     let twin = twin(gva, 4);
     if twin != gva {
         judge.count("non-canonical", 0);
         judge.exempt("non-canonical, walked as its sign-extended twin");
-        let refused = walker.translate_with(&memory, Gva(gva), &access, AdPolicy::Set, &mut NoTrace);
+        let refused = walk(walker, copy, gva, &access, &mut NoTrace, judge);
         if refused.map_err(|fault| fault.kind) != Err(FaultKind::GeneralProtection) {
             judge.disagree(|| format!("{gva:#x} is not canonical; the walker says {refused:?}"));
         }
     }
     let mut trace = pagewalk::Trace::new();
-    let outcome = walker.translate_with(&memory, Gva(twin), &access, AdPolicy::Set, &mut trace);
+    let outcome = walk(walker, copy, twin, &access, &mut trace, judge);
     let steps = trace.steps();
     if steps
         .iter()

@@ -17,7 +17,10 @@ use kvm_bindings::{
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
-use pagewalk::{ControlRegisters, CpuProfile, PageWalk, StateError, Vendor, Walker};
+use pagewalk::{
+    Access, AdPolicy, ControlRegisters, CpuProfile, Fault, Gva, PageWalk, Recorder, StateError, Translation,
+    Vendor, Walker, Window,
+};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
 
@@ -129,6 +132,27 @@ impl Ram {
             self.write_byte(at, *byte);
         }
     }
+}
+
+/// The walker's outcome with policy `Set`, whose bits go into `ram` and whose steps into `recorder`.
+///
+/// Before that it is asked without a trace and with policy `Observe`, which is the way through the fast lane: where that
+/// answer is another one, it is a disagreement.
+pub(crate) fn walk<R: Recorder>(
+    walker: &Walker,
+    ram: Ram,
+    gva: u64,
+    access: &Access,
+    recorder: &mut R,
+    judge: &mut judge::Judge,
+) -> Result<Translation, Fault> {
+    let memory = Window::new(ram.words());
+    let observed = walker.translate(&memory, Gva(gva), access);
+    let set = walker.translate_with(&memory, Gva(gva), access, AdPolicy::Set, recorder);
+    if observed != set {
+        judge.disagree(|| format!("{gva:#x} {access:?}: Observe says {observed:x?}, Set {set:x?}"));
+    }
+    set
 }
 
 /// Who made the CPU, as CPUID tells the guest: it decides reserved bits.

@@ -1,0 +1,106 @@
+//! Registers, CPUs, accesses and second dimensions out of bytes: plausible ones for most, so that walks get somewhere, and
+//! arbitrary words for the rest.
+
+use pagewalk::mode::{CR0_PE, CR0_PG, CR4_LA57, CR4_PAE, EFER_LMA, EFER_LME, EFER_NXE};
+use pagewalk::{
+    Access, AccessKind, ControlRegisters, CpuProfile, NgpaWalk, PageWalk, PagingMode, Privilege, Vendor,
+    Walker,
+};
+
+use crate::input::Input;
+use crate::memory::PAGES;
+
+const CR0_WP: u64 = 1 << 16;
+/// What a mode may be combined with: PSE, PGE, SMEP, SMAP, PKE.
+const CR4_FREE: u64 = 1 << 4 | 1 << 7 | 7 << 20;
+
+/// A CPU. One in eight has an impossible MAXPHYADDR.
+pub fn cpu(input: &mut Input<'_>) -> CpuProfile {
+    let byte = input.byte();
+    let maxphyaddr = input.byte();
+    CpuProfile {
+        vendor: if byte & 1 == 0 { Vendor::Intel } else { Vendor::Amd },
+        maxphyaddr: if byte & 0x70 == 0x70 { maxphyaddr } else { 32 + maxphyaddr % 21 },
+        gib_pages: byte & 2 == 0,
+    }
+}
+
+/// Registers: of a mode that a byte selects, or five arbitrary words.
+pub fn registers(input: &mut Input<'_>) -> ControlRegisters {
+    let mode = input.byte() & 7;
+    let free = input.u64();
+    let root = (free >> 40 & (PAGES - 1)) << 12;
+    let paged = CR0_PE | CR0_PG | free & CR0_WP;
+    let nxe = free >> 32 & EFER_NXE;
+    let registers = |cr0, cr4, efer| ControlRegisters {
+        cr0,
+        cr3: root | free >> 8 & 0x18,
+        cr4: cr4 | free & CR4_FREE,
+        efer,
+        ..ControlRegisters::default()
+    };
+    let long = EFER_LME | EFER_LMA | nxe;
+    match mode {
+        0 => registers(CR0_PE, 0, 0),
+        1 => registers(paged, 0, nxe),
+        2 => ControlRegisters { cr3: root | free >> 8 & 0xfe0, ..registers(paged, CR4_PAE, nxe) },
+        3 | 4 => registers(paged, CR4_PAE, long),
+        5 | 6 => registers(paged, CR4_PAE | CR4_LA57, long),
+        _ => ControlRegisters {
+            cr0: input.u64(),
+            cr3: input.u64(),
+            cr4: input.u64(),
+            efer: input.u64(),
+            pat: input.u64(),
+        },
+    }
+}
+
+/// `gva_walk`, where a CPU accepts the registers; under PAE paging with its PDPTE registers, or without.
+pub fn gva_walk(input: &mut Input<'_>, registers: &ControlRegisters, cpu: &CpuProfile) -> Option<PageWalk> {
+    let walk = PageWalk::new(registers, cpu).ok()?;
+    let held = input.byte();
+    if walk.format().mode() == PagingMode::Pae && held & 1 != 0 {
+        let pdptes = core::array::from_fn(|number| match held >> (number + 1) & 1 {
+            0 => input.u64(),
+            _ => u64::from(input.byte() & 15) << 12 | 1,
+        });
+        return PageWalk::with_pdptes(registers, pdptes, cpu).ok();
+    }
+    Some(walk)
+}
+
+/// A second dimension, where the bytes ask for one and a CPU accepts it.
+pub fn ngpa_walk(input: &mut Input<'_>, cpu: &CpuProfile) -> Option<NgpaWalk> {
+    let kind = input.byte();
+    match kind & 3 {
+        0 | 1 => None,
+        _ => {
+            let host = registers(input);
+            let ncr3 = if kind & 0x80 != 0 { input.u64() } else { u64::from(kind >> 3 & 15) << 12 };
+            NgpaWalk::npt(ncr3, &host, cpu).ok()
+        }
+    }
+}
+
+/// Both walkers.
+pub fn walker(input: &mut Input<'_>) -> Option<Walker> {
+    let cpu = cpu(input);
+    let registers = registers(input);
+    let gva_walk = gva_walk(input, &registers, &cpu)?;
+    Some(match ngpa_walk(input, &cpu) {
+        None => Walker::new(gva_walk),
+        Some(second) => Walker::nested(gva_walk, second),
+    })
+}
+
+/// One access.
+pub fn access(input: &mut Input<'_>) -> Access {
+    let byte = input.byte();
+    let kind = [AccessKind::Read, AccessKind::Write, AccessKind::Fetch][byte as usize % 3];
+    let privilege =
+        [Privilege::Supervisor, Privilege::ImplicitSupervisor, Privilege::User, Privilege::Exempt];
+    let privilege = privilege[input.byte() as usize & 3];
+    let pkru = if byte & 0x40 == 0 { 0 } else { input.u32() };
+    Access::new(kind, privilege).with_ac(byte & 0x80 != 0).through_stack(byte & 0x20 != 0).with_pkru(pkru)
+}

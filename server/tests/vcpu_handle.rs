@@ -11,7 +11,8 @@ use pagewalkd::vcpu::{
     Backend, Exit, ImmediateExit, NestedMode, RegisterChanges, Registers, RunState, Vcpu, VcpuError,
 };
 
-const CPU: CpuProfile = CpuProfile { vendor: Vendor::Intel, maxphyaddr: 46, gib_pages: true };
+const CPU: CpuProfile =
+    CpuProfile { vendor: Vendor::Intel, maxphyaddr: 46, gib_pages: true, encryption_bit: None };
 
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(20)

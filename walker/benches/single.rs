@@ -101,7 +101,8 @@ fn registers(root: u64, levels: u32) -> ControlRegisters {
     }
 }
 
-const CPU: CpuProfile = CpuProfile { vendor: Vendor::Intel, maxphyaddr: 46, gib_pages: true };
+const CPU: CpuProfile =
+    CpuProfile { vendor: Vendor::Intel, maxphyaddr: 46, gib_pages: true, encryption_bit: None };
 
 /// A guest whose pages form one cycle: the translation of each is the address of the next, but for `base`.
 struct Guest {

@@ -1,7 +1,6 @@
 //! What belongs to one access: its kind, its privilege, and the values that modify protection.
 
-/// What the access does. The discriminant is the kind's share of
-/// [`Access::permission_index`].
+/// What the access does. The discriminant is the kind's share of the index of its permission word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum AccessKind {
     /// A data read.
@@ -10,6 +9,22 @@ pub enum AccessKind {
     Write = 1,
     /// An instruction fetch.
     Fetch = 8,
+    /// A read of a shadow stack, as RET or INCSSP makes (Intel SDM volume 3, "Determination of Access Rights"). WRUSS and its
+    /// like are user accesses at any CPL: say so by [`Privilege::User`].
+    ///
+    /// Where CR4.CET is clear no CPU makes one: it is then decided and reported as a data read.
+    ShadowStackRead = 32,
+    /// A write to a shadow stack, as CALL or WRSS makes. Where CR4.CET is clear, a data write.
+    ShadowStackWrite = 33,
+}
+
+impl AccessKind {
+    /// Whether the access is to a shadow stack.
+    #[must_use]
+    #[inline]
+    pub const fn is_shadow_stack(self) -> bool {
+        matches!(self, Self::ShadowStackRead | Self::ShadowStackWrite)
+    }
 }
 
 /// On whose behalf the access is made (Intel SDM volume 3, "Determination of Access Rights").
@@ -33,10 +48,11 @@ pub struct Access {
     kind: AccessKind,
     privilege: Privilege,
     stack: bool,
-    /// [`Self::permission_index`], with bit 4 set for an exempt access. Known when the access is built, so that a walk does
-    /// not compute it.
+    /// [`Self::permission_index`], with bit 4 set for an exempt access, and bit 5 for one to a shadow stack. Known when the
+    /// access is built, so that a walk does not compute it.
     index: u8,
     pkru: u32,
+    pkrs: u32,
 }
 
 impl Access {
@@ -44,7 +60,7 @@ impl Access {
     #[must_use]
     pub const fn new(kind: AccessKind, privilege: Privilege) -> Self {
         let index = kind as u8 | (privilege as u8 & 2) | (privilege as u8 & 4) << 2;
-        Self { kind, privilege, stack: false, index, pkru: 0 }
+        Self { kind, privilege, stack: false, index, pkru: 0, pkrs: 0 }
     }
 
     /// The same access under this value of RFLAGS.AC, which suspends SMAP for explicit supervisor accesses.
@@ -55,12 +71,31 @@ impl Access {
         self
     }
 
-    /// The same access under this PKRU: two bits a key, access-disable and write-disable. Decides only where CR4.PKE is
-    /// set, and nothing for an exempt access.
+    /// The same access under this PKRU: two bits a key, access-disable and write-disable. Decides over user pages, where
+    /// CR4.PKE is set, and nothing for an exempt access.
     #[must_use]
     pub const fn with_pkru(mut self, pkru: u32) -> Self {
         self.pkru = if matches!(self.privilege, Privilege::Exempt) { 0 } else { pkru };
         self
+    }
+
+    /// The same access under this value of IA32_PKRS (MSR 0x6e1), laid out as PKRU is. Decides over supervisor pages,
+    /// where CR4.PKS is set, and nothing for an exempt access.
+    #[must_use]
+    pub const fn with_pkrs(mut self, pkrs: u32) -> Self {
+        self.pkrs = if matches!(self.privilege, Privilege::Exempt) { 0 } else { pkrs };
+        self
+    }
+
+    /// The data access of the same direction, where this is a shadow-stack access.
+    #[must_use]
+    pub(crate) const fn as_data(&self) -> Self {
+        let kind = match self.kind {
+            AccessKind::ShadowStackRead => AccessKind::Read,
+            AccessKind::ShadowStackWrite => AccessKind::Write,
+            _ => return *self,
+        };
+        Self { kind, index: self.index & !(AccessKind::ShadowStackRead as u8), ..*self }
     }
 
     /// The same access made through SS, so that a non-canonical address is #SS instead of #GP.
@@ -70,7 +105,7 @@ impl Access {
         self
     }
 
-    /// Read, write or fetch.
+    /// Read, write, fetch, or an access to a shadow stack.
     #[must_use]
     pub const fn kind(&self) -> AccessKind {
         self.kind
@@ -88,6 +123,12 @@ impl Access {
         self.pkru
     }
 
+    /// IA32_PKRS; 0 for an exempt access.
+    #[must_use]
+    pub const fn pkrs(&self) -> u32 {
+        self.pkrs
+    }
+
     /// Whether the access goes through SS.
     #[must_use]
     pub const fn is_stack(&self) -> bool {
@@ -98,7 +139,14 @@ impl Access {
     #[must_use]
     #[inline]
     pub const fn is_write(&self) -> bool {
-        matches!(self.kind, AccessKind::Write)
+        matches!(self.kind, AccessKind::Write | AccessKind::ShadowStackWrite)
+    }
+
+    /// Whether the access is to a shadow stack.
+    #[must_use]
+    #[inline]
+    pub const fn is_shadow_stack(&self) -> bool {
+        self.kind.is_shadow_stack()
     }
 
     /// Whether the access is an instruction fetch.
@@ -123,17 +171,19 @@ impl Access {
     }
 
     /// Index of the permission word that decides this access: bits 4:1 of the page-fault error code it would raise, with
-    /// RSVD's place taken by "RFLAGS.AC is set and the access is not implicit". Meaningless for an exempt access.
+    /// RSVD's place taken by "RFLAGS.AC is set and the access is not implicit". Meaningless for an exempt access and for one
+    /// to a shadow stack, which none of the sixteen words decides.
     #[must_use]
     #[inline]
     pub const fn permission_index(&self) -> usize {
         (self.index & 15) as usize
     }
 
-    /// Index into the permission words and the sixteen empty ones behind them that exempt accesses use.
+    /// Index into all permission words: sixteen empty ones lie behind the first sixteen, for exempt accesses, and as many of
+    /// both kinds again for shadow-stack accesses.
     #[inline(always)]
     pub(crate) const fn word_index(&self) -> usize {
-        (self.index & 31) as usize
+        (self.index & 63) as usize
     }
 }
 

@@ -12,6 +12,7 @@ use crate::format::{PageFormat, index};
 use crate::memory::Memory;
 use crate::nested::NgpaWalk;
 use crate::permission::{Rights, key_refusal};
+use crate::shadow_stack::{self, Refused};
 use crate::trace::{Held, Recorder, Step, Verdict};
 use crate::translation::PageSize;
 use crate::walk::PageWalk;
@@ -59,6 +60,8 @@ pub(crate) fn descend<E: EntryLayout, M: Memory, R: Recorder>(
     let mut table = walk.root();
     let mut grants = Grants::ALL;
     let mut level = format.levels();
+    // To a shadow stack, the dirty bit is part of what the leaf means: it is not set, and its change is one of meaning.
+    let shadow_stack = format.shadow_stacks() && purpose.access.is_shadow_stack();
     loop {
         let shift = (12 + E::INDEX_BITS * level.wrapping_sub(1)) & 63;
         let number = (address >> shift) & ((1 << E::INDEX_BITS) - 1);
@@ -67,7 +70,7 @@ pub(crate) fn descend<E: EntryLayout, M: Memory, R: Recorder>(
         };
         let note = |recorder: &mut R, held, entry_gpa: Gpa, entry, rights_so_far, verdict| {
             if R::ENABLED {
-                let dirties = verdict == Verdict::Leaf && purpose.access.is_write();
+                let dirties = verdict == Verdict::Leaf && purpose.access.is_write() && !shadow_stack;
                 let walked = matches!(verdict, Verdict::Table | Verdict::Leaf);
                 recorder.record(Step {
                     dimension: purpose.dimension,
@@ -81,7 +84,7 @@ pub(crate) fn descend<E: EntryLayout, M: Memory, R: Recorder>(
                     verdict,
                     held,
                     sets: if walked { E::sets(level, dirties) } else { 0 },
-                    accessed_dirty: E::ACCESSED | E::DIRTY,
+                    accessed_dirty: E::ACCESSED | if shadow_stack { 0 } else { E::DIRTY },
                 });
             }
         };
@@ -110,13 +113,13 @@ pub(crate) fn descend<E: EntryLayout, M: Memory, R: Recorder>(
         match step::<E>(format, level, entry) {
             Meaning::Table => {
                 note(recorder, held, entry_gpa, entry, rights, Verdict::Table);
-                table = E::table(entry);
+                table = E::table(entry) & format.address_bits();
                 level -= 1;
             }
             Meaning::Leaf => {
                 note(recorder, held, entry_gpa, entry, rights, Verdict::Leaf);
                 let within = (1 << shift) - 1;
-                let output = (E::page(level, entry) & !within) | (address & within);
+                let output = (E::page(level, entry) & format.address_bits() & !within) | (address & within);
                 let leaf = Leaf { rights, entry, size: PageSize::of_bits(shift), output };
                 return match permit::<E>(&leaf, level, format, purpose.access, &path) {
                     Ok(()) => Ok(leaf),
@@ -136,6 +139,17 @@ pub(crate) fn descend<E: EntryLayout, M: Memory, R: Recorder>(
     }
 }
 
+/// What keeps an access from a page.
+struct Lack {
+    reason: Reason,
+    /// The right that is missing, if one is.
+    right: Option<Rights>,
+    /// The lowest level whose entry may withhold it.
+    from: u32,
+    /// The bits of that entry that are responsible.
+    bits: u64,
+}
+
 /// Decides the rights of a page once, by the permission words and the protection-key mask.
 fn permit<E: EntryLayout>(
     leaf: &Leaf,
@@ -144,33 +158,37 @@ fn permit<E: EntryLayout>(
     access: &Access,
     path: &Path,
 ) -> Result<(), Refusal> {
-    let refused = format.refuses(access, leaf.rights);
+    let lack = if format.shadow_stacks() && access.is_shadow_stack() {
+        no_shadow_stack::<E>(leaf, level, format, access, path)
+    } else if format.refuses(access, leaf.rights) {
+        Some(lack::<E>(leaf.rights, level, format, access))
+    } else {
+        None
+    };
     let key = match format.protection_key_mask() {
         0 => false,
         mask => key_refusal(mask, access, leaf.rights, LongMode::protection_key(leaf.entry)) != 0,
     };
-    if !refused && !key {
-        return Ok(());
-    }
-    let (reason, right) =
-        if refused { reason(leaf.rights, format, access) } else { (Reason::ProtectionKey, None) };
-    let withholds = |level: u32| {
-        let alone = E::rights(E::through(Grants::ALL, level, path[index(level)].0));
-        right.is_none_or(|right| alone.and(right) == Rights::NONE)
+    let Lack { reason, right, from, bits } = match lack {
+        Some(lack) => lack,
+        None if key => Lack { reason: Reason::ProtectionKey, right: None, from: level, bits: E::KEY },
+        None => return Ok(()),
     };
+    let withholds = |level: u32| right.is_none_or(|right| alone::<E>(level, path).and(right) == Rights::NONE);
     // Of several entries that withhold the right, the one nearest to the leaf.
-    let level = (level..=format.levels()).find(|level| withholds(*level)).unwrap_or(level);
+    let level = (from..=format.levels()).find(|level| withholds(*level)).unwrap_or(level);
     let (entry, entry_gpa) = path[index(level)];
-    let bits = match reason {
-        Reason::ProtectionKey => E::KEY,
-        _ => E::right_bits(right.unwrap_or(Rights::USER)),
-    };
     Err(Refusal { reason, level, entry_gpa, entry, bits, key })
 }
 
-/// Why the permission words refuse the access, and the right that is missing, if one is.
-fn reason(rights: Rights, format: &PageFormat, access: &Access) -> (Reason, Option<Rights>) {
-    if access.is_user() && !rights.user() {
+/// What the entry of `level` grants by itself.
+fn alone<E: EntryLayout>(level: u32, path: &Path) -> Rights {
+    E::rights(E::through(Grants::ALL, level, path[index(level)].0))
+}
+
+/// Why the permission words refuse the access.
+fn lack<E: EntryLayout>(rights: Rights, level: u32, format: &PageFormat, access: &Access) -> Lack {
+    let (reason, right) = if access.is_user() && !rights.user() {
         (Reason::SupervisorPage, Some(Rights::USER))
     } else if access.is_fetch() && !rights.execute() {
         (Reason::NoExecute, Some(Rights::EXECUTE))
@@ -181,5 +199,37 @@ fn reason(rights: Rights, format: &PageFormat, access: &Access) -> (Reason, Opti
         (Reason::Smap, None)
     } else {
         (Reason::ReadOnly, Some(Rights::WRITE))
-    }
+    };
+    Lack { reason, right, from: level, bits: E::right_bits(right.unwrap_or(Rights::USER)) }
+}
+
+/// Why the page is no shadow stack for the access, if it is none.
+fn no_shadow_stack<E: EntryLayout>(
+    leaf: &Leaf,
+    level: u32,
+    format: &PageFormat,
+    access: &Access,
+    path: &Path,
+) -> Option<Lack> {
+    let above = level + 1;
+    let page = shadow_stack::Page {
+        rights: leaf.rights,
+        leaf_write: alone::<E>(level, path).write(),
+        leaf_dirty: leaf.entry & E::DIRTY != 0,
+        upper_write: (above..=format.levels()).all(|level| alone::<E>(level, path).write()),
+    };
+    let (user, write) = (E::right_bits(Rights::USER), E::right_bits(Rights::WRITE));
+    Some(match shadow_stack::refused(access, page)? {
+        Refused::SupervisorPage => {
+            Lack { reason: Reason::SupervisorPage, right: Some(Rights::USER), from: level, bits: user }
+        }
+        Refused::UserPage => Lack { reason: Reason::UserShadowStack, right: None, from: level, bits: user },
+        Refused::ByLeaf => {
+            let bits = (leaf.entry & write) | (!leaf.entry & E::DIRTY);
+            Lack { reason: Reason::NotShadowStack, right: None, from: level, bits }
+        }
+        Refused::FromAbove => {
+            Lack { reason: Reason::NotShadowStack, right: Some(Rights::WRITE), from: above, bits: write }
+        }
+    })
 }

@@ -22,6 +22,8 @@ pub const PFEC_RESERVED: u32 = 1 << 3;
 pub const PFEC_FETCH: u32 = 1 << 4;
 /// Error code: a protection key refused the access.
 pub const PFEC_KEY: u32 = 1 << 5;
+/// Error code: the access was to a shadow stack.
+pub const PFEC_SHADOW_STACK: u32 = 1 << 6;
 /// EXITINFO1: the final guest-physical address was being translated.
 pub const EXIT_INFO_1_FINAL: u64 = 1 << 32;
 /// EXITINFO1: the address of a guest paging structure was being translated.
@@ -82,7 +84,12 @@ pub enum Reason {
     Smap,
     /// A write to a page whose R/W is clear in this entry.
     ReadOnly,
-    /// PKRU disables access to, or writes to, the page's protection key.
+    /// A supervisor access to a shadow stack in a user page.
+    UserShadowStack,
+    /// A shadow-stack access to a page that is none: R/W is set in the leaf, or D is clear in it, or R/W is clear in an entry
+    /// above it.
+    NotShadowStack,
+    /// PKRU, or PKRS for a supervisor page, disables access to, or writes to, the page's protection key.
     ProtectionKey,
     /// The entry changed on every attempt to set its accessed or dirty bit.
     Changing,
@@ -101,7 +108,9 @@ impl fmt::Display for Reason {
             Self::Smep => "supervisor fetch from a user page under CR4.SMEP",
             Self::Smap => "supervisor access to a user page under CR4.SMAP without RFLAGS.AC",
             Self::ReadOnly => "write, and R/W is clear in the entry",
-            Self::ProtectionKey => "PKRU refuses the page's protection key",
+            Self::UserShadowStack => "supervisor access to a shadow stack, and the page is the user's",
+            Self::NotShadowStack => "shadow-stack access, and the page is no shadow stack",
+            Self::ProtectionKey => "PKRU or PKRS refuses the page's protection key",
             Self::Changing => "the entry kept changing while its accessed or dirty bit was to be set",
         })
     }
@@ -112,7 +121,9 @@ impl fmt::Display for Reason {
 pub struct Fault {
     /// The architectural outcome.
     pub kind: FaultKind,
-    /// The GVA whose translation failed: CR2 of a #PF.
+    /// The GVA whose translation failed: CR2 of a #PF. Where linear-address masking or upper address ignore applied, without
+    /// the bits that were ignored (of those that upper address ignore ignores, AMD promises nothing), unless the address
+    /// was not canonical.
     pub address: u64,
     /// The dimension that refused.
     pub dimension: Dimension,
@@ -166,6 +177,9 @@ impl Refusal {
         }
         if self.key {
             code |= PFEC_KEY;
+        }
+        if access.is_shadow_stack() {
+            code |= PFEC_SHADOW_STACK;
         }
         code
     }

@@ -2,11 +2,12 @@
 
 use crate::access::Access;
 use crate::entry::{EntryLayout, LongMode, TwoLevel};
+use crate::masking::Masking;
 use crate::mode::{
-    CR0_WP, CR4_PGE, CR4_PKE, CR4_PSE, CR4_SMAP, CR4_SMEP, ControlRegisters, CpuProfile, EFER_LMA, EFER_NXE,
-    PagingMode, StateError,
+    CR0_WP, CR4_CET, CR4_PGE, CR4_PKE, CR4_PKS, CR4_PSE, CR4_SMAP, CR4_SMEP, ControlRegisters, CpuProfile,
+    EFER_LMA, EFER_NXE, PagingMode, StateError,
 };
-use crate::permission::{Protections, Rights};
+use crate::permission::{Protections, Rights, WORDS};
 use crate::reserved::ReservedBits;
 use crate::translation::Translation;
 
@@ -57,8 +58,12 @@ pub struct PageFormat {
     /// Present, page-size and reserved bits of a table entry; an entry that shows only "present" under this mask is a
     /// plain table reference. Index 0, level 1, is the same for a 4 KiB leaf, which has no page-size bit.
     plain: [u64; 8],
-    permissions: [u16; 32],
+    permissions: [u16; WORDS],
     protection_key_mask: u32,
+    shadow_stacks: bool,
+    /// The bits of a table's or page's address that an entry gives: all but the encryption bit.
+    address_bits: u64,
+    masking: Masking,
     memory_types: [MemoryType; 8],
 }
 
@@ -68,13 +73,17 @@ impl PageFormat {
     /// # Errors
     /// If no CPU accepts the registers.
     pub fn guest(registers: &ControlRegisters, cpu: &CpuProfile) -> Result<Self, StateError> {
+        let long = registers.efer & EFER_LMA != 0;
         let protections = Protections {
             write_protect: registers.cr0 & CR0_WP != 0,
             smep: registers.cr4 & CR4_SMEP != 0,
             smap: registers.cr4 & CR4_SMAP != 0,
-            protection_keys: registers.cr4 & CR4_PKE != 0 && registers.efer & EFER_LMA != 0,
+            user_keys: registers.cr4 & CR4_PKE != 0 && long,
+            supervisor_keys: registers.cr4 & CR4_PKS != 0 && long,
+            shadow_stacks: registers.cr4 & CR4_CET != 0,
         };
-        Self::build(registers, cpu, protections, registers.cr4 & CR4_SMEP != 0)
+        let format = Self::build(registers, cpu, protections, registers.cr4 & CR4_SMEP != 0)?;
+        Ok(Self { masking: Masking::new(registers, format.mode), ..format })
     }
 
     /// The format of `ngpa_walk` under NPT: the host format that L1's CR4 and EFER select at VMRUN.
@@ -100,6 +109,7 @@ impl PageFormat {
     ) -> Result<Self, StateError> {
         cpu.check()?;
         let mode = registers.mode()?;
+        registers.check_vendor(cpu.vendor)?;
         let nxe = registers.efer & EFER_NXE != 0;
         let pse = mode != PagingMode::TwoLevel || registers.cr4 & CR4_PSE != 0;
         let (levels, linear_width, reserved) = match mode {
@@ -123,6 +133,9 @@ impl PageFormat {
             plain,
             permissions: protections.words(),
             protection_key_mask: protections.key_mask(),
+            shadow_stacks: protections.shadow_stacks,
+            address_bits: !cpu.encryption_mask(),
+            masking: Masking::NONE,
             memory_types: core::array::from_fn(|i| MemoryType::from_pat(registers.pat >> (8 * i))),
         })
     }
@@ -183,10 +196,25 @@ impl PageFormat {
     }
 
     /// The protection-key mask: sixteen 2-bit fields, indexed by error-code bits 4:1 with RSVD's place taken by the page's
-    /// U/S. A field holds the PKRU bits (access-disable 1, write-disable 2) that refuse such an access; 0 without CR4.PKE.
+    /// U/S. A field holds the bits (access-disable 1, write-disable 2) that refuse such an access: of PKRU for a user page, of
+    /// PKRS for a supervisor page. 0 without CR4.PKE and CR4.PKS.
     #[must_use]
     pub fn protection_key_mask(&self) -> u32 {
         self.protection_key_mask
+    }
+
+    /// Whether there are shadow-stack accesses: CR4.CET is set. Where there are none, such an access is decided and
+    /// reported as a data access. Never in the second dimension.
+    #[must_use]
+    pub fn shadow_stacks(&self) -> bool {
+        self.shadow_stacks
+    }
+
+    /// The bits that an entry's address is masked with: all but [`CpuProfile::encryption_bit`].
+    #[must_use]
+    #[inline]
+    pub fn address_bits(&self) -> u64 {
+        self.address_bits
     }
 
     /// Bytes of an entry: 4 or 8; 0 without paging.
@@ -207,6 +235,17 @@ impl PageFormat {
             PagingMode::TwoLevel => TwoLevel::INDEX_BITS,
             _ => LongMode::INDEX_BITS,
         }
+    }
+
+    #[inline(always)]
+    pub(crate) fn masking(&self) -> Masking {
+        self.masking
+    }
+
+    /// The width by which an address is canonical whose access sees no bit of it ignored.
+    #[inline(always)]
+    pub(crate) fn unchanged_width(&self) -> u32 {
+        self.masking.unchanged_width(self.linear_width)
     }
 
     #[inline(always)]

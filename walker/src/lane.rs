@@ -27,7 +27,9 @@ pub(crate) fn translate<M: Memory>(
     let mut table = walk.root() & LongMode::FRAME;
     match lane.format.mode() {
         PagingMode::FourLevel if is_canonical(gva, 48) => {}
-        PagingMode::FiveLevel if is_canonical(gva, 57) => table = lane.table(5, table)?,
+        PagingMode::FiveLevel if is_canonical(gva, lane.format.unchanged_width()) => {
+            table = lane.table(5, table)?;
+        }
         _ => return None,
     }
     table = lane.table(4, table)?;
@@ -35,11 +37,11 @@ pub(crate) fn translate<M: Memory>(
     if !lane.is_plain(3, entry) {
         return lane.large_page(3, entry);
     }
-    let entry = lane.entry(2, entry & LongMode::FRAME)?;
+    let entry = lane.entry(2, entry & lane.frame())?;
     if !lane.is_plain(2, entry) {
         return lane.large_page(2, entry);
     }
-    let entry = lane.entry(1, entry & LongMode::FRAME)?;
+    let entry = lane.entry(1, entry & lane.frame())?;
     if lane.is_plain(1, entry) { lane.page(1, entry) } else { None }
 }
 
@@ -63,7 +65,12 @@ impl<M: Memory> Lane<'_, M> {
     #[inline(always)]
     fn table(&mut self, level: u32, table: u64) -> Option<u64> {
         let entry = self.entry(level, table)?;
-        if self.is_plain(level, entry) { Some(entry & LongMode::FRAME) } else { None }
+        if self.is_plain(level, entry) { Some(entry & self.frame()) } else { None }
+    }
+
+    #[inline(always)]
+    fn frame(&self) -> u64 {
+        LongMode::FRAME & self.format.address_bits()
     }
 
     /// The mask of plain entries holds no rights: what `GRANTING` turns is the present bit, as it does for the grants.
@@ -92,7 +99,7 @@ impl<M: Memory> Lane<'_, M> {
             return None;
         }
         let within = (1 << shift(level)) - 1;
-        let gpa = Gpa((entry & LongMode::FRAME & !within) | (self.address & within));
+        let gpa = Gpa((entry & self.frame() & !within) | (self.address & within));
         Some(Translation {
             gpa,
             entry,
@@ -159,7 +166,12 @@ mod tests {
             ..ControlRegisters::default()
         };
         let vendor = if format >> 6 & 1 == 0 { Vendor::Intel } else { Vendor::Amd };
-        let cpu = CpuProfile { vendor, maxphyaddr: MAXPHYADDR, gib_pages: format >> 7 & 1 == 0 };
+        let cpu = CpuProfile {
+            vendor,
+            maxphyaddr: MAXPHYADDR,
+            gib_pages: format >> 7 & 1 == 0,
+            encryption_bit: None,
+        };
         PageWalk::new(&registers, &cpu).expect("these registers are valid")
     }
 
@@ -224,7 +236,12 @@ mod tests {
 
     #[test]
     fn leaves_walks_without_paging() {
-        let cpu = CpuProfile { vendor: Vendor::Intel, maxphyaddr: MAXPHYADDR, gib_pages: true };
+        let cpu = CpuProfile {
+            vendor: Vendor::Intel,
+            maxphyaddr: MAXPHYADDR,
+            gib_pages: true,
+            encryption_bit: None,
+        };
         let walk = PageWalk::new(&ControlRegisters::default(), &cpu).expect("reset state");
         let access = Access::new(AccessKind::Read, Privilege::Supervisor);
         assert_eq!(translate(&walk, &Path { entries: [1; 6] }, 0, &access), None);

@@ -23,11 +23,13 @@ mod entry;
 mod fault;
 mod format;
 mod lane;
+mod masking;
 mod memory;
 pub mod mode;
 mod nested;
 mod permission;
 mod reserved;
+mod shadow_stack;
 mod trace;
 mod translation;
 mod walk;
@@ -37,7 +39,7 @@ pub use access::{Access, AccessKind, Privilege};
 pub use addr::{Gpa, Gva, NestedGpa, is_canonical};
 pub use fault::{
     Dimension, EXIT_INFO_1_FINAL, EXIT_INFO_1_TABLE, Fault, FaultKind, PFEC_FETCH, PFEC_KEY, PFEC_PRESENT,
-    PFEC_RESERVED, PFEC_USER, PFEC_WRITE, Reason,
+    PFEC_RESERVED, PFEC_SHADOW_STACK, PFEC_USER, PFEC_WRITE, Reason,
 };
 pub use format::{MemoryType, PageFormat};
 pub use memory::{Backing, ExchangeError, Memory, Window};

@@ -29,12 +29,20 @@ pub const CR4_SMEP: u64 = 1 << 20;
 pub const CR4_SMAP: u64 = 1 << 21;
 /// CR4.PKE: protection keys for user pages.
 pub const CR4_PKE: u64 = 1 << 22;
+/// CR4.CET: shadow stacks, among other things.
+pub const CR4_CET: u64 = 1 << 23;
+/// CR4.PKS: protection keys for supervisor pages.
+pub const CR4_PKS: u64 = 1 << 24;
+/// CR4.LAM_SUP: linear-address masking of supervisor pointers.
+pub const CR4_LAM_SUP: u64 = 1 << 28;
 /// EFER.LME: long mode enable.
 pub const EFER_LME: u64 = 1 << 8;
 /// EFER.LMA: long mode active.
 pub const EFER_LMA: u64 = 1 << 10;
 /// EFER.NXE: no-execute enable.
 pub const EFER_NXE: u64 = 1 << 11;
+/// EFER.UAIE: upper address ignore enable.
+pub const EFER_UAIE: u64 = 1 << 20;
 /// IA32_PAT as a CPU comes out of reset.
 pub const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 
@@ -97,6 +105,10 @@ pub struct CpuProfile {
     pub maxphyaddr: u8,
     /// Whether a PDPTE may map a 1 GiB page.
     pub gib_pages: bool,
+    /// Position of the bit that marks memory as encrypted, 47 to 51, where there is one: the C-bit of AMD's SME and SEV. Masked
+    /// out of every address in CR3, nCR3 and 64-bit entries, and not reserved. Enabling encryption may take further bits
+    /// from the physical address (AMD APM volume 2, "Secure Memory Encryption"): `maxphyaddr` is then the reduced width.
+    pub encryption_bit: Option<u8>,
 }
 
 /// The registers a walk depends on.
@@ -140,6 +152,8 @@ pub enum StateError {
     },
     /// MAXPHYADDR is not between 32 and 52.
     MaxPhyAddr(u8),
+    /// The encryption bit is not between 47 and 51.
+    EncryptionBit(u8),
 }
 
 impl fmt::Display for StateError {
@@ -148,6 +162,9 @@ impl fmt::Display for StateError {
             Self::ReservedBits { register, bits } => write!(f, "{register} has reserved bits set: {bits:#x}"),
             Self::Contradiction { register, problem } => write!(f, "{register}: {problem}"),
             Self::MaxPhyAddr(bits) => write!(f, "MAXPHYADDR is {bits}; it must be between 32 and 52"),
+            Self::EncryptionBit(bit) => {
+                write!(f, "the encryption bit is {bit}; it must be between 47 and 51")
+            }
         }
     }
 }
@@ -155,16 +172,26 @@ impl fmt::Display for StateError {
 impl core::error::Error for StateError {}
 
 impl CpuProfile {
-    /// Bits of a 52-bit physical address that this CPU does not have.
+    /// Bits from MAXPHYADDR up to `highest` that have to be 0 in an address.
     #[must_use]
-    pub(crate) const fn address_reserved(&self) -> u64 {
-        bits(self.maxphyaddr as u32, 51)
+    pub(crate) const fn address_reserved(&self, highest: u32) -> u64 {
+        bits(self.maxphyaddr as u32, highest) & !self.encryption_mask()
+    }
+
+    /// The encryption bit as a mask; 0 where there is none.
+    #[must_use]
+    pub(crate) const fn encryption_mask(&self) -> u64 {
+        match self.encryption_bit {
+            Some(bit) => 1 << (bit & 63),
+            None => 0,
+        }
     }
 
     pub(crate) const fn check(&self) -> Result<(), StateError> {
-        match self.maxphyaddr {
-            32..=52 => Ok(()),
-            other => Err(StateError::MaxPhyAddr(other)),
+        match (self.maxphyaddr, self.encryption_bit) {
+            (32..=52, None | Some(47..=51)) => Ok(()),
+            (32..=52, Some(bit)) => Err(StateError::EncryptionBit(bit)),
+            (other, _) => Err(StateError::MaxPhyAddr(other)),
         }
     }
 }
@@ -190,6 +217,9 @@ impl ControlRegisters {
         if self.cr0 & CR0_NW != 0 && self.cr0 & CR0_CD == 0 {
             return contradiction("CR0", "NW is set while CD is clear");
         }
+        if self.cr4 & CR4_CET != 0 && self.cr0 & CR0_WP == 0 {
+            return contradiction("CR4", "CET is set while CR0.WP is clear");
+        }
         if self.cr0 & CR0_PG == 0 {
             return match self.efer & EFER_LMA {
                 0 => Ok(PagingMode::None),
@@ -211,6 +241,14 @@ impl ControlRegisters {
             (false, _) if self.cr4 & CR4_PCIDE != 0 => contradiction("CR4", "PCIDE is set outside long mode"),
             (false, true) => Ok(PagingMode::Pae),
             (false, false) => Ok(PagingMode::TwoLevel),
+        }
+    }
+
+    /// Whether a CPU of this vendor has the ways to ignore address bits that the registers ask for.
+    pub(crate) const fn check_vendor(&self, vendor: Vendor) -> Result<(), StateError> {
+        match vendor {
+            Vendor::Intel => reserved("EFER", self.efer, EFER_UAIE),
+            Vendor::Amd => reserved("CR4", self.cr4, CR4_LAM_SUP),
         }
     }
 

@@ -71,9 +71,16 @@ pub(crate) struct Protections {
     pub(crate) smep: bool,
     /// CR4.SMAP.
     pub(crate) smap: bool,
-    /// CR4.PKE in long mode.
-    pub(crate) protection_keys: bool,
+    /// CR4.PKE in long mode: keys of user pages.
+    pub(crate) user_keys: bool,
+    /// CR4.PKS in long mode: keys of supervisor pages.
+    pub(crate) supervisor_keys: bool,
+    /// CR4.CET: there are shadow-stack accesses.
+    pub(crate) shadow_stacks: bool,
 }
+
+/// How many permission words there are: see [`Protections::words`].
+pub(crate) const WORDS: usize = 64;
 
 /// Index bits of a permission word.
 const WRITE: usize = 1;
@@ -83,8 +90,15 @@ const FETCH: usize = 8;
 
 impl Protections {
     /// NPT knows no supervisor accesses, and so neither WP, SMEP, SMAP nor keys (AMD APM volume 2, "Nested Paging").
-    pub(crate) const NPT: Self =
-        Self { write_protect: true, smep: false, smap: false, protection_keys: false };
+    /// To a page that backs a shadow stack, accesses are what they are to any other page.
+    pub(crate) const NPT: Self = Self {
+        write_protect: true,
+        smep: false,
+        smap: false,
+        user_keys: false,
+        supervisor_keys: false,
+        shadow_stacks: false,
+    };
 
     /// Whether an access of `index` (see [`Access::permission_index`]) to a page with `rights` is refused.
     const fn refuses(self, index: usize, rights: Rights) -> bool {
@@ -106,9 +120,12 @@ impl Protections {
     }
 
     /// The sixteen permission words: bit `rights` of word `index` is set where the access is refused. Sixteen empty ones
-    /// follow, for exempt accesses.
-    pub(crate) const fn words(self) -> [u16; 32] {
-        let mut words = [0; 32];
+    /// follow, for exempt accesses; then as many of both kinds for shadow-stack accesses.
+    ///
+    /// Where there are shadow stacks, their words refuse everything, so that [`crate::shadow_stack`] decides, which knows more
+    /// of the page than its rights. Elsewhere they are those of data accesses.
+    pub(crate) const fn words(self) -> [u16; WORDS] {
+        let mut words = [0; WORDS];
         let mut index = 0;
         while index < 16 {
             let mut rights = 0;
@@ -118,20 +135,26 @@ impl Protections {
                 }
                 rights += 1;
             }
+            words[index + 32] = if self.shadow_stacks { u16::MAX } else { words[index] };
             index += 1;
         }
         words
     }
 
     /// The protection-key mask: sixteen fields of two bits, indexed as the permission words are but with the page's U/S in
-    /// place of "AC is set". A field holds the PKRU bits (access-disable 1, write-disable 2) that refuse the access.
+    /// place of "AC is set". A field holds the bits (access-disable 1, write-disable 2) of PKRU, or for a supervisor page of
+    /// PKRS, that refuse the access. A user access to a supervisor page is refused anyway, and its key is evaluated
+    /// no less; for PKRS, CR0.WP alone decides whether write-disable counts.
     pub(crate) const fn key_mask(self) -> u32 {
         let page_user = SMAP_SUSPENDED;
         let mut mask = 0;
         let mut index = 0;
         while index < 16 {
-            if self.protection_keys && index & page_user != 0 && index & FETCH == 0 {
-                let write_disable = index & WRITE != 0 && (index & USER != 0 || self.write_protect);
+            let user_page = index & page_user != 0;
+            let keys = if user_page { self.user_keys } else { self.supervisor_keys };
+            if keys && index & FETCH == 0 {
+                let user_write = user_page && index & USER != 0;
+                let write_disable = index & WRITE != 0 && (user_write || self.write_protect);
                 mask |= (1 | (write_disable as u32) << 1) << (2 * index);
             }
             index += 1;
@@ -140,10 +163,12 @@ impl Protections {
     }
 }
 
-/// The PKRU bits of `key` that refuse `access` to a page with `rights`: access-disable 1, write-disable 2.
+/// The bits of `key` in PKRU, or for a supervisor page in PKRS, that refuse `access` to a page with `rights`:
+/// access-disable 1, write-disable 2.
 #[inline]
 pub(crate) const fn key_refusal(mask: u32, access: &Access, rights: Rights, key: u8) -> u8 {
     let index = (access.permission_index() & !SMAP_SUSPENDED) | (rights.user() as usize * SMAP_SUSPENDED);
     let decides = mask >> (2 * index);
-    (access.pkru() >> (2 * (key as u32 & 15)) & decides & 0b11) as u8
+    let register = if rights.user() { access.pkru() } else { access.pkrs() };
+    (register >> (2 * (key as u32 & 15)) & decides & 0b11) as u8
 }

@@ -30,7 +30,7 @@ impl ReservedBits {
     }
 
     pub(crate) const fn pae(cpu: &CpuProfile, nxe: bool) -> Self {
-        let everywhere = bits(cpu.maxphyaddr as u32, 62) | no_execute(nxe);
+        let everywhere = cpu.address_reserved(62) | no_execute(nxe);
         let large = everywhere | bits(13, 20);
         let pdpte = Self::pdpte(cpu);
         Self {
@@ -41,11 +41,11 @@ impl ReservedBits {
 
     /// Of a PDPTE of PAE paging, in memory or in a register: it grants no rights, and maps no page.
     pub(crate) const fn pdpte(cpu: &CpuProfile) -> u64 {
-        bits(1, 2) | bits(5, 8) | bits(cpu.maxphyaddr as u32, 63)
+        bits(1, 2) | bits(5, 8) | cpu.address_reserved(63)
     }
 
     pub(crate) fn long_mode(cpu: &CpuProfile, nxe: bool) -> Self {
-        let everywhere = cpu.address_reserved() | no_execute(nxe);
+        let everywhere = cpu.address_reserved(51) | no_execute(nxe);
         let top = everywhere
             | match cpu.vendor {
                 Vendor::Amd => LongMode::GLOBAL,
@@ -69,7 +69,8 @@ const fn no_execute(nxe: bool) -> u64 {
 mod tests {
     use super::*;
 
-    const CPU: CpuProfile = CpuProfile { vendor: Vendor::Intel, maxphyaddr: 40, gib_pages: true };
+    const CPU: CpuProfile =
+        CpuProfile { vendor: Vendor::Intel, maxphyaddr: 40, gib_pages: true, encryption_bit: None };
 
     #[test]
     fn address_bits_above_maxphyaddr() {

@@ -8,8 +8,9 @@ use crate::descent::{Purpose, Stop, descend};
 use crate::entry::{EntryLayout, LongMode, Pae, TwoLevel};
 use crate::fault::{Dimension, Fault, Reason, Refusal};
 use crate::format::PageFormat;
+use crate::masking::{CR3_LAM_U48, CR3_LAM_U57};
 use crate::memory::{Backing, Memory};
-use crate::mode::{ControlRegisters, CpuProfile, PagingMode, StateError, bits, reserved};
+use crate::mode::{ControlRegisters, CpuProfile, PagingMode, StateError, Vendor, bits, reserved};
 use crate::nested::NgpaWalk;
 use crate::permission::Rights;
 use crate::reserved::ReservedBits;
@@ -33,7 +34,11 @@ impl PageWalk {
     /// Names the register that no CPU would accept.
     pub fn new(registers: &ControlRegisters, cpu: &CpuProfile) -> Result<Self, StateError> {
         let format = PageFormat::guest(registers, cpu)?;
-        Self::rooted(format, "CR3", registers.cr3, cpu)
+        let masking = match cpu.vendor {
+            Vendor::Intel if format.mode().is_long() => CR3_LAM_U48 | CR3_LAM_U57,
+            _ => 0,
+        };
+        Self::rooted(format, "CR3", registers.cr3 & !masking, cpu)
     }
 
     /// `gva_walk` under PAE paging, with the PDPTE registers that the CPU loaded when CR3 was written (Intel SDM volume 3,
@@ -68,13 +73,15 @@ impl PageWalk {
         root: u64,
         cpu: &CpuProfile,
     ) -> Result<Self, StateError> {
-        let (width, frame) = match format.mode() {
-            PagingMode::None => (64, u64::MAX),
-            PagingMode::TwoLevel => (32, !0xfff),
-            PagingMode::Pae => (32, !0x1f),
-            PagingMode::FourLevel | PagingMode::FiveLevel => (u32::from(cpu.maxphyaddr), LongMode::FRAME),
+        let (unused, frame) = match format.mode() {
+            PagingMode::None => (0, u64::MAX),
+            PagingMode::TwoLevel => (bits(32, 63), !0xfff),
+            PagingMode::Pae => (bits(32, 63), !0x1f),
+            PagingMode::FourLevel | PagingMode::FiveLevel => {
+                (cpu.address_reserved(63), LongMode::FRAME & format.address_bits())
+            }
         };
-        reserved(register, root, bits(width, 63))?;
+        reserved(register, root, unused)?;
         Ok(Self { root: root & frame, pdptes: None, format })
     }
 
@@ -116,6 +123,11 @@ pub(crate) fn translate<M: Memory, R: Recorder>(
     access: &Access,
     recorder: &mut R,
 ) -> Result<Translation, Fault> {
+    // The address that is translated is the one that a fault reports.
+    let masked = walk.format.masking().apply(gva, access);
+    let gva = if is_canonical(masked, walk.format.linear_width()) { masked } else { gva };
+    let as_data = access.as_data();
+    let access = if walk.format.shadow_stacks() { access } else { &as_data };
     let page = match walk.format.mode() {
         PagingMode::None => Ok(unpaged(gva)),
         PagingMode::TwoLevel => paged::<TwoLevel, M, R>(walk, second, memory, gva, access, recorder),

@@ -37,7 +37,7 @@ pub const MAX_ATTEMPTS: usize = 8;
 /// words[0x3000 / 8] = AtomicU64::new(0x20_0083);
 ///
 /// let registers = ControlRegisters { cr0: 0x8000_0001, cr3: 0x1000, cr4: 0x20, efer: 0x500, ..Default::default() };
-/// let cpu = CpuProfile { vendor: Vendor::Intel, maxphyaddr: 48, gib_pages: true };
+/// let cpu = CpuProfile { vendor: Vendor::Intel, maxphyaddr: 48, gib_pages: true, encryption_bit: None };
 /// let walker = Walker::new(PageWalk::new(&registers, &cpu)?);
 ///
 /// let read = Access::new(AccessKind::Read, Privilege::Supervisor);

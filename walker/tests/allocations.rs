@@ -67,7 +67,7 @@ fn a_million_walks_allocate_nothing() {
         efer: 0xd00,
         ..ControlRegisters::default()
     };
-    let cpu = CpuProfile { vendor: Vendor::Amd, maxphyaddr: 48, gib_pages: true };
+    let cpu = CpuProfile { vendor: Vendor::Amd, maxphyaddr: 48, gib_pages: true, encryption_bit: None };
 
     let before = allocations();
     let gva_walk = PageWalk::new(&registers, &cpu).unwrap();

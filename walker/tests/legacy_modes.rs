@@ -11,7 +11,8 @@ use pagewalk::{
     Window,
 };
 
-const CPU: CpuProfile = CpuProfile { vendor: Vendor::Intel, maxphyaddr: 40, gib_pages: true };
+const CPU: CpuProfile =
+    CpuProfile { vendor: Vendor::Intel, maxphyaddr: 40, gib_pages: true, encryption_bit: None };
 const READ: Access = Access::new(AccessKind::Read, Privilege::Supervisor);
 const WRITE: Access = Access::new(AccessKind::Write, Privilege::Supervisor);
 const FETCH: Access = Access::new(AccessKind::Fetch, Privilege::Supervisor);

@@ -123,6 +123,7 @@ fn cpu() -> impl Strategy<Value = CpuProfile> {
         vendor: if intel { Vendor::Intel } else { Vendor::Amd },
         maxphyaddr,
         gib_pages,
+        encryption_bit: None,
     })
 }
 
@@ -222,7 +223,7 @@ proptest! {
             efer: choose(3, plausible.efer),
             pat: choose(4, plausible.pat),
         };
-        let cpu = CpuProfile { vendor: Vendor::Intel, maxphyaddr, gib_pages: pick & 0x80 != 0 };
+        let cpu = CpuProfile { vendor: Vendor::Intel, maxphyaddr, gib_pages: pick & 0x80 != 0, encryption_bit: None };
         let memory = Counted::new(&words);
         let Ok(gva_walk) = PageWalk::new(&registers, &cpu) else { return Ok(()) };
         let nested = NgpaWalk::npt(ncr3, &registers, &cpu).ok();

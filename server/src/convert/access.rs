@@ -65,6 +65,8 @@ pub(crate) fn describe(access: &Access) -> String {
         AccessKind::Read => "read",
         AccessKind::Write => "write",
         AccessKind::Fetch => "fetch",
+        AccessKind::ShadowStackRead => "shadow-stack read",
+        AccessKind::ShadowStackWrite => "shadow-stack write",
     };
     let stack = if access.is_stack() { " through the stack" } else { "" };
     format!("{who} {what}{stack}")

@@ -69,5 +69,5 @@ fn cpu(request: &v1::WalkerOverride, own: &CpuProfile) -> Result<CpuProfile, Err
             Error::invalid("override.maxphyaddr", format!("{bits} is not between 32 and 52"))
         })?,
     };
-    Ok(CpuProfile { vendor, maxphyaddr, gib_pages: request.gib_pages.unwrap_or(own.gib_pages) })
+    Ok(CpuProfile { vendor, maxphyaddr, gib_pages: request.gib_pages.unwrap_or(own.gib_pages), ..*own })
 }

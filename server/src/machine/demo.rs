@@ -21,7 +21,8 @@ pub use image::{
 };
 
 /// The CPU of the demo machine where no real one stands behind it.
-const PLAIN_CPU: CpuProfile = CpuProfile { vendor: Vendor::Amd, maxphyaddr: 48, gib_pages: true };
+const PLAIN_CPU: CpuProfile =
+    CpuProfile { vendor: Vendor::Amd, maxphyaddr: 48, gib_pages: true, encryption_bit: None };
 
 /// Makes the demo machine: on KVM if that can be used and `plain` does not forbid it.
 pub(super) fn open(id: &str, plain: bool) -> Result<LocalSource, OpenError> {

@@ -223,7 +223,12 @@ fn profile(cpuid: &CpuId) -> CpuProfile {
         0 => MAXPHYADDR_DEFAULT,
         bits => bits,
     };
-    CpuProfile { vendor, maxphyaddr, gib_pages: register(cpuid, 0x8000_0001, |e| e.edx) & GIB_PAGES != 0 }
+    CpuProfile {
+        vendor,
+        maxphyaddr,
+        gib_pages: register(cpuid, 0x8000_0001, |e| e.edx) & GIB_PAGES != 0,
+        encryption_bit: None,
+    }
 }
 
 /// Makes the machine `kvm:elf=FILE`, and lets it run.

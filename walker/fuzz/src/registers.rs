@@ -3,7 +3,7 @@
 //! Whether a CPU accepts a set of registers is written out here a second time, from the manuals' sentences (Intel SDM volume 3,
 //! "Control Registers" and "Paging Modes and Control Bits"; AMD APM volume 2, "Extended Feature Enable Register").
 
-use pagewalk::{ControlRegisters, CpuProfile, Gpa, NgpaWalk, PageWalk, PagingMode};
+use pagewalk::{ControlRegisters, CpuProfile, Gpa, NgpaWalk, PageWalk, PagingMode, Vendor};
 
 use crate::input::Input;
 use crate::setup;
@@ -30,7 +30,11 @@ pub fn check(bytes: &[u8], counts: &mut [u64]) {
     let ncr3 = input.u64();
 
     let walk = PageWalk::new(&registers, &cpu);
-    let expected = mode(&registers, &cpu).filter(|mode| registers.cr3 & !cr3_bits(*mode, &cpu) == 0);
+    let expected = mode(&registers, &cpu).filter(|mode| {
+        // LAM_U57 and LAM_U48.
+        let lam = if mode.is_long() && cpu.vendor == Vendor::Intel { 3 << 61 } else { 0 };
+        registers.cr3 & !lam & !cr3_bits(*mode, &cpu) == 0
+    });
     assert_eq!(
         walk.as_ref().ok().map(|walk| walk.format().mode()),
         expected,
@@ -83,6 +87,9 @@ fn plausible(walk: &PageWalk, cpu: &CpuProfile) {
         assert_eq!(mask & 1, 0, "the present bit is reserved");
         assert!(bytes == 8 || mask >> 32 == 0);
     }
+    if levels > 3 {
+        assert_eq!(walk.root() & encryption(cpu), 0, "the encryption bit is taken for an address bit");
+    }
     // The first table lies within the CPU's physical addresses.
     let Gpa(root) = Gpa(walk.root());
     let aligned = if format.mode() == PagingMode::Pae { 32 } else { 4096 };
@@ -104,7 +111,7 @@ fn cr3_bits(mode: PagingMode, cpu: &CpuProfile) -> u64 {
     match mode {
         PagingMode::None => u64::MAX,
         PagingMode::TwoLevel | PagingMode::Pae => 0xffff_ffff,
-        PagingMode::FourLevel | PagingMode::FiveLevel => low(cpu.maxphyaddr),
+        PagingMode::FourLevel | PagingMode::FiveLevel => low(cpu.maxphyaddr) | encryption(cpu),
     }
 }
 
@@ -112,8 +119,13 @@ fn low(width: u8) -> u64 {
     1_u64.checked_shl(u32::from(width)).map_or(u64::MAX, |bit| bit - 1)
 }
 
+/// The bit that stands for encryption, and is no address bit.
+fn encryption(cpu: &CpuProfile) -> u64 {
+    cpu.encryption_bit.map_or(0, |bit| 1 << bit)
+}
+
 fn pdpte_reserved(cpu: &CpuProfile) -> u64 {
-    !(low(cpu.maxphyaddr) & !0xfff | 0xe19)
+    !(low(cpu.maxphyaddr) & !0xfff | encryption(cpu) | 0xe19)
 }
 
 /// The mode, if a CPU accepts the registers.
@@ -136,8 +148,16 @@ fn mode(registers: &ControlRegisters, cpu: &CpuProfile) -> Option<PagingMode> {
         && only(cr4, &cr4_defined)
         && only(efer, &efer_defined)
         && types
+        && cpu.encryption_bit.is_none_or(|bit| (47..52).contains(&bit))
         // "NW=1 and CD=0 is invalid."
-        && (!bit(cr0, 29) || bit(cr0, 30));
+        && (!bit(cr0, 29) || bit(cr0, 30))
+        // CR4.CET cannot be set while CR0.WP is clear, nor CR0.WP cleared while CR4.CET is set.
+        && (!bit(cr4, 23) || bit(cr0, 16))
+        // Upper address ignore is AMD's, linear-address masking Intel's.
+        && match cpu.vendor {
+            Vendor::Intel => !bit(efer, 20),
+            Vendor::Amd => !bit(cr4, 28),
+        };
     if !sound {
         return None;
     }

@@ -1,7 +1,9 @@
 //! Registers, CPUs, accesses and second dimensions out of bytes: plausible ones for most, so that walks get somewhere, and
 //! arbitrary words for the rest.
 
-use pagewalk::mode::{CR0_PE, CR0_PG, CR4_LA57, CR4_PAE, EFER_LMA, EFER_LME, EFER_NXE};
+use pagewalk::mode::{
+    CR0_PE, CR0_PG, CR4_CET, CR4_LA57, CR4_LAM_SUP, CR4_PAE, EFER_LMA, EFER_LME, EFER_NXE, EFER_UAIE,
+};
 use pagewalk::{
     Access, AccessKind, ControlRegisters, CpuProfile, NgpaWalk, PageWalk, PagingMode, Privilege, Vendor,
     Walker,
@@ -11,8 +13,10 @@ use crate::input::Input;
 use crate::memory::PAGES;
 
 const CR0_WP: u64 = 1 << 16;
-/// What a mode may be combined with: PSE, PGE, SMEP, SMAP, PKE.
-const CR4_FREE: u64 = 1 << 4 | 1 << 7 | 7 << 20;
+/// What a mode may be combined with: PSE, PGE, SMEP, SMAP, PKE, PKS.
+const CR4_FREE: u64 = 1 << 4 | 1 << 7 | 7 << 20 | 1 << 24;
+/// LAM_U57 and LAM_U48.
+const CR3_LAM: u64 = 3 << 61;
 
 /// A CPU. One in eight has an impossible MAXPHYADDR.
 pub fn cpu(input: &mut Input<'_>) -> CpuProfile {
@@ -22,6 +26,7 @@ pub fn cpu(input: &mut Input<'_>) -> CpuProfile {
         vendor: if byte & 1 == 0 { Vendor::Intel } else { Vendor::Amd },
         maxphyaddr: if byte & 0x70 == 0x70 { maxphyaddr } else { 32 + maxphyaddr % 21 },
         gib_pages: byte & 2 == 0,
+        encryption_bit: [None, Some(47), Some(51), Some(maxphyaddr)][byte as usize >> 2 & 3],
     }
 }
 
@@ -35,17 +40,25 @@ pub fn registers(input: &mut Input<'_>) -> ControlRegisters {
     let registers = |cr0, cr4, efer| ControlRegisters {
         cr0,
         cr3: root | free >> 8 & 0x18,
-        cr4: cr4 | free & CR4_FREE,
+        // CET wants CR0.WP, and of eight that have not got that, one has CET.
+        cr4: cr4 | free & (CR4_FREE | if free & CR0_WP != 0 || free >> 48 & 7 == 0 { CR4_CET } else { 0 }),
         efer,
         ..ControlRegisters::default()
     };
     let long = EFER_LME | EFER_LMA | nxe;
+    // Bits that one vendor has and the other one refuses: seldom.
+    let tagged = |registers: ControlRegisters| match free >> 60 {
+        0..=3 => ControlRegisters { cr3: registers.cr3 | free << 5 & CR3_LAM, ..registers },
+        4 => ControlRegisters { cr4: registers.cr4 | CR4_LAM_SUP, ..registers },
+        5 => ControlRegisters { efer: registers.efer | EFER_UAIE, ..registers },
+        _ => registers,
+    };
     match mode {
         0 => registers(CR0_PE, 0, 0),
         1 => registers(paged, 0, nxe),
         2 => ControlRegisters { cr3: root | free >> 8 & 0xfe0, ..registers(paged, CR4_PAE, nxe) },
-        3 | 4 => registers(paged, CR4_PAE, long),
-        5 | 6 => registers(paged, CR4_PAE | CR4_LA57, long),
+        3 | 4 => tagged(registers(paged, CR4_PAE, long)),
+        5 | 6 => tagged(registers(paged, CR4_PAE | CR4_LA57, long)),
         _ => ControlRegisters {
             cr0: input.u64(),
             cr3: input.u64(),
@@ -97,10 +110,15 @@ pub fn walker(input: &mut Input<'_>) -> Option<Walker> {
 /// One access.
 pub fn access(input: &mut Input<'_>) -> Access {
     let byte = input.byte();
-    let kind = [AccessKind::Read, AccessKind::Write, AccessKind::Fetch][byte as usize % 3];
+    let kind = match byte % 20 {
+        18 => AccessKind::ShadowStackRead,
+        19 => AccessKind::ShadowStackWrite,
+        other => [AccessKind::Read, AccessKind::Write, AccessKind::Fetch][other as usize % 3],
+    };
     let privilege =
         [Privilege::Supervisor, Privilege::ImplicitSupervisor, Privilege::User, Privilege::Exempt];
     let privilege = privilege[input.byte() as usize & 3];
-    let pkru = if byte & 0x40 == 0 { 0 } else { input.u32() };
-    Access::new(kind, privilege).with_ac(byte & 0x80 != 0).through_stack(byte & 0x20 != 0).with_pkru(pkru)
+    let keys = if byte & 0x40 == 0 { 0 } else { input.u32() };
+    let access = Access::new(kind, privilege).with_ac(byte & 0x80 != 0).through_stack(byte & 0x20 != 0);
+    access.with_pkru(keys).with_pkrs(keys.rotate_left(16))
 }

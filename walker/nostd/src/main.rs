@@ -44,7 +44,7 @@ const REGISTERS: ControlRegisters = ControlRegisters {
     efer: 0xd00,
     pat: pagewalk::mode::PAT_RESET,
 };
-const CPU: CpuProfile = CpuProfile { vendor: Vendor::Amd, maxphyaddr: 48, gib_pages: true };
+const CPU: CpuProfile = CpuProfile { vendor: Vendor::Amd, maxphyaddr: 48, gib_pages: true, encryption_bit: None };
 const ACCESSED: u64 = 0x20;
 const DIRTY: u64 = 0x40;
 

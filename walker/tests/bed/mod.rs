@@ -214,7 +214,7 @@ impl Vcpu {
             Maker::Intel => Vendor::Intel,
             Maker::Amd => Vendor::Amd,
         };
-        CpuProfile { vendor, maxphyaddr: self.maxphyaddr, gib_pages: self.gib_pages }
+        CpuProfile { vendor, maxphyaddr: self.maxphyaddr, gib_pages: self.gib_pages, encryption_bit: None }
     }
 }
 

@@ -239,7 +239,7 @@ impl Case {
                     AccessKind::Read => at(RAX) as u8 == VMMCALL[0],
                     AccessKind::Write => gpa.is_some_and(|gpa| ram.read_byte(gpa) == STORED),
                     // The instruction is nowhere else.
-                    AccessKind::Fetch => true,
+                    _ => true,
                 };
                 if in_place { Exit::Done } else { Exit::Elsewhere }
             }
@@ -270,7 +270,7 @@ impl Case {
                 let class = match self.kind {
                     AccessKind::Read => "done: read",
                     AccessKind::Write => "done: write",
-                    AccessKind::Fetch => "done: fetch",
+                    _ => "done: fetch",
                 };
                 judge.count(class, 0);
                 Exit::Done
@@ -331,7 +331,7 @@ impl Case {
         let rip = match self.kind {
             AccessKind::Read => STAGE,
             AccessKind::Write => STAGE + 16,
-            AccessKind::Fetch => self.gva,
+            _ => self.gva,
         };
         let dpl = u64::from(self.cpl) << 5;
         // Selector, attributes, limit.

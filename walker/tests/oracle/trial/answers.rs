@@ -99,7 +99,7 @@ fn refusal(of: &Fault) -> Option<Refusal> {
             Reason::Smap => Cause::Smap,
             Reason::ReadOnly => Cause::ReadOnly,
             Reason::ProtectionKey => Cause::ProtectionKey,
-            Reason::Changing => return None,
+            Reason::UserShadowStack | Reason::NotShadowStack | Reason::Changing => return None,
         },
         linear: of.address,
         dimension: dimension(of.dimension),

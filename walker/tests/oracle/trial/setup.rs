@@ -103,5 +103,6 @@ fn profile(of: &Cpu) -> CpuProfile {
         vendor: if of.amd { Vendor::Amd } else { Vendor::Intel },
         maxphyaddr: of.maxphyaddr as u8,
         gib_pages: of.page1gb,
+        encryption_bit: None,
     }
 }

@@ -22,8 +22,9 @@
 //! # `nested-amd-vmrun-execution`: accesses that an L2 executes
 //! An L1 enters L2 by VMRUN, over NPT: see `nested/vmrun.rs`. One case for ten of the other judges.
 //!
-//! # `nested-amd-kvm-execution`: accesses that a vCPU executes
-//! With `npt=0` KVM shadows the guest's tables: see `judge_execution`. 4-level paging only.
+//! # `nested-amd-kvm-execution-*`, `nested-amd-keys-execution-*`: accesses that a vCPU executes
+//! In every paging mode, with `npt=0`, where KVM shadows the guest's tables; and under protection keys, with `npt=1`: see
+//! `judge_execution`.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that reports on standard output")]
 
@@ -59,6 +60,10 @@ const MODES: [(&str, u32, Option<u32>); 15] = [
 
 const VMRUN: &str = "vmrun-execution";
 
+const SHADOWS: [&str; 5] =
+    ["kvm-execution-unpaged", "kvm-execution-2", "kvm-execution-pae", "kvm-execution-4", "kvm-execution-5"];
+const KEYS: [&str; 2] = ["keys-execution-4", "keys-execution-5"];
+
 const BED: &str = "nested-amd";
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// The bed gives up after this long.
@@ -83,14 +88,17 @@ fn judges() -> Vec<Trial> {
 
 fn boots() -> Vec<Trial> {
     let names = MODES.iter().map(|(name, ..)| *name).chain([VMRUN]);
-    let translations: Vec<String> = names.map(|name| format!("{BED}-{name}")).collect();
-    let executions = vec![format!("{BED}-kvm-execution")];
+    let in_bed = |name: &str| format!("{BED}-{name}");
+    let translations: Vec<String> = names.map(in_bed).collect();
+    let shadows = SHADOWS.map(in_bed);
+    let keys = KEYS.map(in_bed);
     vec![
         Trial::test("kvm_amd_translates_as_we_do", move || {
             boot("judge_nested", "nested=1 npt=1", 50_000, &translations)
         }),
-        Trial::test("kvm_amd_executes_as_we_do", move || {
-            boot("judge_execution", "npt=0", 100_000, &executions)
+        Trial::test("kvm_amd_executes_as_we_do", move || boot("judge_execution", "npt=0", 20_000, &shadows)),
+        Trial::test("the_emulated_cpu_checks_keys_as_we_do", move || {
+            boot("judge_execution", "npt=1", 20_000, &keys)
         }),
     ]
 }

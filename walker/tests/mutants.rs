@@ -417,7 +417,7 @@ impl Copy {
                 fs::remove_dir_all(&folder_in_copy)?;
             }
         }
-        for folder in ["src", "tests/bed", "tests/oracle"] {
+        for folder in ["src", "tests/bed", "tests/execution", "tests/oracle"] {
             copy_folder(&walker.join(folder), &copy.root.join(folder))?;
         }
         for judge in KERNEL.iter().chain(RULES) {

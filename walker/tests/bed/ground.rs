@@ -3,18 +3,23 @@
 //!
 //! # What keeps stale translations out
 //! A backend may shadow the guest's tables, or fill a TLB from them, and neither notices a table that is rewritten from
-//! outside. So no case ever meets an entry that an earlier case used: each has its own PML4E, PDPT, page directory and
-//! page table under the current root, written before anything can have walked them and never again. When the root has
-//! no PML4E left, the memory slot is taken away and given back, which drops every shadow, and CR3 changes, which drops
-//! every TLB entry; only then are table pages used again.
+//! outside. So no case ever meets an entry that an earlier case used: each has its own entry in the root table and its own
+//! tables below that, written before anything can have walked them and never again. When the root has no entry left, the
+//! memory slot is taken away and given back, which drops every shadow, and CR3 changes, which drops every TLB entry; only
+//! then are table pages used again.
 //!
 //! # Layout
-//! Odd PML4Es map the stage, even ones belong to cases. The stage fills the last sixteen pages below each case's first
-//! address, its last page being the first of the GDT, so that a case at offset 0 of its PML4E lies where the GDT goes on.
+//! Odd entries of the root table map the stage, even ones belong to cases. The stage fills the last sixteen pages below
+//! each case's first address, its last page being the first of the GDT, so that a case at offset 0 of its entry lies where
+//! the GDT goes on. Under PAE paging, the four page directories stand for the root table. Without paging there is one
+//! stage, and all cases lie behind it. The code is the same bytes in 64-bit and in 32-bit mode.
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 
+use pagewalk::PagingMode;
+
+use super::shape::{PAE_DIRECTORIES, ROOT, Shape};
 use super::{
     Machine, PAGE, PRESENT, RFLAGS_AC, RFLAGS_FIXED, RFLAGS_IOPL3, Ram, USER, WRITE, code_segment,
     data_segment, long_mode, table_register, when,
@@ -24,16 +29,10 @@ pub(crate) const RAM_BYTES: u64 = 8 << 20;
 /// Frames for 4 KiB leaves.
 pub(crate) const FRAMES: u64 = 0x2_0000;
 pub(crate) const FRAME_COUNT: u64 = 16;
-/// The frame for 2 MiB leaves.
-pub(crate) const LARGE_FRAME: u64 = 0x20_0000;
-/// Cases that one root has room for: PML4Es 2, 4, ... without 256, below which lies no canonical address.
-pub(crate) const CASES_PER_ROOT: u64 = 254;
 
-const ROOT: u64 = 0x1000;
-const STAGE_TABLES: [u64; 3] = [0x2000, 0x3000, 0x4000];
+const STAGE_TABLES: [u64; 4] = [0x2000, 0x3000, 0x4000, 0x5000];
 const STAGE: u64 = 0x1_0000;
 const STAGE_PAGES: u64 = 16;
-const CASE_TABLES: u64 = 0x40_0000;
 
 /// Pages of the stage, by number.
 const SUPERVISOR_CODE: u64 = 0;
@@ -137,42 +136,69 @@ pub(crate) struct Play {
     pub(crate) byte: u8,
 }
 
-/// Where one case has its tables.
+/// Where one case has its entries.
 #[derive(Clone, Copy)]
 pub(crate) struct Plot {
-    /// First address of the PML4E, canonical.
+    /// First address of its highest entry.
     pub(crate) base: u64,
-    pub(crate) pml4e: u64,
-    pub(crate) tables: [u64; 3],
+    /// Its highest entry.
+    pub(crate) top: u64,
+    /// Its tables, the highest first; as many as it has levels below the root.
+    pub(crate) tables: [u64; 4],
 }
 
 pub(crate) struct Ground {
+    pub(crate) shape: Shape,
     ram: Ram,
     copy: Ram,
     plots: u64,
     written: Vec<u64>,
     turn: u64,
+    /// The PDPTEs of PAE paging.
+    pub(crate) pdptes: [u64; 4],
 }
 
 impl Ground {
     /// `copy` receives the same table entries, for the walker.
-    pub(crate) fn new(machine: &Machine, copy: Ram) -> Ground {
-        let ground = Ground { ram: machine.ram, copy, plots: 0, written: Vec::new(), turn: 0 };
-        ground.set_stage();
+    pub(crate) fn new(machine: &Machine, copy: Ram, mode: PagingMode) -> Ground {
+        let pdptes = PAE_DIRECTORIES.map(|directory| directory | PRESENT);
+        let shape = Shape::new(mode);
+        let ground = Ground { shape, ram: machine.ram, copy, plots: 0, written: Vec::new(), turn: 0, pdptes };
+        ground.set_stage_tables();
+        ground.set_code();
+        if shape.is_long() {
+            ground.set_long_mode_tables();
+        } else {
+            ground.set_legacy_tables();
+        }
         ground
     }
 
-    fn set_stage(&self) {
-        for odd in (1..512).step_by(2) {
-            self.ram.write(ROOT + odd * 8, STAGE_TABLES[0] | PRESENT | WRITE | USER);
+    fn set_stage_tables(&self) {
+        let shape = self.shape;
+        if shape.levels == 0 {
+            return;
         }
-        self.ram.write(STAGE_TABLES[0] + 511 * 8, STAGE_TABLES[1] | PRESENT | WRITE | USER);
-        self.ram.write(STAGE_TABLES[1] + 511 * 8, STAGE_TABLES[2] | PRESENT | WRITE | USER);
+        let roots: &[u64] = if shape.mode == PagingMode::Pae { &PAE_DIRECTORIES } else { &[ROOT] };
+        let bytes = shape.entry_bytes();
+        let entries = 1 << shape.index_bits();
+        for root in roots {
+            for odd in (1..entries).step_by(2) {
+                shape.write(self.ram, root + odd * bytes, STAGE_TABLES[0] | PRESENT | WRITE | USER);
+            }
+        }
+        let last = shape.levels as usize - 2;
+        for pair in STAGE_TABLES[..=last].windows(2) {
+            shape.write(self.ram, pair[0] + (entries - 1) * bytes, pair[1] | PRESENT | WRITE | USER);
+        }
         for page in 0..STAGE_PAGES {
             let user = when(page == USER_CODE, USER);
-            let at = STAGE_TABLES[2] + (512 - STAGE_PAGES + page) * 8;
-            self.ram.write(at, stage_gpa(page) | PRESENT | WRITE | user);
+            let at = STAGE_TABLES[last] + (entries - STAGE_PAGES + page) * bytes;
+            shape.write(self.ram, at, stage_gpa(page) | PRESENT | WRITE | user);
         }
+    }
+
+    fn set_code(&self) {
         for (at, (_, code)) in ACTS.iter().enumerate() {
             for (page, done) in [(SUPERVISOR_CODE, SUPERVISOR_DONE), (USER_CODE, USER_DONE)] {
                 self.ram.write_bytes(stage_gpa(page) + at as u64 * 16, code);
@@ -180,61 +206,96 @@ impl Ground {
             }
         }
         for vector in 0..32 {
-            let handler = stage_gva(HANDLERS) + vector * 16;
             self.ram.write_bytes(stage_gpa(HANDLERS) + vector * 16, &[0xe6, vector as u8]);
+        }
+    }
+
+    fn set_long_mode_tables(&self) {
+        for vector in 0..32 {
+            let handler = self.stage_gva(HANDLERS) + vector * 16;
             // Interrupt gate, DPL 0, IST 1.
-            let gate =
-                handler & 0xffff | u64::from(KERNEL_CS) << 16 | 0x8e01 << 32 | (handler >> 16 & 0xffff) << 48;
-            self.ram.write(stage_gpa(IDT) + vector * 16, gate);
+            self.ram.write(stage_gpa(IDT) + vector * 16, gate(handler, 1));
             self.ram.write(stage_gpa(IDT) + vector * 16 + 8, handler >> 32);
         }
         // RSP0 at offset 4 and IST1 at offset 36 are not aligned to a word.
-        let top = stage_gva(STACK) + PAGE;
+        let top = self.stack_top();
         self.ram.write_bytes(stage_gpa(TSS) + 4, &top.to_le_bytes());
         self.ram.write_bytes(stage_gpa(TSS) + 36, &top.to_le_bytes());
+        self.set_descriptors(0x00af_9b00_0000_ffff);
+    }
+
+    /// 32-bit mode: half as long gates, and a TSS that names a stack for CPL 0 alone.
+    fn set_legacy_tables(&self) {
+        for vector in 0..32 {
+            let handler = self.stage_gva(HANDLERS) + vector * 16;
+            self.ram.write(stage_gpa(IDT) + vector * 8, gate(handler, 0));
+        }
+        // ESP0 and SS0.
+        self.ram.write_u32(stage_gpa(TSS) + 4, self.stack_top() as u32);
+        self.ram.write_u32(stage_gpa(TSS) + 8, KERNEL_SS.into());
+        self.set_descriptors(0x00cf_9b00_0000_ffff);
+    }
+
+    fn set_descriptors(&self, code: u64) {
+        let dpl_3 = 3 << 45;
         for (selector, descriptor) in [
-            (KERNEL_CS, 0x00af_9b00_0000_ffff),
+            (KERNEL_CS, code),
             (KERNEL_SS, 0x00cf_9300_0000_ffff),
             (USER_SS, 0x00cf_f300_0000_ffff),
-            (USER_CS, 0x00af_fb00_0000_ffff),
+            (USER_CS, code | dpl_3),
         ] {
             self.ram.write(stage_gpa(GDT) + u64::from(selector), descriptor);
         }
     }
 
-    /// A fresh root, and with it fresh tables. Answers where the last root's cases left anything behind that is not
-    /// one of their entries.
-    pub(crate) fn clear(&mut self, machine: &Machine) -> Result<Option<u64>, String> {
-        for gpa in self.written.drain(..) {
-            self.ram.write(gpa, 0);
-            self.copy.write(gpa, 0);
+    /// Page `page` of the stage, where code runs: under the root table's entry 1.
+    fn stage_gva(&self, page: u64) -> u64 {
+        match self.shape.levels {
+            0 => stage_gpa(page),
+            _ => 2 * self.shape.span() - (STAGE_PAGES - page) * PAGE,
         }
-        let stray = (CASE_TABLES..CASE_TABLES + self.plots * 3 * PAGE)
+    }
+
+    fn stack_top(&self) -> u64 {
+        self.stage_gva(STACK) + PAGE
+    }
+
+    /// A fresh root, and with it fresh tables, under these PDPTEs where the paging mode has them. Answers where the last
+    /// root's cases left anything behind that is not one of their entries.
+    pub(crate) fn clear(&mut self, machine: &Machine, pdptes: [u64; 4]) -> Result<Option<u64>, String> {
+        for gpa in self.written.drain(..) {
+            self.shape.write(self.ram, gpa, 0);
+            self.shape.write(self.copy, gpa, 0);
+        }
+        let first = self.shape.case_tables();
+        let stray = (first..first + self.shape.tables_bytes(self.plots))
             .step_by(8)
             .find(|gpa| self.ram.read(*gpa) != 0 || self.copy.read(*gpa) != 0);
         self.plots = 0;
         self.turn += 1;
+        if self.shape.mode == PagingMode::Pae {
+            self.pdptes = pdptes;
+            for (at, pdpte) in (ROOT..).step_by(8).zip(pdptes) {
+                self.ram.write(at, pdpte);
+            }
+        }
         machine.renew()?;
         Ok(stray)
     }
 
     pub(crate) fn plot(&mut self) -> Option<Plot> {
-        if self.plots == CASES_PER_ROOT {
+        if self.plots == self.shape.cases_per_root() {
             return None;
         }
-        let first = CASE_TABLES + self.plots * 3 * PAGE;
+        let (top, base) = self.shape.slot(self.plots);
+        let first = self.shape.case_tables() + self.shape.tables_bytes(self.plots);
         self.plots += 1;
-        let slot = self.plots * 2 + if self.plots >= 128 { 2 } else { 0 };
-        Some(Plot {
-            base: ((slot << 55) as i64 >> 16) as u64,
-            pml4e: ROOT + slot * 8,
-            tables: [first, first + PAGE, first + 2 * PAGE],
-        })
+        Some(Plot { base, top, tables: [first, first + PAGE, first + 2 * PAGE, first + 3 * PAGE] })
     }
 
     pub(crate) fn set_entry(&mut self, gpa: u64, value: u64) {
-        self.ram.write(gpa, value);
-        self.copy.write(gpa, value);
+        self.shape.write(self.ram, gpa, value);
+        self.shape.write(self.copy, gpa, value);
         self.written.push(gpa);
     }
 
@@ -254,15 +315,20 @@ impl Ground {
             let data = data_segment(USER_SS, 3);
             (sregs.ss, sregs.ds, sregs.es, sregs.fs, sregs.gs) = (data, data, data, data, data);
         }
+        if !self.shape.is_long() {
+            (sregs.cs.l, sregs.cs.db) = (0, 1);
+        }
         let gdt = match play.act {
             // The stage's alias right below the case.
             act if act.is_implicit() => (play.gva & !(PAGE - 1)).wrapping_sub(PAGE),
-            _ => stage_gva(GDT),
+            _ => self.stage_gva(GDT),
         };
         sregs.gdt = table_register(gdt, 0x1fff);
-        sregs.idt = table_register(stage_gva(IDT), 0x1ff);
+        sregs.idt = table_register(self.stage_gva(IDT), 0x1ff);
         sregs.tr = kvm_bindings::kvm_segment {
-            base: stage_gva(TSS),
+            base: self.stage_gva(TSS),
+            // The bed's emulated CPU takes a stack from a 32-bit TSS only while its type is "available".
+            type_: if self.shape.is_long() { 11 } else { 9 },
             limit: 0x67,
             s: 0,
             l: 0,
@@ -273,7 +339,7 @@ impl Ground {
 
     /// Executes one access.
     pub(crate) fn run(&self, vcpu: &mut VcpuFd, sregs: &kvm_sregs, play: &Play) -> (Outcome, Brought) {
-        let code = stage_gva(if play.cpl == 3 { USER_CODE } else { SUPERVISOR_CODE });
+        let code = self.stage_gva(if play.cpl == 3 { USER_CODE } else { SUPERVISOR_CODE });
         let number = ACTS.iter().position(|(act, _)| *act == play.act);
         let (rip, done) = match number {
             None => (play.gva, play.gva),
@@ -294,7 +360,7 @@ impl Ground {
             rax,
             rdi: play.gva,
             rbp: play.gva,
-            rsp: stage_gva(STACK + 2),
+            rsp: if self.shape.is_long() { self.stage_gva(STACK + 2) } else { self.stack_top() },
             rflags,
             ..kvm_regs::default()
         };
@@ -328,11 +394,12 @@ impl Ground {
             if port == DONE_PORT {
                 return (Outcome::Done, brought);
             }
-            let stack = sync.regs.rsp.wrapping_sub(stage_gva(0)).wrapping_add(STAGE);
+            let stack = sync.regs.rsp.wrapping_sub(self.stage_gva(0)).wrapping_add(STAGE);
             if !(stage_gpa(STACK)..stage_gpa(STACK + 1)).contains(&stack) {
                 return (Outcome::Lost("a handler ran on a foreign stack"), brought);
             }
-            let pushed = self.ram.read(stack);
+            let pushed =
+                if self.shape.is_long() { self.ram.read(stack) } else { self.ram.read_u32(stack).into() };
             return match port {
                 UD if play.cpl == 3 && pushed == done => (Outcome::Done, brought),
                 14 => (Outcome::Exception { vector: 14, code: pushed, cr2: sync.sregs.cr2 }, brought),
@@ -348,7 +415,8 @@ fn stage_gpa(page: u64) -> u64 {
     STAGE + page * PAGE
 }
 
-/// The stage under PML4E 1, where code runs.
-fn stage_gva(page: u64) -> u64 {
-    (2 << 39) - (STAGE_PAGES - page) * PAGE
+/// An interrupt gate to `handler`, DPL 0, on this stack of the interrupt stack table; its low eight bytes.
+fn gate(handler: u64, stack: u64) -> u64 {
+    let code = u64::from(KERNEL_CS) << 16;
+    handler & 0xffff | code | 0x8e00 << 32 | stack << 32 | (handler >> 16 & 0xffff) << 48
 }

@@ -8,6 +8,7 @@
 pub(crate) mod case;
 pub(crate) mod ground;
 pub(crate) mod judge;
+pub(crate) mod shape;
 pub(crate) mod soup;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -97,6 +98,10 @@ impl Ram {
 
     pub(crate) fn read_byte(self, gpa: u64) -> u8 {
         (self.read(gpa) >> (gpa % 8 * 8)) as u8
+    }
+
+    pub(crate) fn read_u32(self, gpa: u64) -> u32 {
+        (self.read(gpa) >> (gpa % 8 * 8)) as u32
     }
 
     pub(crate) fn write_u32(self, gpa: u64, value: u32) {
@@ -281,6 +286,11 @@ impl Machine {
 
     pub(crate) fn maxphyaddr(&self) -> Result<u8, String> {
         Ok(self.leaf(0x8000_0008)?.eax as u8)
+    }
+
+    /// Whether the vCPUs have protection keys.
+    pub(crate) fn has_keys(&self) -> bool {
+        self.leaf(7).is_ok_and(|leaf| leaf.ecx >> 3 & 1 != 0)
     }
 
     /// Gives the vCPU a value of PKRU, which no other ioctl carries.

@@ -2,6 +2,7 @@
 
 use crate::access::Access;
 use crate::entry::{EntryLayout, LongMode, TwoLevel};
+use crate::lane::Masks;
 use crate::masking::Masking;
 use crate::mode::{
     CR0_WP, CR4_CET, CR4_PGE, CR4_PKE, CR4_PKS, CR4_PSE, CR4_SMAP, CR4_SMEP, ControlRegisters, CpuProfile,
@@ -55,9 +56,7 @@ pub struct PageFormat {
     fetch_reported: bool,
     global_pages: bool,
     reserved: ReservedBits,
-    /// Present, page-size and reserved bits of a table entry; an entry that shows only "present" under this mask is a
-    /// plain table reference. Index 0, level 1, is the same for a 4 KiB leaf, which has no page-size bit.
-    plain: [u64; 8],
+    lane: Masks,
     permissions: [u16; WORDS],
     protection_key_mask: u32,
     shadow_stacks: bool,
@@ -119,8 +118,9 @@ impl PageFormat {
             PagingMode::FourLevel => (4, 48, ReservedBits::long_mode(cpu, nxe)),
             PagingMode::FiveLevel => (5, 57, ReservedBits::long_mode(cpu, nxe)),
         };
-        let mut plain = reserved.table.map(|mask| mask | 0x81);
-        plain[0] = reserved.leaf[0] | 1;
+        let permissions = protections.words();
+        let protection_key_mask = protections.key_mask();
+        let address_bits = !cpu.encryption_mask();
         Ok(Self {
             mode,
             levels,
@@ -130,11 +130,11 @@ impl PageFormat {
             fetch_reported: (nxe && mode != PagingMode::TwoLevel) || smep,
             global_pages: registers.cr4 & CR4_PGE != 0,
             reserved,
-            plain,
-            permissions: protections.words(),
-            protection_key_mask: protections.key_mask(),
+            lane: Masks::new(&reserved, address_bits, &permissions, protection_key_mask),
+            permissions,
+            protection_key_mask,
             shadow_stacks: protections.shadow_stacks,
-            address_bits: !cpu.encryption_mask(),
+            address_bits,
             masking: Masking::NONE,
             memory_types: core::array::from_fn(|i| MemoryType::from_pat(registers.pat >> (8 * i))),
         })
@@ -142,7 +142,7 @@ impl PageFormat {
 
     /// The paging mode.
     #[must_use]
-    pub fn mode(&self) -> PagingMode {
+    pub const fn mode(&self) -> PagingMode {
         self.mode
     }
 
@@ -270,8 +270,8 @@ impl PageFormat {
     }
 
     #[inline(always)]
-    pub(crate) fn plain_at(&self, level: u32) -> u64 {
-        self.plain[index(level)]
+    pub(crate) const fn lane(&self) -> &Masks {
+        &self.lane
     }
 
     /// The memory type that a page's PAT, PCD and PWT bits select in IA32_PAT; write back where paging is off. MTRRs and

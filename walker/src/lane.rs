@@ -3,114 +3,209 @@
 //! It only ever accepts, by masks of the same [`PageFormat`] that the general walk asks, and exactly what the general walk
 //! answers (a test enumerates the bits). Whatever it does not accept, it leaves without a word to the general walk, which
 //! starts over and alone knows faults. So everything stays in registers, and the level is a constant at each step.
+//!
+//! An entry is not judged when it is met: its bits are collected, and all levels are judged together at the leaf. Until
+//! then the lane may follow an entry that is absent or reserved. That reads guest memory in vain and does no harm.
+
+use core::hint::cold_path;
 
 use crate::access::Access;
 use crate::addr::{Gpa, is_canonical};
-use crate::entry::{EntryLayout, Grants, LongMode};
+use crate::entry::{EntryLayout, LongMode};
 use crate::format::PageFormat;
 use crate::memory::Memory;
 use crate::mode::PagingMode;
-use crate::permission::key_refusal;
+use crate::permission::{Rights, WORDS, key_field, key_refusal};
+use crate::reserved::ReservedBits;
 use crate::translation::{PageSize, Translation};
 use crate::walk::PageWalk;
 
-/// The translation of `gva` for `access`, if it takes no more than the lane knows.
-#[inline(always)]
-pub(crate) fn translate<M: Memory>(
-    walk: &PageWalk,
-    memory: &M,
-    gva: u64,
-    access: &Access,
-) -> Option<Translation> {
-    let mut lane = Lane { format: walk.format(), memory, address: gva, access, grants: Grants::ALL };
-    // That the root is aligned is nothing new, but it saves a shift between the address and the first load.
-    let mut table = walk.root() & LongMode::FRAME;
-    match lane.format.mode() {
-        PagingMode::FourLevel if is_canonical(gva, 48) => {}
-        PagingMode::FiveLevel if is_canonical(gva, lane.format.unchanged_width()) => {
-            table = lane.table(5, table)?;
-        }
-        _ => return None,
-    }
-    table = lane.table(4, table)?;
-    let entry = lane.entry(3, table)?;
-    if !lane.is_plain(3, entry) {
-        return lane.large_page(3, entry);
-    }
-    let entry = lane.entry(2, entry & lane.frame())?;
-    if !lane.is_plain(2, entry) {
-        return lane.large_page(2, entry);
-    }
-    let entry = lane.entry(1, entry & lane.frame())?;
-    if lane.is_plain(1, entry) { lane.page(1, entry) } else { None }
+/// What the lane asks of a page format.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Masks {
+    /// The address bits of an entry.
+    frame: u64,
+    /// Reserved in the entries of every level.
+    reserved: u64,
+    /// Reserved in a PML4E and a PML5E, the page-size bit among them.
+    reserved_top: u64,
+    /// Reserved in a PDE that maps a page.
+    reserved_pde: u64,
+    /// Reserved in a PDPTE that maps a page.
+    reserved_pdpte: u64,
+    /// By [`Access::word_index`]: bit `n` is set where an access to a page whose levels show the bits `n` is refused, or asks
+    /// for a protection key. `n` is P, W, U where every level has them, and 8 where one has NX.
+    asks: [u16; WORDS],
 }
 
-struct Lane<'a, M> {
-    format: &'a PageFormat,
+impl Masks {
+    pub(crate) const fn new(
+        reserved: &ReservedBits,
+        address_bits: u64,
+        permissions: &[u16; WORDS],
+        key_mask: u32,
+    ) -> Self {
+        let mut asks = [0; WORDS];
+        let mut index = 0;
+        while index < WORDS {
+            let mut shown = 0;
+            while shown < 16 {
+                let rights = rights(shown);
+                let refused = !rights.read() || permissions[index] >> rights.bits() & 1 != 0;
+                if refused || key_field(key_mask, index, rights) != 0 {
+                    asks[index] |= 1 << shown;
+                }
+                shown += 1;
+            }
+            index += 1;
+        }
+        Self {
+            frame: LongMode::FRAME & address_bits,
+            reserved: reserved.leaf[0],
+            reserved_top: reserved.leaf[3],
+            reserved_pde: reserved.leaf[1],
+            reserved_pdpte: reserved.leaf[2],
+            asks,
+        }
+    }
+}
+
+/// The rights of a page whose levels show these bits.
+#[inline(always)]
+const fn rights(shown: u64) -> Rights {
+    Rights(shown as u8 ^ Rights::EXECUTE.bits())
+}
+
+/// Which walks the lane knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lane {
+    /// 4-level paging alone.
+    FourLevel,
+    /// 5-level paging alone.
+    FiveLevel,
+    /// None: every walk is a general one.
+    Closed,
+}
+
+impl Lane {
+    pub(crate) const fn of(walk: &PageWalk) -> Self {
+        match walk.format().mode() {
+            PagingMode::FourLevel => Self::FourLevel,
+            PagingMode::FiveLevel => Self::FiveLevel,
+            _ => Self::Closed,
+        }
+    }
+
+    /// The translation of `gva` for `access`, if it takes no more than the lane knows.
+    #[inline(always)]
+    pub(crate) fn translate<M: Memory>(
+        self,
+        walk: &PageWalk,
+        memory: &M,
+        gva: u64,
+        access: &Access,
+    ) -> Option<Translation> {
+        let mut run = Run { walk, memory, address: gva, access, all: u64::MAX, any: 0 };
+        if self == Self::FourLevel && is_canonical(gva, 48) {
+            return run.four_levels(walk.root());
+        }
+        cold_path();
+        if self == Self::FiveLevel && is_canonical(gva, walk.format().unchanged_width()) {
+            let entry = run.entry(5, walk.root())?;
+            return run.four_levels(entry);
+        }
+        None
+    }
+}
+
+struct Run<'a, M> {
+    walk: &'a PageWalk,
     memory: &'a M,
     address: u64,
     access: &'a Access,
-    grants: Grants,
+    /// The bits that all entries have.
+    all: u64,
+    /// The bits that some entry has.
+    any: u64,
 }
 
-impl<M: Memory> Lane<'_, M> {
+impl<M: Memory> Run<'_, M> {
     #[inline(always)]
-    fn entry(&mut self, level: u32, table: u64) -> Option<u64> {
-        let entry = self.memory.load_u64(Gpa(table | (self.address >> shift(level) & 511) << 3))?;
-        self.grants = LongMode::through(self.grants, level, entry);
+    fn masks(&self) -> &Masks {
+        self.walk.format().lane()
+    }
+
+    /// The entry of `level` in the table that `above` refers to.
+    #[inline(always)]
+    fn entry(&mut self, level: u32, above: u64) -> Option<u64> {
+        let offset = (self.address >> shift(level) & 511) << 3;
+        let entry = self.memory.load_in_table(Gpa(above & self.masks().frame), offset)?;
+        self.all &= entry;
+        self.any |= entry;
         Some(entry)
     }
 
-    /// The table that the entry of `level` refers to.
     #[inline(always)]
-    fn table(&mut self, level: u32, table: u64) -> Option<u64> {
-        let entry = self.entry(level, table)?;
-        if self.is_plain(level, entry) { Some(entry & self.frame()) } else { None }
+    fn four_levels(&mut self, above: u64) -> Option<Translation> {
+        let entry = self.entry(4, above)?;
+        if self.any & self.masks().reserved_top != 0 {
+            return None;
+        }
+        let entry = self.entry(3, entry)?;
+        if entry & LongMode::PAGE_SIZE != 0 {
+            return self.large_page(3, entry, self.masks().reserved_pdpte);
+        }
+        let entry = self.entry(2, entry)?;
+        if entry & LongMode::PAGE_SIZE != 0 {
+            return self.large_page(2, entry, self.masks().reserved_pde);
+        }
+        let entry = self.entry(1, entry)?;
+        self.page(1, entry)
     }
 
     #[inline(always)]
-    fn frame(&self) -> u64 {
-        LongMode::FRAME & self.format.address_bits()
+    fn large_page(&self, level: u32, entry: u64, reserved: u64) -> Option<Translation> {
+        cold_path();
+        if entry & reserved == 0 { self.page(level, entry) } else { None }
     }
 
-    /// The mask of plain entries holds no rights: what `GRANTING` turns is the present bit, as it does for the grants.
-    #[inline(always)]
-    fn is_plain(&self, level: u32, entry: u64) -> bool {
-        (entry ^ LongMode::GRANTING) & self.format.plain_at(level) == 0
-    }
-
-    /// The page of an entry at level 2 or 3 that is no plain table.
-    #[inline(always)]
-    fn large_page(&self, level: u32, entry: u64) -> Option<Translation> {
-        const LARGE: u64 = LongMode::PRESENT | LongMode::PAGE_SIZE;
-        let accept = entry & LARGE == LARGE && entry & self.format.reserved_leaf_at(level) == 0;
-        if accept { self.page(level, entry) } else { None }
-    }
-
-    /// The page that `entry` maps, if the rights of all levels allow the access.
+    /// The page that `entry` maps, if the bits of all levels allow the access.
     #[inline(always)]
     fn page(&self, level: u32, entry: u64) -> Option<Translation> {
-        let rights = LongMode::rights(self.grants);
-        if self.format.refuses(self.access, rights) {
+        let format = self.walk.format();
+        let masks = format.lane();
+        if self.any & masks.reserved != 0 {
             return None;
         }
-        let mask = self.format.protection_key_mask();
-        if mask != 0 && key_refusal(mask, self.access, rights, LongMode::protection_key(entry)) != 0 {
-            return None;
+        let shown = self.all & LongMode::GRANTING | self.any >> 60 & u64::from(Rights::EXECUTE.bits());
+        if masks.asks[self.access.word_index()] >> shown & 1 != 0 {
+            cold_path();
+            if refused(format, self.access, rights(shown), entry) {
+                return None;
+            }
         }
         let within = (1 << shift(level)) - 1;
-        let gpa = Gpa((entry & self.frame() & !within) | (self.address & within));
+        let gpa = Gpa((entry & masks.frame & !within) | (self.address & within));
         Some(Translation {
             gpa,
             entry,
             nested_gpa: None,
             nested_page_size: None,
             page_size: PageSize::of_bits(shift(level)),
-            rights,
+            rights: rights(shown),
             backing: self.memory.backing(gpa),
             ad_skipped: false,
         })
     }
+}
+
+/// Whether an access is refused to a page that has these rights and is mapped by `entry`.
+#[inline(always)]
+fn refused(format: &PageFormat, access: &Access, rights: Rights, entry: u64) -> bool {
+    let key = LongMode::protection_key(entry);
+    !rights.read()
+        || format.refuses(access, rights)
+        || key_refusal(format.protection_key_mask(), access, rights, key) != 0
 }
 
 /// Number of address bits below the index of `level`.
@@ -123,18 +218,19 @@ const fn shift(level: u32) -> u32 {
 mod tests {
     use super::*;
     use crate::access::{AccessKind, Privilege};
+    use crate::masking::CR3_LAM_U48;
     use crate::memory::{Backing, ExchangeError};
     use crate::mode::{
-        CR0_PE, CR0_PG, CR0_WP, CR4_LA57, CR4_PAE, CR4_PKE, CR4_SMAP, CR4_SMEP, ControlRegisters, CpuProfile,
-        EFER_LMA, EFER_LME, EFER_NXE, Vendor,
+        CR0_PE, CR0_PG, CR0_WP, CR4_CET, CR4_LA57, CR4_PAE, CR4_PKE, CR4_PKS, CR4_SMAP, CR4_SMEP,
+        ControlRegisters, CpuProfile, EFER_LMA, EFER_LME, EFER_NXE, Vendor,
     };
     use crate::trace::NoTrace;
 
     const MAXPHYADDR: u8 = 40;
     /// Below MAXPHYADDR, but outside memory.
     const OUTSIDE: u64 = 1 << 39;
-    /// P, W, U, PS, G, a bit that large frames reserve, an absent frame, a bit above MAXPHYADDR, NX.
-    const BITS: [u64; 9] = [1, 1 << 1, 1 << 2, 1 << 7, 1 << 8, 1 << 13, OUTSIDE, 1 << 45, 1 << 63];
+    /// P, W, U, PS, G, a bit that large frames reserve, an absent frame, two bits above MAXPHYADDR, NX.
+    const BITS: [u64; 10] = [1, 1 << 1, 1 << 2, 1 << 7, 1 << 8, 1 << 13, OUTSIDE, 1 << 45, 1 << 47, 1 << 63];
 
     /// One entry a level, the table of level `n` at `n` GiB, so that every entry may be a leaf of any size.
     struct Path {
@@ -158,25 +254,37 @@ mod tests {
     fn walk(format: u32) -> PageWalk {
         let when = |bit: u32, value: u64| if format >> bit & 1 != 0 { value } else { 0 };
         let levels = if format & 1 == 0 { 4 } else { 5 };
+        let intel = format >> 6 & 1 == 0;
         let registers = ControlRegisters {
-            cr0: CR0_PE | CR0_PG | when(1, CR0_WP),
-            cr3: levels << 30,
-            cr4: CR4_PAE | when(0, CR4_LA57) | when(2, CR4_SMEP) | when(3, CR4_SMAP) | when(4, CR4_PKE),
+            cr0: CR0_PE | CR0_PG | when(1, CR0_WP) | when(9, CR0_WP),
+            cr3: levels << 30 | if intel { when(10, CR3_LAM_U48) } else { 0 },
+            cr4: CR4_PAE
+                | when(0, CR4_LA57)
+                | when(2, CR4_SMEP)
+                | when(3, CR4_SMAP)
+                | when(4, CR4_PKE)
+                | when(8, CR4_PKS)
+                | when(9, CR4_CET),
             efer: EFER_LME | EFER_LMA | when(5, EFER_NXE),
             ..ControlRegisters::default()
         };
-        let vendor = if format >> 6 & 1 == 0 { Vendor::Intel } else { Vendor::Amd };
         let cpu = CpuProfile {
-            vendor,
+            vendor: if intel { Vendor::Intel } else { Vendor::Amd },
             maxphyaddr: MAXPHYADDR,
             gib_pages: format >> 7 & 1 == 0,
-            encryption_bit: None,
+            encryption_bit: (!intel && format >> 10 & 1 != 0).then_some(47),
         };
         PageWalk::new(&registers, &cpu).expect("these registers are valid")
     }
 
     fn access(rng: &mut fastrand::Rng) -> Access {
-        let kind = rng.choice([AccessKind::Read, AccessKind::Write, AccessKind::Fetch]);
+        let kind = rng.choice([
+            AccessKind::Read,
+            AccessKind::Write,
+            AccessKind::Fetch,
+            AccessKind::ShadowStackRead,
+            AccessKind::ShadowStackWrite,
+        ]);
         let privilege = rng.choice([
             Privilege::User,
             Privilege::Supervisor,
@@ -184,8 +292,8 @@ mod tests {
             Privilege::Exempt,
         ]);
         let (Some(kind), Some(privilege)) = (kind, privilege) else { unreachable!() };
-        let pkru = if rng.bool() { 0 } else { rng.u32(..) };
-        Access::new(kind, privilege).with_ac(rng.bool()).with_pkru(pkru)
+        let [pkru, pkrs] = [(), ()].map(|()| if rng.bool() { 0 } else { rng.u32(..) });
+        Access::new(kind, privilege).with_ac(rng.bool()).with_pkru(pkru).with_pkrs(pkrs)
     }
 
     fn address(rng: &mut fastrand::Rng) -> u64 {
@@ -195,12 +303,12 @@ mod tests {
     }
 
     /// For every format, level and combination of the bits that matter: the lane accepts what the general walk answers,
-    /// with the same answer, and nothing else.
+    /// with the same answer, and nothing else. Shadow stacks and pointers with metadata it leaves alone.
     #[test]
     fn accepts_exactly_what_the_general_walk_answers() {
         let mut rng = fastrand::Rng::with_seed(7);
         let (mut accepted, mut left) = ([0; 5], 0);
-        for format in 0..1 << 8 {
+        for format in 0..1 << 11 {
             let walk = walk(format);
             for varied in 1..=walk.format().levels() as usize {
                 for combination in 0..1_u32 << BITS.len() {
@@ -219,8 +327,12 @@ mod tests {
                     }
                     let (gva, access) = (address(&mut rng), access(&mut rng));
                     let general = crate::walk::translate(&walk, None, &path, gva, &access, &mut NoTrace).ok();
-                    let lane = translate(&walk, &path, gva, &access);
-                    assert_eq!(lane, general, "{gva:#x} {access:?} {:x?} {walk:?}", path.entries);
+                    let lane = Lane::of(&walk).translate(&walk, &path, gva, &access);
+                    let general_alone =
+                        access.is_shadow_stack() || !is_canonical(gva, walk.format().unchanged_width());
+                    if lane.is_some() || !general_alone {
+                        assert_eq!(lane, general, "{gva:#x} {access:?} {:x?} {walk:?}", path.entries);
+                    }
                     match lane {
                         Some(page) => accepted[page.page_size as usize] += 1,
                         None => left += 1,
@@ -244,6 +356,6 @@ mod tests {
         };
         let walk = PageWalk::new(&ControlRegisters::default(), &cpu).expect("reset state");
         let access = Access::new(AccessKind::Read, Privilege::Supervisor);
-        assert_eq!(translate(&walk, &Path { entries: [1; 6] }, 0, &access), None);
+        assert_eq!(Lane::of(&walk).translate(&walk, &Path { entries: [1; 6] }, 0, &access), None);
     }
 }

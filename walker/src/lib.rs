@@ -34,6 +34,7 @@ mod trace;
 mod translation;
 mod walk;
 mod walker;
+mod window;
 
 pub use access::{Access, AccessKind, Privilege};
 pub use addr::{Gpa, Gva, NestedGpa, is_canonical};
@@ -42,7 +43,7 @@ pub use fault::{
     PFEC_RESERVED, PFEC_SHADOW_STACK, PFEC_USER, PFEC_WRITE, Reason,
 };
 pub use format::{MemoryType, PageFormat};
-pub use memory::{Backing, ExchangeError, Memory, Window};
+pub use memory::{Backing, ExchangeError, Memory};
 pub use mode::{ControlRegisters, CpuProfile, PagingMode, StateError, Vendor};
 pub use nested::{NestedPhase, NgpaWalk};
 pub use permission::Rights;
@@ -50,3 +51,4 @@ pub use trace::{MAX_STEPS, NoTrace, Recorder, Step, Trace, Verdict};
 pub use translation::{PageSize, Translation};
 pub use walk::PageWalk;
 pub use walker::{AdPolicy, MAX_ATTEMPTS, Walker};
+pub use window::Window;

@@ -3,8 +3,6 @@
 //! The walker loads every entry once, atomically, and never holds a reference into guest memory. A plain window answers
 //! a load with one bounds check; sources that can only be read piecewise implement the same trait.
 
-use core::sync::atomic::{AtomicU64, Ordering};
-
 use crate::addr::Gpa;
 
 /// What lies behind a guest physical address.
@@ -12,10 +10,10 @@ use crate::addr::Gpa;
 pub enum Backing {
     /// Guest RAM.
     Ram,
-    /// Memory the guest can read and not write, such as a ROM.
-    ReadOnly,
     /// Nothing: MMIO or a hole.
     None,
+    /// Memory the guest can read and not write, such as a ROM.
+    ReadOnly,
 }
 
 /// Why a compare-exchange of an entry did not happen.
@@ -36,6 +34,13 @@ pub enum ExchangeError {
 pub trait Memory {
     /// Loads the 64-bit entry at `gpa` in one atomic access, or `None` where no memory is.
     fn load_u64(&self, gpa: Gpa) -> Option<u64>;
+
+    /// Loads the 64-bit entry at `offset` in the 4 KiB table at `table` in one atomic access, or `None` where that table is
+    /// not wholly in memory. Bits 11:0 of `table` do not count, and of `offset` only bits 11:3 do.
+    #[inline]
+    fn load_in_table(&self, table: Gpa, offset: u64) -> Option<u64> {
+        self.load_u64(Gpa(table.0 & !0xfff | offset & 0xff8))
+    }
 
     /// Replaces the 64-bit entry at `gpa` if it still holds `current`.
     ///
@@ -90,6 +95,11 @@ impl<M: Memory + ?Sized> Memory for &M {
     }
 
     #[inline]
+    fn load_in_table(&self, table: Gpa, offset: u64) -> Option<u64> {
+        (**self).load_in_table(table, offset)
+    }
+
+    #[inline]
     fn compare_exchange_u64(&self, gpa: Gpa, current: u64, new: u64) -> Result<(), ExchangeError> {
         (**self).compare_exchange_u64(gpa, current, new)
     }
@@ -100,47 +110,12 @@ impl<M: Memory + ?Sized> Memory for &M {
     }
 }
 
-/// A flat window of guest RAM that starts at guest physical address 0.
-#[derive(Clone, Copy, Debug)]
-pub struct Window<'a> {
-    words: &'a [AtomicU64],
-}
-
-impl<'a> Window<'a> {
-    /// A window over `words`: word `n` is guest physical address `8 * n`.
-    #[must_use]
-    pub const fn new(words: &'a [AtomicU64]) -> Self {
-        Self { words }
-    }
-
-    #[inline]
-    fn word(&self, gpa: Gpa) -> Option<&'a AtomicU64> {
-        self.words.get(usize::try_from(gpa.0 >> 3).ok()?)
-    }
-}
-
-impl Memory for Window<'_> {
-    #[inline]
-    fn load_u64(&self, gpa: Gpa) -> Option<u64> {
-        Some(u64::from_le(self.word(gpa)?.load(Ordering::Relaxed)))
-    }
-
-    fn compare_exchange_u64(&self, gpa: Gpa, current: u64, new: u64) -> Result<(), ExchangeError> {
-        let word = self.word(gpa).ok_or(ExchangeError::Unbacked)?;
-        word.compare_exchange(current.to_le(), new.to_le(), Ordering::AcqRel, Ordering::Relaxed)
-            .map(drop)
-            .map_err(|found| ExchangeError::Changed(u64::from_le(found)))
-    }
-
-    #[inline]
-    fn backing(&self, gpa: Gpa) -> Backing {
-        if self.word(gpa).is_some() { Backing::Ram } else { Backing::None }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use core::sync::atomic::AtomicU64;
+
     use super::*;
+    use crate::window::Window;
 
     #[test]
     fn halves_of_a_word() {

@@ -163,12 +163,17 @@ impl Protections {
     }
 }
 
+/// The field of a protection-key mask for an access of `index` to a page with `rights`.
+pub(crate) const fn key_field(mask: u32, index: usize, rights: Rights) -> u32 {
+    let index = (index & 15 & !SMAP_SUSPENDED) | (rights.user() as usize * SMAP_SUSPENDED);
+    mask >> (2 * index) & 0b11
+}
+
 /// The bits of `key` in PKRU, or for a supervisor page in PKRS, that refuse `access` to a page with `rights`:
 /// access-disable 1, write-disable 2.
 #[inline]
 pub(crate) const fn key_refusal(mask: u32, access: &Access, rights: Rights, key: u8) -> u8 {
-    let index = (access.permission_index() & !SMAP_SUSPENDED) | (rights.user() as usize * SMAP_SUSPENDED);
-    let decides = mask >> (2 * index);
+    let decides = key_field(mask, access.permission_index(), rights);
     let register = if rights.user() { access.pkru() } else { access.pkrs() };
-    (register >> (2 * (key as u32 & 15)) & decides & 0b11) as u8
+    (register >> (2 * (key as u32 & 15)) & decides) as u8
 }

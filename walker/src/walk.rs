@@ -99,7 +99,7 @@ impl PageWalk {
 
     /// The page format.
     #[must_use]
-    pub fn format(&self) -> &PageFormat {
+    pub const fn format(&self) -> &PageFormat {
         &self.format
     }
 

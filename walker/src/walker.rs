@@ -1,10 +1,12 @@
 //! A vCPU's two walkers as one value, and the policy on accessed and dirty bits.
 
+use core::hint::cold_path;
+
 use crate::access::Access;
 use crate::accessed_dirty::{Commit, commit};
 use crate::addr::Gva;
 use crate::fault::{Fault, FaultKind, Reason};
-use crate::lane;
+use crate::lane::Lane;
 use crate::memory::Memory;
 use crate::nested::NgpaWalk;
 use crate::trace::{NoTrace, Recorder, Step, Trace};
@@ -52,19 +54,21 @@ pub const MAX_ATTEMPTS: usize = 8;
 pub struct Walker {
     gva_walk: PageWalk,
     ngpa_walk: Option<NgpaWalk>,
+    lane: Lane,
 }
 
 impl Walker {
     /// A walker of one dimension.
     #[must_use]
     pub const fn new(gva_walk: PageWalk) -> Self {
-        Self { gva_walk, ngpa_walk: None }
+        let lane = Lane::of(&gva_walk);
+        Self { gva_walk, ngpa_walk: None, lane }
     }
 
     /// A walker of two dimensions: `gva_walk` is L2's, and all its addresses pass through `ngpa_walk`.
     #[must_use]
     pub const fn nested(gva_walk: PageWalk, ngpa_walk: NgpaWalk) -> Self {
-        Self { gva_walk, ngpa_walk: Some(ngpa_walk) }
+        Self { gva_walk, ngpa_walk: Some(ngpa_walk), lane: Lane::Closed }
     }
 
     /// The CR3-rooted walk.
@@ -85,13 +89,12 @@ impl Walker {
     /// The fault that the access would meet.
     #[inline]
     pub fn translate<M: Memory>(&self, memory: &M, gva: Gva, access: &Access) -> Result<Translation, Fault> {
-        let plain = match self.ngpa_walk {
-            None => lane::translate(&self.gva_walk, memory, gva.0, access),
-            Some(_) => None,
-        };
-        match plain {
+        match self.lane.translate(&self.gva_walk, memory, gva.0, access) {
             Some(translation) => Ok(translation),
-            None => self.observe(memory, gva, access, &mut NoTrace),
+            None => {
+                cold_path();
+                self.observe(memory, gva, access, &mut NoTrace)
+            }
         }
     }
 

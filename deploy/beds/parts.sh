@@ -2,6 +2,7 @@
 # names itself in $bed, and takes the parts that it is made of.
 #
 #   qemu            QEMU and its libraries
+#   bochs           Bochs with its BIOS and libraries, and what makes a CD that boots
 #   linux-amd64     Debian's kernel for virtual machines (vmlinuz, KVM's modules), and busybox
 #   linux-686       Debian's 32-bit kernel without PAE
 #   linux-686-pae   the same with PAE
@@ -32,6 +33,7 @@ build_parts() {
     need apt-get "beds are made of Debian packages, and build on Debian and its relatives only"
     need dpkg-deb "install the package dpkg"
     need flock "install the package util-linux"
+    need setpriv "install the package util-linux"
     mkdir -p "$beds"
     local part
     for part; do
@@ -46,6 +48,7 @@ build_parts() {
             apt=()
             case $part in
                 qemu) part_qemu ;;
+                bochs) part_bochs ;;
                 linux-amd64) part_linux_amd64 ;;
                 linux-686 | linux-686-pae) part_linux_i386 "linux-image-${part#linux-}" ;;
                 *) fail "there is no part $part" ;;
@@ -74,17 +77,31 @@ kernel_of() {
     echo "$kernel"
 }
 
-part_qemu() {
+# download_all PACKAGE...: downloads these and the libraries that this system lacks for them
+download_all() {
     local packages
-    # QEMU and the libraries that this system lacks.
-    packages=$(apt-get -s -y --no-install-recommends install qemu-system-x86 | awk '/^Inst/ { print $2 }') \
-        || fail "apt finds no way to qemu-system-x86"
+    packages=$(apt-get -s -y --no-install-recommends install "$@" | awk '/^Inst/ { print $2 }') \
+        || fail "apt finds no way to $*"
     # shellcheck disable=SC2046,SC2086
-    download $(printf '%s\n' $packages qemu-system-x86 qemu-system-common qemu-system-data seabios ipxe-qemu | sort -u)
+    download $(printf '%s\n' $packages "$@" | sort -u)
+}
+
+part_qemu() {
+    download_all qemu-system-x86 qemu-system-common qemu-system-data seabios ipxe-qemu
     rmdir "$work/part"
     mv "$work/files" "$work/part"
     qemu_command 20 "$work/part"
     "${qemu[@]}" --version | sed -n 1p >"$work/version" || fail "QEMU does not start"
+    mv "$work/version" "$work/part/version"
+}
+
+part_bochs() {
+    download_all bochs bochs-term bochsbios vgabios genisoimage isolinux syslinux-common
+    rmdir "$work/part"
+    mv "$work/files" "$work/part"
+    bochs_command 20 "$work/part"
+    "${bochs[@]}" --help 2>&1 | sed -n 's/^ *\(Bochs x86 Emulator .*\)/\1/p' >"$work/version"
+    [ -s "$work/version" ] || fail "Bochs does not start"
     mv "$work/version" "$work/part/version"
 }
 
@@ -136,6 +153,18 @@ qemu_command() {
         "$folder/usr/bin/qemu-system-x86_64"
         -L "$folder/usr/share/qemu" -L "$folder/usr/share/seabios" -L "$folder/usr/lib/ipxe/qemu"
         -nodefaults -no-user-config -display none -no-reboot)
+}
+
+# bochs_command SECONDS [FOLDER]: sets ${bochs[@]} to what starts Bochs, for at most that long, and not longer than its
+# parent lives, and ${with_libraries[@]} to what other programs of that folder are started by
+bochs_command() {
+    local seconds=$1 folder=${2:-$beds/bochs} libraries=lib/x86_64-linux-gnu
+    with_libraries=(env "LD_LIBRARY_PATH=$folder/usr/$libraries:$folder/$libraries")
+    # Bochs ends by SIGKILL alone.
+    bochs=(setpriv --pdeathsig KILL timeout --kill-after=1 "$seconds" setpriv --pdeathsig KILL
+        "${with_libraries[@]}" TERM=linux
+        "LTDL_LIBRARY_PATH=$folder/usr/$libraries/bochs/plugins" "BXSHARE=$folder/usr/share/bochs"
+        "$folder/usr/bin/bochs-bin")
 }
 
 # archive FOLDER: an initramfs of all that is in it

@@ -244,7 +244,7 @@ impl PageFormat {
 
     /// The width by which an address is canonical whose access sees no bit of it ignored.
     #[inline(always)]
-    pub(crate) fn unchanged_width(&self) -> u32 {
+    pub(crate) const fn unchanged_width(&self) -> u32 {
         self.masking.unchanged_width(self.linear_width)
     }
 

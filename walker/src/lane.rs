@@ -10,7 +10,7 @@
 use core::hint::cold_path;
 
 use crate::access::Access;
-use crate::addr::{Gpa, is_canonical};
+use crate::addr::Gpa;
 use crate::entry::{EntryLayout, LongMode};
 use crate::format::PageFormat;
 use crate::memory::Memory;
@@ -76,23 +76,26 @@ const fn rights(shown: u64) -> Rights {
     Rights(shown as u8 ^ Rights::EXECUTE.bits())
 }
 
-/// Which walks the lane knows.
+/// Which walks the lane knows: those of one dimension in 4-level or 5-level paging.
+///
+/// As bounds of the canonical addresses, counted from the lowest one: what the lane does not know has none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Lane {
-    /// 4-level paging alone.
-    FourLevel,
-    /// 5-level paging alone.
-    FiveLevel,
-    /// None: every walk is a general one.
-    Closed,
+pub(crate) struct Lane {
+    four_level: u64,
+    five_level: u64,
 }
 
 impl Lane {
+    /// The lane that knows no walk.
+    pub(crate) const CLOSED: Self = Self { four_level: 0, five_level: 0 };
+
     pub(crate) const fn of(walk: &PageWalk) -> Self {
         match walk.format().mode() {
-            PagingMode::FourLevel => Self::FourLevel,
-            PagingMode::FiveLevel => Self::FiveLevel,
-            _ => Self::Closed,
+            PagingMode::FourLevel => Self { four_level: 1 << 48, ..Self::CLOSED },
+            PagingMode::FiveLevel => {
+                Self { five_level: 1 << walk.format().unchanged_width(), ..Self::CLOSED }
+            }
+            _ => Self::CLOSED,
         }
     }
 
@@ -106,11 +109,11 @@ impl Lane {
         access: &Access,
     ) -> Option<Translation> {
         let mut run = Run { walk, memory, address: gva, access, all: u64::MAX, any: 0 };
-        if self == Self::FourLevel && is_canonical(gva, 48) {
+        if gva.wrapping_add(1 << 47) < self.four_level {
             return run.four_levels(walk.root());
         }
         cold_path();
-        if self == Self::FiveLevel && is_canonical(gva, walk.format().unchanged_width()) {
+        if gva.wrapping_add(self.five_level >> 1) < self.five_level {
             let entry = run.entry(5, walk.root())?;
             return run.four_levels(entry);
         }
@@ -218,6 +221,7 @@ const fn shift(level: u32) -> u32 {
 mod tests {
     use super::*;
     use crate::access::{AccessKind, Privilege};
+    use crate::addr::is_canonical;
     use crate::masking::CR3_LAM_U48;
     use crate::memory::{Backing, ExchangeError};
     use crate::mode::{

@@ -68,7 +68,7 @@ impl Walker {
     /// A walker of two dimensions: `gva_walk` is L2's, and all its addresses pass through `ngpa_walk`.
     #[must_use]
     pub const fn nested(gva_walk: PageWalk, ngpa_walk: NgpaWalk) -> Self {
-        Self { gva_walk, ngpa_walk: Some(ngpa_walk), lane: Lane::Closed }
+        Self { gva_walk, ngpa_walk: Some(ngpa_walk), lane: Lane::CLOSED }
     }
 
     /// The CR3-rooted walk.

@@ -10,18 +10,20 @@ mod console;
 mod kick;
 pub(crate) mod kvm;
 mod plain;
+mod publication;
 mod registers;
+mod signal;
 mod snapshot;
+mod sync;
 mod thread;
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc as blocking;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwap;
 use pagewalk::CpuProfile;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout_at;
@@ -35,6 +37,7 @@ pub use snapshot::{L2Registers, NestedMode, NptOverlay, RunState, Snapshot};
 
 use command::{Action, Command};
 use kick::Kicker;
+use publication::{Published, Publisher};
 use thread::{Shared, VcpuThread, first_snapshot};
 
 /// Commands that may wait for one vCPU; more askers wait for a place, up to their deadlines.
@@ -93,12 +96,7 @@ impl Vcpu {
     ) -> Result<Arc<Self>, SpawnError> {
         let first = first_snapshot(&mut backend, cpu).map_err(SpawnError::Registers)?;
         let name = format!("{machine}/vcpu{index}");
-        let shared = Arc::new(Shared {
-            kicker: Kicker::default(),
-            stop: AtomicBool::new(false),
-            tickets: AtomicU64::new(0),
-            latest: ArcSwap::from_pointee(first),
-        });
+        let shared = Arc::new(Shared { kicker: Kicker::default(), published: Published::new(first) });
         let (commands, queue) = mpsc::channel(QUEUE);
         let (served_by_thread, served) = watch::channel(0);
         let (generation_by_thread, generation) = watch::channel(1);
@@ -109,8 +107,7 @@ impl Vcpu {
             backend,
             shared: Arc::clone(&shared),
             commands: queue,
-            served: served_by_thread,
-            generation: generation_by_thread,
+            publisher: Publisher { served: served_by_thread, generation: generation_by_thread },
         };
         // The system takes no NUL in a thread's name, and an embedder's machine may be called anything.
         let handle = Builder::new().name(name.replace('\0', "")).spawn(move || {
@@ -144,7 +141,7 @@ impl Vcpu {
     /// What it last published. Takes no lock and disturbs nobody.
     #[must_use]
     pub fn latest(&self) -> Arc<Snapshot> {
-        self.shared.latest.load_full()
+        self.shared.published.latest()
     }
 
     /// What it is doing: the run state of `snapshot`, or [`RunState::Unresponsive`] if, since then, somebody waited for
@@ -170,9 +167,8 @@ impl Vcpu {
     /// [`VcpuError::Timeout`] when the vCPU does not come out in time.
     pub async fn sync(&self, deadline: Instant) -> Result<Arc<Snapshot>, VcpuError> {
         let start = Instant::now();
-        let ticket = self.draw_ticket();
         let mut served = self.served.clone();
-        self.shared.kicker.kick();
+        let ticket = self.shared.published.ask(&self.shared.kicker);
         match timeout_at(deadline.into(), served.wait_for(|served| *served >= ticket)).await {
             Ok(Ok(_)) => Ok(self.latest()),
             Ok(Err(_)) => Err(self.gone()),
@@ -226,7 +222,7 @@ impl Vcpu {
 
     async fn command(&self, action: Action, deadline: Instant) -> Result<Arc<Snapshot>, VcpuError> {
         let start = Instant::now();
-        let ticket = self.draw_ticket();
+        let ticket = self.shared.published.draw_ticket();
         let (reply, answer) = oneshot::channel();
         let exchange = async {
             self.commands.send(Command { action, reply }).await.map_err(|_| self.gone())?;
@@ -237,10 +233,6 @@ impl Vcpu {
             Ok(reply) => reply,
             Err(_) => Err(self.timed_out(ticket, start)),
         }
-    }
-
-    fn draw_ticket(&self) -> u64 {
-        self.shared.tickets.fetch_add(1, Ordering::AcqRel) + 1
     }
 
     fn timed_out(&self, ticket: u64, start: Instant) -> VcpuError {
@@ -256,8 +248,7 @@ impl Vcpu {
 
 impl Drop for Vcpu {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Release);
-        self.shared.kicker.kick();
+        self.shared.published.stop(&self.shared.kicker);
         let running = self.thread.get_mut().unwrap_or_else(PoisonError::into_inner).take();
         let Some(Running { handle, ended }) = running else { return };
         match ended.recv_timeout(SHUTDOWN_BOUND) {

@@ -8,17 +8,17 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwap;
 use pagewalk::{CpuProfile, PageWalk, PagingMode, StateError, Walker};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 
 use super::backend::{Backend, Exit};
 use super::command::{Action, Command, Reply, VcpuError};
-use super::kick::{Kicker, OnThread, REFRESH};
+use super::kick::{Kicker, OnThread};
+use super::publication::{Published, Publisher};
 use super::registers::{RegisterChanges, Registers, UNMODELLED};
+use super::signal::REFRESH;
 use super::snapshot::{NestedMode, RunState, Snapshot};
 
 /// How long a vCPU rests after HLT: nothing here sends it interrupts.
@@ -27,10 +27,7 @@ pub(super) const HALT_REST: Duration = Duration::from_millis(50);
 /// What the thread shares with its handle.
 pub(super) struct Shared {
     pub(super) kicker: Kicker,
-    pub(super) stop: AtomicBool,
-    /// The last ticket given out.
-    pub(super) tickets: AtomicU64,
-    pub(super) latest: ArcSwap<Snapshot>,
+    pub(super) published: Published<Snapshot>,
 }
 
 /// What the vCPU does when nobody asks anything of it.
@@ -47,8 +44,7 @@ pub(super) struct VcpuThread<B> {
     pub(super) backend: B,
     pub(super) shared: Arc<Shared>,
     pub(super) commands: mpsc::Receiver<Command>,
-    pub(super) served: watch::Sender<u64>,
-    pub(super) generation: watch::Sender<u64>,
+    pub(super) publisher: Publisher,
 }
 
 /// The first snapshot of a vCPU, before its thread runs.
@@ -91,25 +87,24 @@ impl<B: Backend> VcpuThread<B> {
     }
 
     fn turn_until_stopped(self) -> Result<(), String> {
-        let Self { name, cpu, mut backend, shared, commands, served, generation } = self;
+        let Self { name, cpu, mut backend, shared, commands, publisher } = self;
         // Without kicks the vCPU could never be made to come out: better not to run it.
         let on_thread = shared.kicker.enter(backend.immediate_exit())?;
-        let first = shared.latest.load_full();
+        let first = shared.published.latest();
         let mut driver = Driver {
             name,
             cpu,
             backend: Some(&mut backend),
             shared: &shared,
             commands,
-            served,
-            generation,
+            publisher,
             activity: if first.run_state == RunState::Static { Activity::Stay } else { Activity::Run },
             run_state: first.run_state,
             reason: first.run_state_reason.clone(),
             nested: NestedMode::Off,
         };
-        while !shared.stop.load(Ordering::Acquire) {
-            driver.turn(&on_thread);
+        while let Some(ticket) = shared.published.attend(&on_thread) {
+            driver.turn(ticket, &on_thread);
         }
         Ok(())
     }
@@ -118,9 +113,9 @@ impl<B: Backend> VcpuThread<B> {
 /// Leaves word that the thread ends without having been asked to.
 fn give_up(name: &str, shared: &Shared, problem: String) {
     tracing::error!(vcpu = %name, problem, "the vCPU's thread ends");
-    let last = Snapshot::clone(&shared.latest.load());
+    let last = Snapshot::clone(&shared.published.latest());
     let run_state = RunState::InternalError;
-    shared.latest.store(Arc::new(Snapshot { run_state, run_state_reason: problem, ..last }));
+    shared.published.replace(Snapshot { run_state, run_state_reason: problem, ..last });
 }
 
 struct Driver<'a, B> {
@@ -130,8 +125,7 @@ struct Driver<'a, B> {
     backend: Option<&'a mut B>,
     shared: &'a Shared,
     commands: mpsc::Receiver<Command>,
-    served: watch::Sender<u64>,
-    generation: watch::Sender<u64>,
+    publisher: Publisher,
     activity: Activity,
     run_state: RunState,
     reason: String,
@@ -139,9 +133,7 @@ struct Driver<'a, B> {
 }
 
 impl<B: Backend> Driver<'_, B> {
-    fn turn(&mut self, on_thread: &OnThread<'_>) {
-        on_thread.acknowledge();
-        let ticket = self.shared.tickets.load(Ordering::Acquire);
+    fn turn(&mut self, ticket: u64, on_thread: &OnThread<'_>) {
         while let Ok(command) = self.commands.try_recv() {
             if !command.reply.is_closed() {
                 let reply = self.perform(&command.action, ticket);
@@ -149,7 +141,7 @@ impl<B: Backend> Driver<'_, B> {
                 let _ = command.reply.send(reply);
             }
         }
-        if ticket > self.shared.latest.load().ticket {
+        if ticket > self.shared.published.latest().ticket {
             self.publish(ticket);
         }
         match self.activity {
@@ -170,7 +162,7 @@ impl<B: Backend> Driver<'_, B> {
         let exit = self.guarded(Backend::run).unwrap_or_else(Exit::Failed);
         if exit == Exit::Kicked {
             // Whoever kicked is served by the next turn. Where nobody did, the timer wants a look at a guest that runs on.
-            let stale = || self.shared.latest.load().taken.elapsed() >= REFRESH;
+            let stale = || self.shared.published.latest().taken.elapsed() >= REFRESH;
             if !on_thread.pending() && stale() {
                 self.publish(ticket);
             }
@@ -265,7 +257,7 @@ impl<B: Backend> Driver<'_, B> {
 
     /// Reads the registers and publishes them, with the walkers they select.
     fn publish(&mut self, ticket: u64) -> Arc<Snapshot> {
-        let previous = self.shared.latest.load_full();
+        let previous = self.shared.published.latest();
         let read = self
             .guarded(|backend| backend.registers().map(|registers| (backend.assumed(&registers), registers)));
         let (assumed, registers) = match read {
@@ -288,11 +280,8 @@ impl<B: Backend> Driver<'_, B> {
             nested: self.nested,
             assumed,
         });
-        self.shared.latest.store(Arc::clone(&snapshot));
-        if changed {
-            self.generation.send_replace(generation);
-        }
-        self.served.send_if_modified(|served| std::mem::replace(served, ticket) != ticket);
+        let announced = changed.then_some(generation);
+        self.publisher.publish(&self.shared.published, Arc::clone(&snapshot), ticket, announced);
         snapshot
     }
 

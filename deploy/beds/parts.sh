@@ -145,10 +145,11 @@ part_linux_i386() {
     echo "$kernel" >"$work/part/version"
 }
 
-# qemu_command SECONDS [FOLDER]: sets ${qemu[@]} to what starts QEMU, for at most that long
+# qemu_command SECONDS [FOLDER]: sets ${qemu[@]} to what starts QEMU, for at most that long, and not longer than its parent
+# lives
 qemu_command() {
     local seconds=$1 folder=${2:-$beds/qemu} libraries=lib/x86_64-linux-gnu
-    qemu=(timeout --kill-after=5 "$seconds"
+    qemu=(setpriv --pdeathsig KILL timeout --kill-after=5 "$seconds" setpriv --pdeathsig KILL
         env "QEMU_MODULE_DIR=$folder/usr/$libraries/qemu" "LD_LIBRARY_PATH=$folder/usr/$libraries:$folder/$libraries"
         "$folder/usr/bin/qemu-system-x86_64"
         -L "$folder/usr/share/qemu" -L "$folder/usr/share/seabios" -L "$folder/usr/lib/ipxe/qemu"

@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# The bed `qemu-linux`: stock Debian kernels in guests of QEMU's TCG, whose own MMU is asked over QMP what it thinks.
+#
+#   qemu-linux.sh build             downloads QEMU and the kernels into the cache folder; installs nothing
+#   qemu-linux.sh check             says whether the bed is there
+#   qemu-linux.sh boot GUEST RAM    boots a guest with two vCPUs, whose memory is the file RAM (it is made to fit); QMP is
+#                                   on standard input and output, what the guest says on standard error
+#
+# GUEST is one of
+#
+#   4-level    amd64 under 4-level paging, with page-table isolation and 1 GiB pages
+#   5-level    amd64 under 5-level paging
+#   2-level    i386 under 2-level paging
+#   pae        i386 under PAE paging, with page-table isolation
+#
+# The guest runs one program, qemu-linux.c, which says `ready` when it has mapped what it maps. QEMU ends with the process
+# that started it, when that closes QMP's other end and asks for it (`quit`), or when its time is up.
+#
+#   PAGEWALK_BEDS          the cache folder; default ${XDG_CACHE_HOME:-~/.cache}/pagewalk-beds
+#   PAGEWALK_BED_SECONDS   how long a guest may live; default 600
+set -euo pipefail
+
+bed=qemu-linux
+# shellcheck source=deploy/beds/parts.sh
+. "$(dirname "$0")/parts.sh"
+parts=(qemu linux-amd64 linux-686 linux-686-pae)
+
+build() {
+    build_parts "${parts[@]}"
+    echo "qemu-linux: built in $beds: $(cat "$beds"/linux-*/version | xargs), $(cat "$beds/qemu/version")"
+}
+
+check() {
+    has_parts "${parts[@]}" || fail "the bed is not built: run $0 build"
+    command -v gcc >/dev/null || fail "gcc is missing: the guests' program is written in C"
+}
+
+boot() {
+    local guest=$1 ram=$2 linux bits memory cpu append
+    case $guest in
+        4-level) linux=linux-amd64 bits=64 memory=3328M cpu=max,la57=off append="pti=on hugepagesz=1G hugepages=1" ;;
+        5-level) linux=linux-amd64 bits=64 memory=1G cpu=max,la57=on append="" ;;
+        2-level) linux=linux-686 bits=32 memory=1G cpu=qemu32,-pae append="" ;;
+        pae) linux=linux-686-pae bits=32 memory=1G cpu=max,-lm append="pti=on" ;;
+        *) fail "there is no guest $guest" ;;
+    esac
+    check
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+    mkdir "$work/root"
+    gcc "-m$bits" -march="$([ "$bits" = 64 ] && echo x86-64 || echo i686)" -O1 -Wall -Wextra -Werror -static -nostdlib \
+        -ffreestanding -fno-stack-protector -fno-pic -no-pie -mgeneral-regs-only -fcf-protection=none \
+        -fno-tree-loop-distribute-patterns -o "$work/root/init" "${0%.sh}.c" || fail "the guest's program does not compile"
+    archive "$work/root" >"$work/initramfs"
+    # QEMU takes this shell's place: what it needs is handed over open, and nothing stays behind.
+    exec 3<"$work/initramfs"
+    rm -rf "$work"
+    qemu_command "${PAGEWALK_BED_SECONDS:-600}"
+    exec "${qemu[@]}" \
+        -machine pc,accel=tcg,memory-backend=ram0 -cpu "$cpu" -smp 2 -m "$memory" \
+        -object "memory-backend-file,id=ram0,size=$memory,mem-path=$ram,share=on" \
+        -kernel "$beds/$linux/vmlinuz" -initrd /dev/fd/3 \
+        -append "console=ttyS0 quiet loglevel=3 panic=-1 hugepages=8 $append" \
+        -chardev stdio,id=qmp,signal=off -mon chardev=qmp,mode=control \
+        -chardev file,id=serial,path=/dev/stderr -serial chardev:serial
+}
+
+case "${1-}" in
+    build) build ;;
+    check) check ;;
+    boot) [ $# -eq 3 ] || fail "usage: $0 boot GUEST RAM"; boot "$2" "$3" ;;
+    *) fail "usage: $0 build | check | boot GUEST RAM" ;;
+esac

@@ -123,11 +123,15 @@ pub(crate) fn translate<M: Memory, R: Recorder>(
     access: &Access,
     recorder: &mut R,
 ) -> Result<Translation, Fault> {
-    // The address that is translated is the one that a fault reports.
-    let masked = walk.format.masking().apply(gva, access);
-    let gva = if is_canonical(masked, walk.format.linear_width()) { masked } else { gva };
     let as_data = access.as_data();
     let access = if walk.format.shadow_stacks() { access } else { &as_data };
+    let format = &walk.format;
+    let masked = format.masking().apply(gva, access);
+    if format.mode().is_long() && !is_canonical(masked, format.linear_width()) {
+        return Err(Refusal::without_entry(Reason::NonCanonical).in_guest(format, access, gva));
+    }
+    // The address that is translated is the one that a fault reports.
+    let gva = masked;
     let page = match walk.format.mode() {
         PagingMode::None => Ok(unpaged(gva)),
         PagingMode::TwoLevel => paged::<TwoLevel, M, R>(walk, second, memory, gva, access, recorder),
@@ -181,9 +185,6 @@ fn paged<E: EntryLayout, M: Memory, R: Recorder>(
 ) -> Result<Translation, Fault> {
     let format = &walk.format;
     let address = if format.mode().is_long() { gva } else { gva & LINEAR_32 };
-    if format.mode().is_long() && !is_canonical(gva, format.linear_width()) {
-        return Err(Refusal::without_entry(Reason::NonCanonical).in_guest(format, access, gva));
-    }
     let purpose = Purpose { dimension: Dimension::Guest, second, access };
     match descend::<E, M, R>(walk, memory, address, purpose, recorder) {
         Ok(leaf) => Ok(Translation {

@@ -221,7 +221,7 @@ const MUTANTS: &[Mutant] = &[
     Mutant {
         slip: "5-level addresses are canonical in 48 bits",
         judges: RULES,
-        changes: &[("walk.rs", "is_canonical(gva, format.linear_width())", "is_canonical(gva, 48)")],
+        changes: &[("walk.rs", "is_canonical(masked, format.linear_width())", "is_canonical(masked, 48)")],
     },
     Mutant {
         slip: "LA57 is walked as four levels",

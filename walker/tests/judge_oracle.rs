@@ -12,7 +12,8 @@
 //! Here the oracle follows the walker's documentation, so agreement says that the walker does what it documents:
 //! - which entry is blamed for a missing right, and which of several reasons is named;
 //! - what an exempt access is: nothing refuses it but absence and reserved bits; its #PF would be a supervisor's, its NPF a
-//!   user's, like all of those; its dirty bits are set;
+//!   user's, like all of those; its dirty bits are set, but for a shadow-stack write's;
+//! - a shadow-stack access where CR4.CET is clear, which no CPU makes, is an ordinary one;
 //! - a step's rights where an entry is absent (none) or has reserved bits (its own included), a step for a PDPTE register;
 //! - a fault tells the GVA as it was asked for, even with bits above the 32 that count outside long mode;
 //! - accessed and dirty bits after success only, and not in read-only memory.
@@ -33,11 +34,12 @@ use fastrand::Rng;
 use judge::{Judge, cases, full};
 use libtest_mimic::{Arguments, Failed, Trial};
 use oracle::trial::answers;
+use oracle::trial::classes::{MINIMA, MINIMA_FOR, classify};
 use oracle::trial::ground::Ground;
 use oracle::trial::odometer::{Odometer, Reading};
 use oracle::trial::setup::Setup;
 use oracle::trial::{sheets, soup};
-use oracle::{Answer, Cause, Dimension, Event, Purpose, Request, Size};
+use oracle::{Purpose, Request};
 use pagewalk::{AdPolicy, Fault, Gva, NestedGpa, NestedPhase, NoTrace, Recorder, Trace, Translation};
 
 fn main() {
@@ -73,73 +75,6 @@ fn run() -> Result<(), Failed> {
         .collect();
     bench.judge.finish(&minima)
 }
-
-/// Minimum counts, of this many cases: about a third of what a run has.
-const MINIMA_FOR: u64 = 200_000;
-const MINIMA: &[(&str, &[u64], u64)] = &[
-    ("rights", &[0], 25_000),
-    ("protection keys", &[0], 9_000),
-    ("entry", &[0], 20_000),
-    ("order", &[0], 7_000),
-    ("canonicality", &[0], 3_000),
-    ("accessed and dirty", &[0], 7_000),
-    ("nested", &[0], 45_000),
-    ("soup", &[0], 40_000),
-    ("second dimension alone", &[0], 2_000),
-    ("unpaged", &[0], 3_000),
-    ("2-level", &[0], 3_000),
-    ("PAE", &[0], 2_000),
-    ("4-level", &[0], 4_000),
-    ("5-level", &[0], 4_000),
-    ("over 2-level NPT", &[0], 1_000),
-    ("over PAE NPT", &[0], 1_000),
-    ("over 4-level NPT", &[0], 1_000),
-    ("over 5-level NPT", &[0], 1_000),
-    ("mapped as is", &[0], 800),
-    ("mapped 4 KiB", &[0], 5_000),
-    ("mapped 2 MiB", &[0], 2_000),
-    ("mapped 4 MiB", &[0], 300),
-    ("mapped 1 GiB", &[0], 1_500),
-    ("nested mapped as is", &[0], 1_900),
-    ("nested mapped 4 KiB", &[0], 1_000),
-    ("nested mapped 2 MiB", &[0], 700),
-    ("nested mapped 4 MiB", &[0], 500),
-    ("nested mapped 1 GiB", &[0], 400),
-    ("bits set", &[0], 12_000),
-    ("bits skipped", &[0], 1_800),
-    ("no backing", &[0], 8_000),
-    ("#GP", &[0], 150),
-    ("#SS", &[0], 150),
-    ("#PF code", &[0x00, 0x02, 0x04, 0x06], 1_000),
-    ("#PF code", &[0x01, 0x03, 0x05, 0x07], 300),
-    ("#PF code", &[0x09, 0x0b, 0x0d, 0x0f], 1_000),
-    ("#PF code", &[0x10, 0x11, 0x14, 0x15, 0x19, 0x1d], 700),
-    ("#PF code", &[0x21, 0x23, 0x25, 0x27], 150),
-    ("NPF code", &[0x1_0000_0004, 0x1_0000_0006, 0x1_0000_0014], 200),
-    ("NPF code", &[0x1_0000_0005, 0x1_0000_0007, 0x1_0000_0015], 60),
-    ("NPF code", &[0x1_0000_000d, 0x1_0000_000f, 0x1_0000_001d], 200),
-    ("NPF code", &[0x2_0000_0006, 0x2_0000_0007, 0x2_0000_000f], 1_500),
-    ("not present at level", &[1, 2, 3, 4, 5], 1_000),
-    ("reserved bits at level", &[1, 2, 3, 4, 5], 1_000),
-    ("unbacked at level", &[1, 2, 3, 4], 600),
-    ("unbacked at level", &[5], 25),
-    ("supervisor page at level", &[1, 2, 3, 4], 300),
-    ("supervisor page at level", &[5], 80),
-    ("no execute at level", &[1, 2, 3, 4], 100),
-    ("no execute at level", &[5], 25),
-    ("read only at level", &[1, 2, 3, 4], 100),
-    ("read only at level", &[5], 25),
-    ("SMEP at level", &[1, 2, 3], 60),
-    ("SMAP at level", &[1, 2, 3], 150),
-    ("protection key at level", &[1, 2, 3], 60),
-    ("nested too wide", &[0], 2_000),
-    ("nested not present at level", &[1, 2, 3, 4, 5], 250),
-    ("nested reserved bits at level", &[1, 2, 3, 4, 5], 250),
-    ("nested unbacked at level", &[1, 2, 3, 4], 250),
-    ("nested supervisor page at level", &[1, 2, 3, 4, 5], 60),
-    ("nested read only at level", &[1, 2, 3, 4, 5], 40),
-    ("nested no execute at level", &[1, 2, 3, 4, 5], 3),
-];
 
 struct Bench {
     judge: Judge,
@@ -236,7 +171,7 @@ impl Bench {
                 )
             });
         }
-        classify(judge, setup, &answer);
+        classify(judge, setup, &request, &answer);
     }
 
     /// The second dimension alone.
@@ -268,67 +203,6 @@ impl Bench {
             });
         }
         judge.count("second dimension alone", 0);
-        classify(judge, setup, &answer);
-    }
-}
-
-fn classify(judge: &mut Judge, setup: &Setup, answer: &Answer) {
-    match &answer.outcome {
-        Ok(page) => {
-            let modes = ["unpaged", "", "2-level", "PAE", "4-level", "5-level"];
-            judge.count(modes[setup.shape.0 as usize], 0);
-            if let Some(host) = setup.host {
-                let hosts =
-                    ["", "", "over 2-level NPT", "over PAE NPT", "over 4-level NPT", "over 5-level NPT"];
-                judge.count(hosts[host.0 as usize], 0);
-            }
-            let nested = page.nested.is_some();
-            let class = match (page.size, nested) {
-                (Size::Unpaged, false) => "mapped as is",
-                (Size::FourKib, false) => "mapped 4 KiB",
-                (Size::TwoMib, false) => "mapped 2 MiB",
-                (Size::OneGib, false) => "mapped 1 GiB",
-                (Size::FourMib, false) => "mapped 4 MiB",
-                (Size::FourMib, true) => "nested mapped 4 MiB",
-                (Size::Unpaged, true) => "nested mapped as is",
-                (Size::FourKib, true) => "nested mapped 4 KiB",
-                (Size::TwoMib, true) => "nested mapped 2 MiB",
-                (Size::OneGib, true) => "nested mapped 1 GiB",
-            };
-            judge.count(class, 0);
-            judge.count_if("bits set", !answer.written.is_empty());
-            judge.count_if("bits skipped", answer.skipped);
-            judge.count_if("no backing", page.nature == oracle::Nature::Nothing);
-        }
-        Err(refusal) => {
-            match refusal.event {
-                Event::PageFault(code) => judge.count("#PF code", u64::from(code)),
-                Event::NestedPageFault(info) => judge.count("NPF code", info),
-                Event::GeneralProtection => judge.count("#GP", 0),
-                Event::StackFault => judge.count("#SS", 0),
-                Event::Unbacked => {}
-            }
-            let guest = refusal.dimension == Dimension::Guest;
-            let class = match (refusal.cause, guest) {
-                (Cause::NonCanonical, _) => return,
-                (Cause::TooWide, _) => "nested too wide",
-                (Cause::TableUnbacked, true) => "unbacked at level",
-                (Cause::TableUnbacked, false) => "nested unbacked at level",
-                (Cause::NotPresent, true) => "not present at level",
-                (Cause::NotPresent, false) => "nested not present at level",
-                (Cause::ReservedBits, true) => "reserved bits at level",
-                (Cause::ReservedBits, false) => "nested reserved bits at level",
-                (Cause::SupervisorPage, true) => "supervisor page at level",
-                (Cause::SupervisorPage, false) => "nested supervisor page at level",
-                (Cause::NoExecute, true) => "no execute at level",
-                (Cause::NoExecute, false) => "nested no execute at level",
-                (Cause::ReadOnly, true) => "read only at level",
-                (Cause::ReadOnly, false) => "nested read only at level",
-                (Cause::Smep, _) => "SMEP at level",
-                (Cause::Smap, _) => "SMAP at level",
-                (Cause::ProtectionKey, _) => "protection key at level",
-            };
-            judge.count(class, u64::from(refusal.level));
-        }
+        classify(judge, setup, &request, &answer);
     }
 }

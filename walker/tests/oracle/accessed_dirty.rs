@@ -2,7 +2,8 @@
 //!
 //! Intel SDM volume 3, "Accessed and Dirty Flags": bit 5 is set in every entry that the translation used, bit 6 in the entry
 //! that maps a page which is written. AMD APM volume 2, "Nested Table Walk": the nested tables' bits are set likewise, and a
-//! guest's paging structure counts as written. By the project's own rule (`AdPolicy::Set`) that happens only after the access
+//! guest's paging structure counts as written. "Accessed and Dirty Flags for EPT" says the same of bits 8 and 9 where EPTP enables
+//! them. By the project's own rule (`AdPolicy::Set`) that happens only after the access
 //! was allowed, and entries in read-only memory keep what they hold.
 
 use super::{Found, Nature, Physical, Visit, Written};
@@ -11,10 +12,11 @@ use super::{Found, Nature, Physical, Visit, Written};
 pub(super) fn written<P: Physical>(memory: &P, visits: &[Visit]) -> (Vec<Written>, bool) {
     let mut written: Vec<Written> = Vec::new();
     let mut skipped = false;
-    for visit in visits.iter().filter(|visit| visit.accessed_bit) {
-        let mut wanted = 1 << 5;
+    for visit in visits {
+        let Some(flags) = visit.flags else { continue };
+        let mut wanted = 1 << flags.accessed;
         if visit.found == Found::Leaf && visit.writes {
-            wanted |= 1 << 6;
+            wanted |= 1 << flags.dirty;
         }
         // A structure that is met twice in one walk already holds what the first visit left in it.
         let earlier = written.iter_mut().find(|earlier| earlier.address == visit.address);
@@ -39,6 +41,6 @@ pub(super) fn written<P: Physical>(memory: &P, visits: &[Visit]) -> (Vec<Written
 pub(super) fn overlap(visits: &[Visit]) -> bool {
     let word = |visit: &Visit| visit.address & !7;
     visits.iter().filter(|visit| visit.bytes == 4).any(|narrow| {
-        visits.iter().any(|wide| wide.bytes == 8 && wide.accessed_bit && word(wide) == word(narrow))
+        visits.iter().any(|wide| wide.bytes == 8 && wide.flags.is_some() && word(wide) == word(narrow))
     })
 }

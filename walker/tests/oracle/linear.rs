@@ -1,11 +1,9 @@
 //! From a linear address to the mode that translates it, and on to the page.
 //!
-//! Intel SDM volume 3, "Paging Modes and Control Bits" and "Paging-Mode Enabling"; volume 1, "Canonical Addressing".
+//! Intel SDM volume 3, "Paging Modes and Control Bits" and "Paging-Mode Enabling".
 
 use super::structures::{Mapped, View};
-use super::{
-    Cause, Dimension, Event, Granted, Kind, Page, Physical, Purpose, Refusal, Size, Walk, bit, bits, number,
-};
+use super::{Dimension, Granted, Kind, Page, Physical, Purpose, Refusal, Size, Walk, bit, bits, number};
 
 impl<P: Physical> Walk<'_, P> {
     pub(super) fn linear_address(&mut self) -> Result<Page, Refusal> {
@@ -20,25 +18,14 @@ impl<P: Physical> Walk<'_, P> {
 
         // "Paging-Mode Enabling": outside long mode CR4.PAE selects PAE or 32-bit paging; linear addresses have 32 bits.
         let long = registers.efer_lma();
-        let input = if long { self.request.linear } else { bits(self.request.linear, 31, 0) };
-        // In long mode CR4.LA57 selects 5-level paging.
-        let width = if registers.cr4_la57() { 57 } else { 48 };
-
-        // "Canonical Addressing": bits 63 to the highest one that is translated are equal. Otherwise #GP(0), and for a
-        // reference through SS #SS(0); no paging structure is looked at.
-        if long && !canonical(input, width) {
-            return Err(Refusal {
-                event: if self.request.stack { Event::StackFault } else { Event::GeneralProtection },
-                cause: Cause::NonCanonical,
-                linear: self.request.linear,
-                dimension: Dimension::Guest,
-                level: 0,
-                at: 0,
-                entry: 0,
-                bits: 0,
-                nested: None,
-            });
-        }
+        let input = if long {
+            // In long mode CR4.LA57 selects 5-level paging. Whatever happens from here on, CR2 tells the address without metadata.
+            let address = self.canonical_address(if registers.cr4_la57() { 57 } else { 48 })?;
+            self.request.linear = address;
+            address
+        } else {
+            bits(self.request.linear, 31, 0)
+        };
 
         let view = View {
             dimension: Dimension::Guest,
@@ -46,12 +33,14 @@ impl<P: Physical> Walk<'_, P> {
             cpu: self.system.cpu,
             input,
             purpose: Purpose::Final,
+            // A write to a shadow stack finds the dirty bit set. An exempt one may not, and leaves it clear, by the project's own rule:
+            // it would make a shadow stack of a page.
             writes: self.request.kind == Kind::Write,
             first_visit: 0,
         };
         // "4-Level Paging and 5-Level Paging", use of CR3: bits 51:12 are the table's address; the bits below are a PCID, or
         // PWT and PCD, and not part of it.
-        let root = bits(registers.cr3, 51, 12);
+        let root = view.address(registers.cr3, 51, 12);
         let mapped = match (long, registers.cr4_pae()) {
             (true, _) if registers.cr4_la57() => self.five_level(&view, root)?,
             (true, _) => self.four_level(&view, root)?,
@@ -61,6 +50,7 @@ impl<P: Physical> Walk<'_, P> {
 
         // "Determination of Access Rights": after the translation, by all the entries that control it.
         self.linear_access_allowed(&view, &mapped)?;
+        self.flags_can_be_set(&view)?;
         self.reached(mapped)
     }
 
@@ -81,7 +71,7 @@ impl<P: Physical> Walk<'_, P> {
         let mut nested = None;
         if self.system.second.is_some() {
             // APM, "Nested Paging": the guest physical address is translated by the nested tables, for the access itself.
-            let behind = self.through_second(mapped.address, Purpose::Final)?;
+            let behind = self.through_second(mapped.address, Purpose::Final, mapped.granted)?;
             nested = Some((mapped.address, behind.size));
             physical = behind.address;
             granted = granted.and(behind.granted);
@@ -125,16 +115,4 @@ impl<P: Physical> Walk<'_, P> {
 fn pat_index(leaf: u64, size: Size) -> usize {
     let pat = if size == Size::FourKib { bit(leaf, 7) } else { bit(leaf, 12) };
     4 * usize::from(pat) + 2 * usize::from(bit(leaf, 4)) + usize::from(bit(leaf, 3))
-}
-
-pub(super) fn canonical(linear: u64, width: u32) -> bool {
-    let top = bit(linear, width - 1);
-    let mut above = width;
-    while above < 64 {
-        if bit(linear, above) != top {
-            return false;
-        }
-        above += 1;
-    }
-    true
 }

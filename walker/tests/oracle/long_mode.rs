@@ -19,9 +19,9 @@ impl<P: Physical> Walk<'_, P> {
         let wrong = reserved_always(view, pml5e.value) | reserved_in_pml4e_and_pml5e(view, pml5e.value);
         let granted = grants(pml5e.value);
         self.must_be_clear(view, pml5e, wrong, granted)?;
-        self.visited(view, pml5e, granted, Found::Table);
+        self.refers(view, pml5e, granted)?;
 
-        self.pml4_and_below(view, bits(pml5e.value, 51, 12), granted)
+        self.pml4_and_below(view, view.address(pml5e.value, 51, 12), granted)
     }
 
     pub(super) fn four_level(&mut self, view: &View, root: u64) -> Result<Mapped, Refusal> {
@@ -35,12 +35,12 @@ impl<P: Physical> Walk<'_, P> {
         let wrong = reserved_always(view, pml4e.value) | reserved_in_pml4e_and_pml5e(view, pml4e.value);
         let granted = granted.and(grants(pml4e.value));
         self.must_be_clear(view, pml4e, wrong, granted)?;
-        self.visited(view, pml4e, granted, Found::Table);
+        self.refers(view, pml4e, granted)?;
 
         // A PDPTE is selected by bits 38:30. With PS = 1 it maps a 1-GByte page.
         let pdpte = self.read_entry(
             view,
-            Read::numbered(3, bits(pml4e.value, 51, 12), number(view.input, 38, 30), 8),
+            Read::numbered(3, view.address(pml4e.value, 51, 12), number(view.input, 38, 30), 8),
             granted,
         )?;
         self.must_be_present(view, pdpte)?;
@@ -58,15 +58,15 @@ impl<P: Physical> Walk<'_, P> {
         self.must_be_clear(view, pdpte, wrong, granted)?;
         if bit(pdpte.value, 7) {
             self.visited(view, pdpte, granted, Found::Leaf);
-            let address = bits(pdpte.value, 51, 30) | bits(view.input, 29, 0);
+            let address = view.address(pdpte.value, 51, 30) | bits(view.input, 29, 0);
             return Ok(Mapped { address, entry: pdpte.value, size: Size::OneGib, granted });
         }
-        self.visited(view, pdpte, granted, Found::Table);
+        self.refers(view, pdpte, granted)?;
 
         // A PDE is selected by bits 29:21. With PS = 1 it maps a 2-MByte page.
         let pde = self.read_entry(
             view,
-            Read::numbered(2, bits(pdpte.value, 51, 12), number(view.input, 29, 21), 8),
+            Read::numbered(2, view.address(pdpte.value, 51, 12), number(view.input, 29, 21), 8),
             granted,
         )?;
         self.must_be_present(view, pde)?;
@@ -79,22 +79,22 @@ impl<P: Physical> Walk<'_, P> {
         self.must_be_clear(view, pde, wrong, granted)?;
         if bit(pde.value, 7) {
             self.visited(view, pde, granted, Found::Leaf);
-            let address = bits(pde.value, 51, 21) | bits(view.input, 20, 0);
+            let address = view.address(pde.value, 51, 21) | bits(view.input, 20, 0);
             return Ok(Mapped { address, entry: pde.value, size: Size::TwoMib, granted });
         }
-        self.visited(view, pde, granted, Found::Table);
+        self.refers(view, pde, granted)?;
 
         // A PTE is selected by bits 20:12. It maps a 4-KByte page; its bit 7 is PAT.
         let pte = self.read_entry(
             view,
-            Read::numbered(1, bits(pde.value, 51, 12), number(view.input, 20, 12), 8),
+            Read::numbered(1, view.address(pde.value, 51, 12), number(view.input, 20, 12), 8),
             granted,
         )?;
         self.must_be_present(view, pte)?;
         let granted = granted.and(grants(pte.value));
         self.must_be_clear(view, pte, reserved_always(view, pte.value), granted)?;
         self.visited(view, pte, granted, Found::Leaf);
-        let address = bits(pte.value, 51, 12) | bits(view.input, 11, 0);
+        let address = view.address(pte.value, 51, 12) | bits(view.input, 11, 0);
         Ok(Mapped { address, entry: pte.value, size: Size::FourKib, granted })
     }
 }
@@ -108,7 +108,7 @@ fn grants(entry: u64) -> Granted {
 /// Reserved in the entries of every level: the address bits from MAXPHYADDR to 51, and bit 63 where EFER.NXE = 0. Bits 58:52
 /// are ignored; bits 62:59 are the key of a leaf, and ignored elsewhere or without CR4.PKE.
 fn reserved_always(view: &View, entry: u64) -> u64 {
-    let mut wrong = bits(entry, 51, view.cpu.maxphyaddr);
+    let mut wrong = view.beyond_the_cpu(entry, 51);
     if !view.registers.efer_nxe() {
         wrong |= bits(entry, 63, 63);
     }

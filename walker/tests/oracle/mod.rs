@@ -4,21 +4,23 @@
 //! paging mode is one function that reads downwards like the manual's prose; bits are tested by their number where the
 //! manual numbers them; each fault's code is put together where the fault is raised.
 //!
-//! Sources: Intel SDM volume 3, "Paging"; AMD APM volume 2, "Page Translation and Protection" and "Nested Paging". Where
-//! the manuals are silent because the question is the project's own (which entry is blamed, what an exempt access may
-//! do, when accessed bits are set), the rule cites the walker's documentation instead.
+//! Sources: Intel SDM volume 3, "Paging", "Linear-Address Pre-Processing" and "VMX Support for Address Translation"; AMD APM
+//! volume 2, "Page Translation and Protection" and "Nested Paging". Where the manuals are silent because the question is the
+//! project's own (which entry is blamed, what an exempt access may do, when accessed bits are set), the rule cites the walker's
+//! documentation instead.
 //!
 //! A mode is added as a function in a file next to [`long_mode`], a second dimension as a variant of [`Second`], a check as a
 //! condition in [`rights`].
-//!
-//! Left out: EPT, shadow stacks, supervisor keys, LAM and UAI, GMET.
 
 mod accessed_dirty;
+mod ept;
 mod linear;
 mod long_mode;
-mod nested;
+mod npt;
 mod pae;
+mod pre_processing;
 mod rights;
+mod second;
 mod structures;
 pub(crate) mod trial;
 mod two_level;
@@ -30,6 +32,17 @@ pub(crate) enum Kind {
     Read,
     Write,
     Fetch,
+    ShadowStackRead,
+    ShadowStackWrite,
+}
+
+impl Kind {
+    fn writes(self) -> bool {
+        self == Kind::Write || self == Kind::ShadowStackWrite
+    }
+    fn of_a_shadow_stack(self) -> bool {
+        self == Kind::ShadowStackRead || self == Kind::ShadowStackWrite
+    }
 }
 
 /// Who makes it.
@@ -50,6 +63,8 @@ pub(crate) struct Request {
     /// RFLAGS.AC.
     pub(crate) ac: bool,
     pub(crate) pkru: u32,
+    /// IA32_PKRS.
+    pub(crate) pkrs: u32,
     /// Through SS.
     pub(crate) stack: bool,
 }
@@ -61,6 +76,8 @@ pub(crate) struct Cpu {
     pub(crate) maxphyaddr: u32,
     /// CPUID's Page1GB.
     pub(crate) page1gb: bool,
+    /// The address bit that stands for encryption, where there is one: no address bit then, and not reserved.
+    pub(crate) encryption_bit: Option<u32>,
 }
 
 /// The control registers, as the CPU holds them.
@@ -94,19 +111,61 @@ impl Registers {
     fn cr4_pke(&self) -> bool {
         bit(self.cr4, 22)
     }
+    fn cr4_cet(&self) -> bool {
+        bit(self.cr4, 23)
+    }
+    fn cr4_pks(&self) -> bool {
+        bit(self.cr4, 24)
+    }
+    fn cr4_lam_sup(&self) -> bool {
+        bit(self.cr4, 28)
+    }
+    fn cr3_lam_u57(&self) -> bool {
+        bit(self.cr3, 61)
+    }
+    fn cr3_lam_u48(&self) -> bool {
+        bit(self.cr3, 62)
+    }
     fn efer_lma(&self) -> bool {
         bit(self.efer, 10)
     }
     fn efer_nxe(&self) -> bool {
         bit(self.efer, 11)
     }
+    fn efer_uaie(&self) -> bool {
+        bit(self.efer, 20)
+    }
 }
 
 /// What L1 put under L2.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Second {
-    /// Nested paging: nCR3, and the registers and CPU of the host that executed VMRUN.
-    Npt { ncr3: u64, host: Registers, cpu: Cpu },
+    /// Nested paging: nCR3, the registers and CPU of the host that executed VMRUN, and the VMCB's GMET.
+    Npt { ncr3: u64, host: Registers, cpu: Cpu, gmet: bool },
+    /// EPT: EPTP, the control "mode-based execute control for EPT", and what the CPU offers.
+    Ept { eptp: u64, controls: EptControls, offers: EptOffers, cpu: Cpu },
+}
+
+/// What the VMCS says of EPT beside EPTP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub(crate) struct EptControls {
+    /// "Mode-based execute control for EPT".
+    pub(crate) mode_based_execute: bool,
+    /// No CPU's: every access to a guest's paging structure counts as a write, as KVM has it.
+    pub(crate) tables_written: bool,
+}
+
+/// What IA32_VMX_EPT_VPID_CAP says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct EptOffers {
+    /// Bit 0.
+    pub(crate) execute_only: bool,
+    /// Bit 16.
+    pub(crate) pages_2_mib: bool,
+    /// Bit 17.
+    pub(crate) pages_1_gib: bool,
+    /// Bit 22.
+    pub(crate) advanced_information: bool,
 }
 
 /// Everything but the access and the memory.
@@ -170,6 +229,7 @@ pub(crate) enum Found {
     Leaf,
     NotPresent,
     Reserved,
+    Misconfigured,
     Unbacked,
 }
 
@@ -188,9 +248,19 @@ pub(crate) struct Visit {
     pub(crate) found: Found,
     /// Whether the page or structure that this walk leads to is being written.
     pub(crate) writes: bool,
-    /// Size of the entry, and whether its format has an accessed bit.
+    /// Size of the entry.
     pub(crate) bytes: u64,
-    pub(crate) accessed_bit: bool,
+    /// The accessed and the dirty bit of its format, if it has them.
+    pub(crate) flags: Option<Flags>,
+    /// Of a guest's entry behind a second dimension: its address there.
+    pub(crate) nested: Option<u64>,
+}
+
+/// Numbers of the accessed and the dirty bit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Flags {
+    pub(crate) accessed: u32,
+    pub(crate) dirty: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -225,6 +295,9 @@ pub(crate) enum Event {
     GeneralProtection,
     StackFault,
     NestedPageFault(u64),
+    /// With its exit qualification.
+    EptViolation(u64),
+    EptMisconfiguration,
     Unbacked,
 }
 
@@ -240,7 +313,21 @@ pub(crate) enum Cause {
     Smep,
     Smap,
     ReadOnly,
+    /// A supervisor's shadow-stack access to a user's page.
+    UserShadowStack,
+    /// A shadow-stack access to a page that is none.
+    NotShadowStack,
     ProtectionKey,
+    /// GMET: a supervisor's fetch from a user page.
+    Gmet,
+    /// EPT: not readable.
+    NotReadable,
+    /// EPT: W without R.
+    WriteWithoutRead,
+    /// EPT: X without R, and the CPU offers no execute-only translations.
+    ExecuteOnly,
+    /// EPT: a reserved memory type.
+    MemoryType,
 }
 
 /// A refused access.
@@ -290,6 +377,7 @@ struct Walk<'a, P> {
 
 /// What `request` means.
 pub(crate) fn translate<P: Physical>(system: &System, memory: &P, request: Request) -> Answer {
+    let request = without_cet(system, request);
     let mut walk = Walk { system, memory, request, visits: Vec::with_capacity(8) };
     let outcome = walk.linear_address();
     walk.finish(outcome)
@@ -300,16 +388,29 @@ pub(crate) fn translate_nested<P: Physical>(
     system: &System,
     memory: &P,
     request: Request,
-    purpose: nested::Purpose,
+    purpose: Purpose,
 ) -> Answer {
     let nested = request.linear;
     let mut walk =
         Walk { system, memory, request: Request { linear: 0, ..request }, visits: Vec::with_capacity(8) };
-    let outcome = walk.through_second(nested, purpose).map(|mapped| walk.without_guest(nested, mapped));
+    let outcome = walk
+        .through_second(nested, purpose, Granted::EVERYTHING)
+        .map(|mapped| walk.without_guest(nested, mapped));
     walk.finish(outcome)
 }
 
-pub(crate) use nested::Purpose;
+/// The project's own rule (`AccessKind`): where CR4.CET is clear, and no CPU makes shadow-stack accesses, they are ordinary ones.
+fn without_cet(system: &System, request: Request) -> Request {
+    let kind = match request.kind {
+        _ if system.registers.cr4_cet() => request.kind,
+        Kind::ShadowStackRead => Kind::Read,
+        Kind::ShadowStackWrite => Kind::Write,
+        ordinary => ordinary,
+    };
+    Request { kind, ..request }
+}
+
+pub(crate) use second::Purpose;
 
 impl<P: Physical> Walk<'_, P> {
     fn finish(self, outcome: Result<Page, Refusal>) -> Answer {

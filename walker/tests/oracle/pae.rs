@@ -12,7 +12,7 @@ impl<P: Physical> Walk<'_, P> {
         let pdpte = self.pdpte(view, bits(cr3, 31, 5), number(view.input, 31, 30))?;
 
         // A PDE is selected by bits 29:21. With PS = 1, whatever CR4.PSE, it maps a 2-MByte page. PDPTEs have no U/S, R/W or XD.
-        let pde = Read::numbered(2, bits(pdpte.value, 51, 12), number(view.input, 29, 21), 8);
+        let pde = Read::numbered(2, view.address(pdpte.value, 51, 12), number(view.input, 29, 21), 8);
         let pde = self.read_entry(view, pde, Granted::EVERYTHING)?;
         self.must_be_present(view, pde)?;
         let mut wrong = reserved_always(view, pde.value);
@@ -23,19 +23,19 @@ impl<P: Physical> Walk<'_, P> {
         self.must_be_clear(view, pde, wrong, granted)?;
         if bit(pde.value, 7) {
             self.visited(view, pde, granted, Found::Leaf);
-            let address = bits(pde.value, 51, 21) | bits(view.input, 20, 0);
+            let address = view.address(pde.value, 51, 21) | bits(view.input, 20, 0);
             return Ok(Mapped { address, entry: pde.value, size: Size::TwoMib, granted });
         }
-        self.visited(view, pde, granted, Found::Table);
+        self.refers(view, pde, granted)?;
 
         // A PTE is selected by bits 20:12.
-        let pte = Read::numbered(1, bits(pde.value, 51, 12), number(view.input, 20, 12), 8);
+        let pte = Read::numbered(1, view.address(pde.value, 51, 12), number(view.input, 20, 12), 8);
         let pte = self.read_entry(view, pte, granted)?;
         self.must_be_present(view, pte)?;
         let granted = granted.and(grants(pte.value));
         self.must_be_clear(view, pte, reserved_always(view, pte.value), granted)?;
         self.visited(view, pte, granted, Found::Leaf);
-        let address = bits(pte.value, 51, 12) | bits(view.input, 11, 0);
+        let address = view.address(pte.value, 51, 12) | bits(view.input, 11, 0);
         Ok(Mapped { address, entry: pte.value, size: Size::FourKib, granted })
     }
 
@@ -48,16 +48,16 @@ impl<P: Physical> Walk<'_, P> {
             let pdpte = Read::register(3, index, registers[index as usize]);
             self.must_be_present(view, pdpte)?;
             assert_eq!(reserved_in_pdpte(view, pdpte.value), 0, "no CPU loads such a register");
-            self.visited(view, pdpte, Granted::EVERYTHING, Found::Table);
+            self.refers(view, pdpte, Granted::EVERYTHING)?;
             return Ok(pdpte);
         }
         // "Nested Paging": the nested walk of a PAE guest, and a PAE host's own, read them from memory each time. There a reserved
         // bit is a fault like that of any other entry. Bit 5, where others have A, is reserved.
-        let pdpte = Read::numbered(3, table, index, 8).without_accessed_bit();
+        let pdpte = Read::numbered(3, table, index, 8).with_flags(None);
         let pdpte = self.read_entry(view, pdpte, Granted::EVERYTHING)?;
         self.must_be_present(view, pdpte)?;
         self.must_be_clear(view, pdpte, reserved_in_pdpte(view, pdpte.value), Granted::EVERYTHING)?;
-        self.visited(view, pdpte, Granted::EVERYTHING, Found::Table);
+        self.refers(view, pdpte, Granted::EVERYTHING)?;
         Ok(pdpte)
     }
 }
@@ -69,7 +69,7 @@ fn grants(entry: u64) -> Granted {
 
 /// "Linear-Address Translation with PAE Paging": bits 62:MAXPHYADDR of a PDE and a PTE, and bit 63 where EFER.NXE = 0.
 fn reserved_always(view: &View, entry: u64) -> u64 {
-    let mut wrong = bits(entry, 62, view.cpu.maxphyaddr);
+    let mut wrong = view.beyond_the_cpu(entry, 62);
     if !view.registers.efer_nxe() {
         wrong |= bits(entry, 63, 63);
     }
@@ -78,5 +78,5 @@ fn reserved_always(view: &View, entry: u64) -> u64 {
 
 /// "Format of a PAE Page-Directory-Pointer-Table Entry": bits 2:1, 8:5 and 63:MAXPHYADDR.
 fn reserved_in_pdpte(view: &View, entry: u64) -> u64 {
-    bits(entry, 2, 1) | bits(entry, 8, 5) | bits(entry, 63, view.cpu.maxphyaddr)
+    bits(entry, 2, 1) | bits(entry, 8, 5) | view.beyond_the_cpu(entry, 63)
 }

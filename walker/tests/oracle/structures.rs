@@ -3,8 +3,8 @@
 //! Intel SDM volume 3, "Page-Fault Exceptions".
 
 use super::{
-    Cause, Cpu, Dimension, Event, Found, Granted, Physical, Purpose, Refusal, Registers, Size, Visit, Walk,
-    bit, bits, number,
+    Cause, Cpu, Dimension, Event, Flags, Found, Granted, Physical, Purpose, Refusal, Registers, Second, Size,
+    Visit, Walk, bit, bits, number,
 };
 
 /// Whose structures are walked, under which registers, and for what.
@@ -19,6 +19,36 @@ pub(super) struct View {
     pub(super) writes: bool,
     /// Number of the first of the walk's visits that may belong to this view.
     pub(super) first_visit: usize,
+}
+
+impl View {
+    /// Bits `high` to `low` as an address. Where one of an entry's address bits stands for encryption, it is not part of the address.
+    pub(super) fn address(&self, value: u64, high: u32, low: u32) -> u64 {
+        match self.cpu.encryption_bit {
+            Some(encrypted) => bits(value, high, low) & !(1 << encrypted),
+            None => bits(value, high, low),
+        }
+    }
+
+    /// Bits `high` to MAXPHYADDR: of an address that the CPU does not have.
+    pub(super) fn beyond_the_cpu(&self, entry: u64, high: u32) -> u64 {
+        self.address(entry, high, self.cpu.maxphyaddr)
+    }
+
+    /// A refusal for which no entry is to blame.
+    pub(super) fn nobody_to_blame(&self, linear: u64, event: Event, cause: Cause) -> Refusal {
+        Refusal {
+            event,
+            cause,
+            linear,
+            dimension: self.dimension,
+            level: 0,
+            at: 0,
+            entry: 0,
+            bits: 0,
+            nested: (self.dimension == Dimension::Nested).then_some(self.input),
+        }
+    }
 }
 
 /// What the structures of one dimension made of an address.
@@ -40,24 +70,37 @@ pub(super) struct Read {
     address: u64,
     pub(super) value: u64,
     bytes: u64,
-    /// Whether the format has an accessed bit in this entry.
-    accessed_bit: bool,
+    flags: Option<Flags>,
+    /// Of a guest's entry behind a second dimension: its address there.
+    nested: Option<u64>,
 }
+
+/// "Accessed and Dirty Flags": bit 5 is the accessed flag, and bit 6 the dirty flag.
+const ACCESSED_DIRTY: Flags = Flags { accessed: 5, dirty: 6 };
 
 impl Read {
     /// An entry of `bytes` bytes that no walk has looked at yet.
     pub(super) fn numbered(level: u32, table: u64, index: u64, bytes: u64) -> Read {
-        Read { level, table, index, address: table + bytes * index, value: 0, bytes, accessed_bit: true }
+        Read {
+            level,
+            table,
+            index,
+            address: table + bytes * index,
+            value: 0,
+            bytes,
+            flags: Some(ACCESSED_DIRTY),
+            nested: None,
+        }
     }
 
-    pub(super) fn without_accessed_bit(self) -> Read {
-        Read { accessed_bit: false, ..self }
+    /// Where the format has other flags, or none.
+    pub(super) fn with_flags(self, flags: Option<Flags>) -> Read {
+        Read { flags, ..self }
     }
 
     /// A value that a register holds instead of memory.
     pub(super) fn register(level: u32, index: u64, value: u64) -> Read {
-        let accessed_bit = false;
-        Read { level, table: 0, index, address: 0, value, bytes: 8, accessed_bit }
+        Read { level, table: 0, index, address: 0, value, bytes: 8, flags: None, nested: None }
     }
 }
 
@@ -71,7 +114,9 @@ impl<P: Physical> Walk<'_, P> {
         granted: Granted,
     ) -> Result<Read, Refusal> {
         if view.dimension == Dimension::Guest && self.system.second.is_some() {
-            read.address = self.through_second(read.address, Purpose::Table)?.address;
+            let purpose = self.why_translate(read);
+            read.nested = Some(read.address);
+            read.address = self.through_second(read.address, purpose, Granted::EVERYTHING)?.address;
             read.table = read.address - read.bytes * read.index;
         }
         if let Some(eight_bytes) = self.memory.read(bits(read.address, 63, 3)) {
@@ -85,6 +130,16 @@ impl<P: Physical> Walk<'_, P> {
         // Not architectural: FaultKind::Unbacked.
         self.visited(view, read, granted, Found::Unbacked);
         Err(self.blame(view, read, 0, Event::Unbacked, Cause::TableUnbacked))
+    }
+
+    /// Under EPT the PDPTEs of PAE paging are not walked but loaded into registers beforehand.
+    fn why_translate(&self, read: Read) -> Purpose {
+        let registers = self.system.registers;
+        let pae = registers.cr4_pae() && !registers.efer_lma();
+        match self.system.second {
+            Some(Second::Ept { .. }) if pae && read.level == 3 => Purpose::PdpteRegister,
+            _ => Purpose::Table,
+        }
     }
 
     /// "Page-Fault Exceptions": there is no translation if P is 0 in an entry that the translation would use. The other
@@ -122,6 +177,23 @@ impl<P: Physical> Walk<'_, P> {
         Err(self.blame(view, read, wrong, event, Cause::ReservedBits))
     }
 
+    /// An entry that refers to another structure.
+    pub(super) fn refers(&mut self, view: &View, read: Read, so_far: Granted) -> Result<(), Refusal> {
+        self.visited(view, read, so_far, Found::Table);
+        self.flags_can_be_set(view)
+    }
+
+    /// Whether the second dimension lets the CPU set flags in the guest's entry that was read last.
+    pub(super) fn flags_can_be_set(&mut self, view: &View) -> Result<(), Refusal> {
+        let Some(&visit) = self.visits.last() else { return Ok(()) };
+        match (view.dimension, visit.nested, self.system.second) {
+            (Dimension::Guest, Some(nested), Some(Second::Ept { .. })) => {
+                self.guest_entry_updated(&visit, nested)
+            }
+            _ => Ok(()),
+        }
+    }
+
     pub(super) fn visited(&mut self, view: &View, read: Read, so_far: Granted, found: Found) {
         self.visits.push(Visit {
             dimension: view.dimension,
@@ -135,7 +207,8 @@ impl<P: Physical> Walk<'_, P> {
             found,
             writes: view.writes,
             bytes: read.bytes,
-            accessed_bit: read.accessed_bit,
+            flags: read.flags,
+            nested: read.nested,
         });
     }
 

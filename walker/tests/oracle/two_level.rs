@@ -23,7 +23,7 @@ impl<P: Physical> Walk<'_, P> {
             let address = high | bits(pde.value, 31, 22) | bits(view.input, 21, 0);
             return Ok(Mapped { address, entry: pde.value, size: Size::FourMib, granted });
         }
-        self.visited(view, pde, granted, Found::Table);
+        self.refers(view, pde, granted)?;
 
         // A PTE is selected by bits 21:12. Nothing is reserved in it, nor in the PDE above.
         let pte = Read::numbered(1, bits(pde.value, 31, 12), number(view.input, 21, 12), 4);

@@ -14,6 +14,8 @@ pub(crate) fn access(request: &Request) -> Access {
         Kind::Read => AccessKind::Read,
         Kind::Write => AccessKind::Write,
         Kind::Fetch => AccessKind::Fetch,
+        Kind::ShadowStackRead => AccessKind::ShadowStackRead,
+        Kind::ShadowStackWrite => AccessKind::ShadowStackWrite,
     };
     let privilege = match request.by {
         By::User => Privilege::User,
@@ -21,7 +23,11 @@ pub(crate) fn access(request: &Request) -> Access {
         By::ImplicitSupervisor => Privilege::ImplicitSupervisor,
         By::Exempt => Privilege::Exempt,
     };
-    Access::new(kind, privilege).with_ac(request.ac).with_pkru(request.pkru).through_stack(request.stack)
+    Access::new(kind, privilege)
+        .with_ac(request.ac)
+        .with_pkru(request.pkru)
+        .with_pkrs(request.pkrs)
+        .through_stack(request.stack)
 }
 
 /// The walker's outcome; `None` where the oracle has no word for it.
@@ -99,7 +105,9 @@ fn refusal(of: &Fault) -> Option<Refusal> {
             Reason::Smap => Cause::Smap,
             Reason::ReadOnly => Cause::ReadOnly,
             Reason::ProtectionKey => Cause::ProtectionKey,
-            Reason::UserShadowStack | Reason::NotShadowStack | Reason::Changing => return None,
+            Reason::UserShadowStack => Cause::UserShadowStack,
+            Reason::NotShadowStack => Cause::NotShadowStack,
+            Reason::Changing => return None,
         },
         linear: of.address,
         dimension: dimension(of.dimension),

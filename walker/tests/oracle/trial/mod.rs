@@ -1,6 +1,8 @@
 //! How the walker is put before the oracle: memory both can read, their answers side by side, and what is asked.
 
 pub(crate) mod answers;
+mod checks;
+pub(crate) mod classes;
 pub(crate) mod ground;
 mod nested;
 pub(crate) mod odometer;

@@ -81,10 +81,11 @@ pub(crate) fn nested(guest: Shape, host: Shape, rng: &mut Rng) -> Sheet {
     let mut setups = Vec::new();
     for (nxe, amd, feature, guest_nxe) in (0..16).map(|n| (n & 1 == 1, n & 2 == 2, n & 4 == 4, n & 8 == 8)) {
         // WP, SMEP, SMAP and PKE of the host must change nothing.
-        let host = Controls { nxe, pse: feature, ..Controls::numbered(host, rng.u64(..32)) };
-        let guest = Controls { nxe: guest_nxe, ..Controls::numbered(guest, rng.u64(..32)) };
-        let cpu = Cpu { amd, maxphyaddr: 48, page1gb: feature };
-        let second = Second::Npt { ncr3: host_root | rng.u64(..4) << 3, host: host.registers(0), cpu };
+        let host = Controls { nxe, pse: feature, ..Controls::numbered(host, rng.u64(..64)) };
+        let guest = Controls { nxe: guest_nxe, ..Controls::numbered(guest, rng.u64(..64)) };
+        let cpu = Cpu { amd, maxphyaddr: 48, page1gb: feature, encryption_bit: None };
+        let second =
+            Second::Npt { ncr3: host_root | rng.u64(..4) << 3, host: host.registers(0), cpu, gmet: false };
         setups.push(Setup::new(guest.registers(guest_root), ANY_CPU, Some(second)));
     }
     let targets = u64::from(guest.0) + 1;

@@ -23,14 +23,28 @@ pub(crate) struct Controls {
     pub(crate) smep: bool,
     pub(crate) smap: bool,
     pub(crate) pke: bool,
+    pub(crate) pks: bool,
+    /// Only with WP: no CPU has the one without the other.
+    pub(crate) cet: bool,
     pub(crate) pse: bool,
 }
 
 impl Controls {
-    /// The combination with this number, of thirty-two; CR4.PSE is set.
+    /// The combination with this number, of sixty-four; CR4.PSE is set. CET and PKS, which decide over different accesses, go
+    /// together.
     pub(crate) fn numbered(shape: Shape, number: u64) -> Controls {
         let on = |bit: u64| number >> bit & 1 == 1;
-        Controls { shape, wp: on(0), nxe: on(1), smep: on(2), smap: on(3), pke: on(4), pse: true }
+        Controls {
+            shape,
+            wp: on(0),
+            nxe: on(1),
+            smep: on(2),
+            smap: on(3),
+            pke: on(4),
+            pks: on(5),
+            cet: on(5) && on(0),
+            pse: true,
+        }
     }
 
     pub(crate) fn registers(self, root: u64) -> Registers {
@@ -44,7 +58,9 @@ impl Controls {
                 | set(levels == 5, 12)
                 | set(self.smep, 20)
                 | set(self.smap, 21)
-                | set(self.pke, 22),
+                | set(self.pke, 22)
+                | set(self.cet, 23)
+                | set(self.pks, 24),
             efer: set(levels >= 4, 8) | set(levels >= 4, 10) | set(self.nxe, 11),
         }
     }
@@ -69,12 +85,16 @@ impl Setup {
         };
         let walker = match second {
             None => Walker::new(gva_walk),
-            Some(Second::Npt { ncr3, host, cpu }) => {
+            Some(Second::Ept { .. }) => unreachable!("no sheet has EPT"),
+            Some(Second::Npt { ncr3, host, cpu, .. }) => {
                 let npt = NgpaWalk::npt(ncr3, &control_registers(&host), &self::profile(&cpu)).unwrap();
                 Walker::nested(gva_walk, npt)
             }
         };
-        let host = second.map(|Second::Npt { host, .. }| shape(&host));
+        let host = second.and_then(|second| match second {
+            Second::Npt { host, .. } => Some(shape(&host)),
+            Second::Ept { .. } => None,
+        });
         Setup {
             system: System { registers, cpu, pdpte_registers, second },
             walker,
@@ -103,6 +123,6 @@ fn profile(of: &Cpu) -> CpuProfile {
         vendor: if of.amd { Vendor::Amd } else { Vendor::Intel },
         maxphyaddr: of.maxphyaddr as u8,
         gib_pages: of.page1gb,
-        encryption_bit: None,
+        encryption_bit: of.encryption_bit.map(|bit| bit as u8),
     }
 }

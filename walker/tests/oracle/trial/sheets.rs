@@ -10,6 +10,7 @@
 //! - `entry`: an entry is read by itself, so the bits of one turn at a time, under every MAXPHYADDR, vendor and feature; the
 //!   others are sound. A reserved address bit is tried at both ends of the reserved range and in the middle, not 20 times.
 //! - `order`: which of several defects is met first depends on their levels and not on their bits: one of each kind.
+//! - `shadow stack` and `masking`, in their own file.
 //! - `canonicality`: decided before any entry is read: no entry turns.
 //! - `accessed and dirty`: depend on the bits themselves, on where the table lies and on the kind of access; the access is
 //!   refused or allowed by one right of the leaf.
@@ -17,6 +18,7 @@
 
 use fastrand::Rng;
 
+use super::checks::{masking, shadow_stack};
 use super::ground::{Ground, HIGH, LOW, ROM, Stretch, TOP};
 use super::nested::nested;
 use super::odometer::Reading;
@@ -40,10 +42,11 @@ pub(crate) struct Sheet {
 type Lay = dyn Fn(&mut Reading, &[Setup], &mut Ground, &mut Rng) -> (usize, Request);
 
 /// The wheels of an access: kind, and privilege with RFLAGS.AC.
-pub(crate) const ACCESS_WHEELS: [u64; 2] = [3, 7];
+pub(crate) const ACCESS_WHEELS: [u64; 2] = [5, 7];
 
 pub(crate) fn request(reading: &mut Reading, linear: u64, pkru: u32) -> Request {
-    let kind = [Kind::Read, Kind::Write, Kind::Fetch][reading.take() as usize];
+    let kind = [Kind::Read, Kind::Write, Kind::Fetch, Kind::ShadowStackRead, Kind::ShadowStackWrite]
+        [reading.take() as usize];
     let (by, ac) = [
         (By::User, false),
         (By::User, true),
@@ -53,10 +56,10 @@ pub(crate) fn request(reading: &mut Reading, linear: u64, pkru: u32) -> Request 
         (By::ImplicitSupervisor, true),
         (By::Exempt, true),
     ][reading.take() as usize];
-    Request { linear, kind, by, ac, pkru, stack: false }
+    Request { linear, kind, by, ac, pkru, pkrs: 0, stack: false }
 }
 
-pub(crate) const ANY_CPU: Cpu = Cpu { amd: false, maxphyaddr: 52, page1gb: true };
+pub(crate) const ANY_CPU: Cpu = Cpu { amd: false, maxphyaddr: 52, page1gb: true, encryption_bit: None };
 
 /// Every sheet.
 pub(crate) fn all(rng: &mut Rng) -> Vec<Sheet> {
@@ -66,6 +69,7 @@ pub(crate) fn all(rng: &mut Rng) -> Vec<Sheet> {
             sheets.push(rights(shape, leaf));
             sheets.push(protection_keys(shape, leaf));
             sheets.push(accessed_and_dirty(shape, leaf));
+            sheets.push(shadow_stack(shape, leaf));
             for level in leaf..=shape.0 {
                 sheets.push(entry(shape, leaf, level, rng));
             }
@@ -73,6 +77,7 @@ pub(crate) fn all(rng: &mut Rng) -> Vec<Sheet> {
         sheets.push(order(shape));
     }
     sheets.push(canonicality());
+    sheets.extend([4, 5].map(|levels| masking(Shape(levels), rng)));
     for guest in [0, 2, 3, 4, 5].map(Shape) {
         for host in [2, 3, 4, 5].map(Shape) {
             sheets.push(nested(guest, host, rng));
@@ -82,15 +87,20 @@ pub(crate) fn all(rng: &mut Rng) -> Vec<Sheet> {
 }
 
 /// The root table of a path, which outside long mode lies below 4 GiB, and in PAE paging on 32 bytes.
-fn root(shape: Shape, home: Stretch) -> u64 {
+pub(crate) fn root(shape: Shape, home: Stretch) -> u64 {
     match shape {
         Shape(3) => table(if home.start >> 32 == 0 { home } else { LOW }, 3) + 0x60,
         shape => table(home, shape.0),
     }
 }
 
+/// The encryption bit, or not.
+fn encrypted(cpu: &Cpu, rng: &mut Rng) -> u64 {
+    cpu.encryption_bit.map_or(0, |bit| rng.u64(..2) << bit)
+}
+
 /// Setups of `controls` over that root: in PAE paging every other one has PDPTE registers, one of the four absent.
-fn rooted(controls: Controls, home: Stretch, cpu: Cpu, number: u64) -> Setup {
+pub(crate) fn rooted(controls: Controls, home: Stretch, cpu: Cpu, number: u64) -> Setup {
     let root = root(controls.shape, home);
     // PWT and PCD are no part of the address.
     let registers = controls.registers(root | ((number % 4) << 3));
@@ -104,13 +114,13 @@ fn rooted(controls: Controls, home: Stretch, cpu: Cpu, number: u64) -> Setup {
 fn rights(shape: Shape, leaf: u32) -> Sheet {
     // A PDPTE of PAE paging has no rights.
     let top = if shape.0 == 3 { 2 } else { shape.0 };
-    let mut wheels = vec![32];
+    let mut wheels = vec![64];
     wheels.extend(vec![8; (top - leaf + 1) as usize]);
     wheels.extend(ACCESS_WHEELS);
     wheels.push(4);
     let home = [LOW, LOW, LOW, HIGH, HIGH, TOP][shape.0 as usize];
     let setups =
-        (0..32).map(|number| rooted(Controls::numbered(shape, number), home, ANY_CPU, number / 2)).collect();
+        (0..64).map(|number| rooted(Controls::numbered(shape, number), home, ANY_CPU, number / 2)).collect();
     let lay = move |reading: &mut Reading, setups: &[Setup], ground: &mut Ground, rng: &mut Rng| {
         let number = reading.take() as usize;
         // Without EFER.NXE bit 63 is reserved, which would end nearly every walk: `entry` and `order` have that.
@@ -135,7 +145,10 @@ fn rights(shape: Shape, leaf: u32) -> Sheet {
         *leaf_entry |= rng.u64(..2) << if leaf == 1 { 7 } else { 12 };
         let key = *leaf_entry >> 59 & 15;
         let mut request = request(reading, path.linear, 0);
-        request.pkru = rng.u32(..) & !(3 << (2 * key)) | (reading.take() as u32) << (2 * key);
+        let disabled = reading.take() as u32;
+        request.pkru = with_key(rng, key, disabled);
+        let for_the_supervisor = rng.u32(..4);
+        request.pkrs = with_key(rng, key, for_the_supervisor);
         path.lay(ground);
         (number, request)
     };
@@ -143,22 +156,30 @@ fn rights(shape: Shape, leaf: u32) -> Sheet {
 }
 
 fn protection_keys(shape: Shape, leaf: u32) -> Sheet {
-    // CR4.PKE is set in all of them: `rights` has it clear.
-    let mut wheels = vec![16, 4, 16, 4];
+    // CR4.PKE or CR4.PKS is set in all of them: `rights` has both clear.
+    let mut wheels = vec![48, 4, 16, 4, 4];
     wheels.extend(ACCESS_WHEELS);
-    let setups =
-        (0..16).map(|number| rooted(Controls::numbered(shape, 16 | number), LOW, ANY_CPU, number)).collect();
+    let setups = (0..48)
+        .map(|number| {
+            let [pke, pks] = [[true, false], [false, true], [true, true]][number as usize / 16];
+            let controls = Controls { pke, pks, ..Controls::numbered(shape, 32 | (number % 16)) };
+            rooted(controls, LOW, ANY_CPU, number)
+        })
+        .collect();
     let lay = move |reading: &mut Reading, _: &[Setup], ground: &mut Ground, rng: &mut Rng| {
         let number = reading.take() as usize;
         let mut path = Path::new(shape.linear(rng), shape, leaf, LOW);
         path.tables[shape.0 as usize] = root(shape, LOW);
-        let (rights, key, disabled) = (reading.take(), reading.take(), reading.take() as u32);
+        let (rights, key) = (reading.take(), reading.take());
+        let disabled = [reading.take() as u32, reading.take() as u32];
         let leaf_entry = &mut path.entries[leaf as usize];
         *leaf_entry |= shape.frame(leaf, rng) | if shape.0 < 4 { 0 } else { key << 59 };
         *leaf_entry &= !((!rights & 3) << 1);
-        let pkru = rng.u32(..) & !(3 << (2 * key)) | disabled << (2 * key);
+        // A shadow stack now and then.
+        *leaf_entry |= rng.u64(..2) << 6;
         path.lay(ground);
-        (number, request(reading, path.linear, pkru))
+        let request = request(reading, path.linear, with_key(rng, key, disabled[0]));
+        (number, Request { pkrs: with_key(rng, key, disabled[1]), ..request })
     };
     Sheet {
         name: "protection keys",
@@ -169,15 +190,23 @@ fn protection_keys(shape: Shape, leaf: u32) -> Sheet {
     }
 }
 
+/// A PKRU or IA32_PKRS that has these bits for `key`.
+fn with_key(rng: &mut Rng, key: u64, disabled: u32) -> u32 {
+    rng.u32(..) & !(3 << (2 * key)) | disabled << (2 * key)
+}
+
 fn entry(shape: Shape, leaf: u32, level: u32, rng: &mut Rng) -> Sheet {
     let mut setups = Vec::new();
     for maxphyaddr in [32, 36, 40, 46, 48, 51, 52] {
         for (amd, feature, nxe) in (0..8).map(|n| (n & 1 == 1, n & 2 == 2, n & 4 == 4)) {
-            for _ in 0..2 {
+            for encrypts in [false, true] {
                 // What lets a leaf be large: 1-GByte pages of the CPU, and CR4.PSE in 2-level paging.
-                let controls = Controls { nxe, pse: feature, ..Controls::numbered(shape, rng.u64(..32)) };
-                let cpu = Cpu { amd, maxphyaddr, page1gb: feature };
-                setups.push(Setup::new(controls.registers(root(shape, LOW)), cpu, None));
+                let controls = Controls { nxe, pse: feature, ..Controls::numbered(shape, rng.u64(..64)) };
+                let encryption_bit = encrypts.then(|| rng.u32(47..52));
+                let cpu = Cpu { amd, maxphyaddr, page1gb: feature, encryption_bit };
+                // Only in long mode has CR3 the bits.
+                let of_the_root = if shape.0 < 4 { 0 } else { encrypted(&cpu, rng) };
+                setups.push(Setup::new(controls.registers(root(shape, LOW) | of_the_root), cpu, None));
             }
         }
     }
@@ -204,7 +233,14 @@ fn entry(shape: Shape, leaf: u32, level: u32, rng: &mut Rng) -> Sheet {
         turned |= if shape.0 == 3 && rng.u32(..8) > 0 { 0 } else { rng.u64(..) & 0x07f0_0000_0000_0000 };
         let request = request(reading, path.linear, rng.u32(..));
         let number = reading.take() as usize;
-        let maxphyaddr = setups[number].system.cpu.maxphyaddr;
+        let cpu = setups[number].system.cpu;
+        let maxphyaddr = cpu.maxphyaddr;
+        if shape.0 > 2 {
+            for level in leaf..=shape.0 {
+                path.entries[level as usize] |= encrypted(&cpu, rng);
+            }
+            turned |= encrypted(&cpu, rng);
+        }
         turned |= match (high, shape.0) {
             (0, _) => 0,
             (1, 2) => 1 << rng.u32(13..22),
@@ -227,7 +263,7 @@ fn order(shape: Shape) -> Sheet {
     let setups = (0..8)
         .map(|n| {
             let controls = Controls { nxe: n & 1 == 1, ..Controls::numbered(shape, 29) };
-            let cpu = Cpu { amd: n & 2 == 2, maxphyaddr: 46, page1gb: n & 4 == 4 };
+            let cpu = Cpu { amd: n & 2 == 2, maxphyaddr: 46, page1gb: n & 4 == 4, encryption_bit: None };
             rooted(controls, LOW, cpu, n >> 1)
         })
         .collect();

@@ -15,17 +15,19 @@ pub(crate) fn setup(rng: &mut Rng) -> Setup {
         amd: rng.bool(),
         maxphyaddr: [32, 36, 40, 48, 52, 52][rng.usize(..6)],
         page1gb: rng.bool(),
+        encryption_bit: (rng.u32(..4) == 0).then(|| rng.u32(47..52)),
     };
     let shape = Shape([0, 2, 3, 4, 4, 5, 5][rng.usize(..7)]);
     let controls = |shape: Shape, rng: &mut Rng| Controls {
         pse: rng.bool(),
-        ..Controls::numbered(shape, rng.u64(..32))
+        ..Controls::numbered(shape, rng.u64(..64))
     };
     let root = |rng: &mut Rng| (rng.u64(..TABLES) * PAGE) | (rng.u64(..) & 0xfff);
     let second = rng.bool().then(|| Second::Npt {
         ncr3: root(rng),
         host: controls(Shape(rng.u32(2..=5)), rng).registers(0),
         cpu: cpu(rng),
+        gmet: false,
     });
     let pdptes = (shape.0 == 3 && second.is_none() && rng.bool())
         .then(|| [0; 4].map(|_| (rng.u64(..TABLES) * PAGE) | u64::from(rng.u32(..8) != 0)));
@@ -89,10 +91,12 @@ pub(crate) fn request(rng: &mut Rng, setup: &Setup) -> Request {
     }
     Request {
         linear,
-        kind: [Kind::Read, Kind::Write, Kind::Fetch][rng.usize(..3)],
+        kind: [Kind::Read, Kind::Write, Kind::Fetch, Kind::ShadowStackRead, Kind::ShadowStackWrite]
+            [[0, 0, 1, 1, 2, 2, 3, 4][rng.usize(..8)]],
         by: [By::User, By::User, By::Supervisor, By::ImplicitSupervisor, By::Exempt][rng.usize(..5)],
         ac: rng.bool(),
         pkru: rng.u32(..) & rng.u32(..),
+        pkrs: rng.u32(..) & rng.u32(..),
         stack: rng.bool(),
     }
 }

@@ -1,5 +1,8 @@
 //! Worked examples: addresses taken apart and error codes put together by hand, so that the oracle does not rest on itself.
 
+mod checks;
+mod ept;
+
 use std::collections::BTreeMap;
 
 use super::{
@@ -25,6 +28,24 @@ pub(crate) const EXAMPLES: &[(&str, fn())] = &[
     ("non_canonical", non_canonical),
     ("error_codes_of_the_manual", error_codes_of_the_manual),
     ("exit_info_of_nested_faults", exit_info_of_nested_faults),
+    ("a_shadow_stack_in_every_mode", checks::a_shadow_stack_in_every_mode),
+    ("what_is_no_shadow_stack", checks::what_is_no_shadow_stack),
+    ("keys_of_supervisor_pages", checks::keys_of_supervisor_pages),
+    ("linear_address_masking", checks::linear_address_masking),
+    ("upper_address_ignore", checks::upper_address_ignore),
+    ("encryption_is_no_address_bit", checks::encryption_is_no_address_bit),
+    ("guest_mode_execute_trap", checks::guest_mode_execute_trap),
+    ("ept_every_page_size", ept::every_page_size),
+    ("ept_is_as_wide_as_its_levels", ept::as_wide_as_its_levels),
+    ("ept_misconfigurations", ept::misconfigurations),
+    ("ept_violations_of_the_final_address", ept::violations_of_the_final_address),
+    ("ept_violations_of_a_table", ept::violations_of_a_table),
+    ("ept_advanced_information", ept::advanced_information),
+    ("ept_mode_based_execute", ept::mode_based_execute),
+    ("ept_supervisor_shadow_stack", ept::supervisor_shadow_stack),
+    ("ept_loads_pdptes_as_reads", ept::loads_pdptes_as_reads),
+    ("ept_accessed_and_dirty", ept::accessed_and_dirty),
+    ("ept_guest_flags_need_a_writable_page", ept::guest_flags_need_a_writable_page),
 ];
 
 /// Eight-byte words; the address space ends at 1 MiB, but for those.
@@ -50,7 +71,7 @@ impl Physical for Words {
     }
 }
 
-const CPU: Cpu = Cpu { amd: false, maxphyaddr: 36, page1gb: true };
+const CPU: Cpu = Cpu { amd: false, maxphyaddr: 36, page1gb: true, encryption_bit: None };
 const PG_PE_WP: u64 = 0x8001_0001;
 const PSE: u64 = 1 << 4;
 const PAE: u64 = 1 << 5;
@@ -67,7 +88,7 @@ fn system(cr3: u64, cr4: u64, efer: u64) -> System {
 }
 
 fn ask(system: &System, words: &[(u64, u64)], kind: Kind, by: By, linear: u64) -> Answer {
-    let request = Request { linear, kind, by, ac: false, pkru: 0, stack: false };
+    let request = Request { linear, kind, by, ac: false, pkru: 0, pkrs: 0, stack: false };
     translate(system, &Words::new(words), request)
 }
 
@@ -175,7 +196,7 @@ const IDENTITY: [(u64, u64); 2] = [(0x8000, 0x9027), (0x9000, 0xe7)];
 const HOST: Registers = Registers { cr0: PG_PE_WP, cr3: 0, cr4: PAE, efer: LME_LMA | NXE };
 
 fn nested(guest: System) -> System {
-    System { second: Some(Second::Npt { ncr3: 0x8000, host: HOST, cpu: CPU }), ..guest }
+    System { second: Some(Second::Npt { ncr3: 0x8000, host: HOST, cpu: CPU, gmet: false }), ..guest }
 }
 
 /// A table at CR3 bits 31:5; the entry is read, and a reserved bit in it is a page fault of the guest.
@@ -205,7 +226,7 @@ fn npt_in_the_formats_of_a_32_bit_host() {
         let mut system = system(0, 0, 0);
         system.registers.cr0 = 1;
         let host = Registers { cr0: PG_PE_WP, cr3: 0, cr4, efer: 0 };
-        system.second = Some(Second::Npt { ncr3, host, cpu: CPU });
+        system.second = Some(Second::Npt { ncr3, host, cpu: CPU, gmet: false });
         system
     };
     let two_level = [(0x1400, 0x2007 << 32), (0x2008, 0x5_6007)];
@@ -240,7 +261,7 @@ fn five_level_selects_by_bits_56_to_48() {
 
 fn non_canonical() {
     let ask = |cr4, linear, stack| {
-        let request = Request { linear, kind: Kind::Read, by: By::User, ac: false, pkru: 0, stack };
+        let request = Request { linear, kind: Kind::Read, by: By::User, ac: false, pkru: 0, pkrs: 0, stack };
         translate(&system(0x1000, cr4, LME_LMA), &Words::new(&[]), request).outcome.unwrap_err().event
     };
     for linear in [0x0000_8000_0000_0000, 0xffff_7fff_ffff_ffff, 0x8000_0000_0000_0000] {
@@ -261,7 +282,7 @@ fn non_canonical() {
 fn error_codes_of_the_manual() {
     let code = |cr4, leaf, kind, by, pkru| {
         let words = [(0x1000, 0x2007), (0x2000, leaf)];
-        let request = Request { linear: 0, kind, by, ac: false, pkru, stack: false };
+        let request = Request { linear: 0, kind, by, ac: false, pkru, pkrs: 0, stack: false };
         match translate(&system(0x1000, PAE | cr4, LME_LMA | NXE), &Words::new(&words), request).outcome {
             Ok(_) => None,
             Err(Refusal { event: Event::PageFault(code), cause, .. }) => Some((code, cause)),

@@ -9,6 +9,8 @@ pub const PAGES: u64 = 16;
 const WORDS: usize = PAGES as usize * 512;
 /// More loads than this by one call are a walk without a bound.
 pub const RUNAWAY: usize = 10_000;
+/// Memory stands still after so many changes.
+const CHANGES: usize = 500;
 
 /// The words, and what was done to them.
 pub struct Ram {
@@ -18,8 +20,9 @@ pub struct Ram {
     pub loads: Cell<usize>,
     /// Compare-exchanges that changed a word: where, what was there, what is there now.
     pub written: RefCell<Vec<(usize, u64, u64)>>,
-    /// What is XORed into memory, a word before each load and one before each compare-exchange, until it is used up.
-    pub changes: RefCell<Vec<(usize, u64)>>,
+    /// What is XORed into memory, one word before each load and each compare-exchange, over and over.
+    changes: RefCell<Vec<(usize, u64)>>,
+    changed: Cell<usize>,
 }
 
 impl Ram {
@@ -31,6 +34,7 @@ impl Ram {
             loads: Cell::new(0),
             written: RefCell::default(),
             changes: RefCell::default(),
+            changed: Cell::new(0),
         }
     }
 
@@ -39,6 +43,7 @@ impl Ram {
         self.loads.set(0);
         self.written.borrow_mut().clear();
         self.changes.borrow_mut().clear();
+        self.changed.set(0);
     }
 
     /// All zeros again.
@@ -79,12 +84,17 @@ impl Ram {
     }
 
     fn shift(&self) {
-        if let Some((word, bits)) = self.changes.borrow_mut().pop() {
-            let word = word % WORDS;
-            let was = self.words[word].get();
-            self.words[word].set(was ^ bits);
-            self.written.borrow_mut().push((word, was, was ^ bits));
+        let changes = self.changes.borrow();
+        let number = self.changed.get();
+        if changes.is_empty() || number >= CHANGES {
+            return;
         }
+        self.changed.set(number + 1);
+        let (word, bits) = changes[number % changes.len()];
+        let word = word % WORDS;
+        let was = self.words[word].get();
+        self.words[word].set(was ^ bits);
+        self.written.borrow_mut().push((word, was, was ^ bits));
     }
 }
 

@@ -121,7 +121,7 @@ fn low(width: u8) -> u64 {
 
 /// The bit that stands for encryption, and is no address bit.
 fn encryption(cpu: &CpuProfile) -> u64 {
-    cpu.encryption_bit.map_or(0, |bit| 1 << bit)
+    cpu.encryption_bit.and_then(|bit| 1_u64.checked_shl(u32::from(bit))).unwrap_or(0)
 }
 
 fn pdpte_reserved(cpu: &CpuProfile) -> u64 {

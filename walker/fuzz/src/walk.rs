@@ -5,8 +5,8 @@
 //! and nothing where it refuses; and on memory that changes under the walk, an end all the same.
 
 use pagewalk::{
-    AdPolicy, Backing, Dimension, Fault, FaultKind, Gva, MAX_ATTEMPTS, MAX_STEPS, NestedGpa, NestedPhase,
-    NoTrace, PageSize, PagingMode, Trace, Translation, Walker,
+    Access, AdPolicy, Backing, Dimension, Fault, FaultKind, Gva, MAX_ATTEMPTS, MAX_STEPS, NestedGpa,
+    NestedPhase, NoTrace, PageSize, PagingMode, Trace, Translation, Walker,
 };
 
 use crate::input::Input;
@@ -35,7 +35,7 @@ pub const CLASSES: [&str; 15] = [
     "Set skipped read-only memory",
     "contended",
     "registers refused",
-    "by rule: entries of four and eight bytes overlap",
+    "by rule: one word, two meanings for Set",
 ];
 
 /// Checks one input, and counts what it comes to by [`CLASSES`]; `ram` is cleared before and after.
@@ -77,7 +77,7 @@ fn without_skipped(outcome: Result<Translation, Fault>) -> Result<Translation, F
     outcome.map(|page| Translation { ad_skipped: false, ..page })
 }
 
-fn quiet(walker: &Walker, ram: &Ram, gva: u64, access: &pagewalk::Access, counts: &mut [u64]) {
+fn quiet(walker: &Walker, ram: &Ram, gva: u64, access: &Access, counts: &mut [u64]) {
     let bound = bound(walker);
     assert!(bound <= MAX_STEPS);
     let gva = Gva(gva);
@@ -99,7 +99,7 @@ fn quiet(walker: &Walker, ram: &Ram, gva: u64, access: &pagewalk::Access, counts
     assert!(ram.written.borrow().is_empty(), "Observe wrote");
 
     let set = walker.translate_with(ram, gva, access, AdPolicy::Set, &mut NoTrace);
-    if overlaps(walker, &trace) {
+    if overlaps(walker, access, &trace) {
         counts[14] += 1;
         ram.undo();
         return;
@@ -138,14 +138,12 @@ fn quiet(walker: &Walker, ram: &Ram, gva: u64, access: &pagewalk::Access, counts
     count(walker, set, counts);
 }
 
-/// Whether the walk met one word as an entry of four bytes and of eight: what `Set` leaves in the one may be a frame bit of
-/// the other, and then it has to walk again.
-fn overlaps(walker: &Walker, trace: &Trace) -> bool {
-    let bytes = |second: bool| match (second, walker.ngpa_walk()) {
-        (true, Some(second)) => second.page_walk().format().entry_bytes(),
-        _ => walker.gva_walk().format().entry_bytes(),
-    };
-    if bytes(false) == bytes(true) {
+/// Whether the walk met one word in both dimensions, and what `Set` leaves in it for the one means something else to the other:
+/// it is a frame bit of an entry of another width, or the dirty bit that makes a page a shadow stack. Then it has to walk again.
+fn overlaps(walker: &Walker, access: &Access, trace: &Trace) -> bool {
+    let Some(second) = walker.ngpa_walk() else { return false };
+    let same_width = walker.gva_walk().format().entry_bytes() == second.page_walk().format().entry_bytes();
+    if same_width && !access.is_shadow_stack() {
         return false;
     }
     let words = |dimension| {
@@ -175,7 +173,7 @@ fn hostile(
     walker: &Walker,
     ram: &Ram,
     gva: u64,
-    access: &pagewalk::Access,
+    access: &Access,
     changes: &[(usize, u64)],
     counts: &mut [u64],
 ) {

@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# Every judge, and one table of what they said.
+#
+#   judges.sh              runs the judges, and then prints the table
+#   judges.sh table LOG    prints the table of a run whose output is in LOG
+#
+# A row adds up the judges that it names; each has to have said `judge NAME: N cases, D disagreements, T s` and made its minimum.
+# The verdict on a row is OK, DISAGREES, SHORT (of cases), MISSING (a judge said nothing), or SKIPPED: the row's bed said so and
+# PAGEWALK_REQUIRE does not name it. Whatever is not OK or SKIPPED makes this fail.
+#
+#   PAGEWALK_FUZZ_SECONDS   how long each fuzz target runs; default 60
+# Beds, PAGEWALK_REQUIRE and PAGEWALK_SEED: see README.md.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+# Name | what it is | bed | cases of each judge | of all | seconds of each | judges, with `*` for any ending
+rows() {
+    cat <<'ROWS'
+kvm|Local /dev/kvm, 4-level: KVM_TRANSLATE and execution|kvm|300000|1000000|0|kvm-translate kvm-execution
+amd-translate|kvm_amd in TCG, KVM_TRANSLATE: unpaged, 2-level, PAE, 4-, 5-level|nested-amd|50000|0|0|nested-amd-translate-unpaged nested-amd-translate-2 nested-amd-translate-pae nested-amd-translate-4 nested-amd-translate-5
+amd-execution|kvm_amd in TCG, executed accesses in the same modes|nested-amd|20000|0|0|nested-amd-kvm-execution-unpaged nested-amd-kvm-execution-2 nested-amd-kvm-execution-pae nested-amd-kvm-execution-4 nested-amd-kvm-execution-5
+amd-nested|kvm_amd nested: L2 2-level, PAE, 4-, 5-level over NPT of 4, 5|nested-amd|20000|0|0|nested-amd-npt-2x4 nested-amd-npt-2x5 nested-amd-npt-paex4 nested-amd-npt-paex5 nested-amd-npt-4x4 nested-amd-npt-4x5 nested-amd-npt-5x4 nested-amd-npt-5x5
+amd-executing|Executing in the nested bed: #PF, EXITINFO1, SMEP, SMAP, PKU, A/D|nested-amd|1000|100000|0|nested-amd-vmrun-execution* nested-amd-keys-execution-* nested-amd-kvm-execution-*
+intel-nested|kvm_intel in Bochs, nested over EPT: translations|nested-intel|1000|20000|0|nested-intel-ept-*
+intel-exit|kvm_intel in Bochs: exit qualification as L1 sees it|nested-intel|1000|5000|0|nested-intel-*execution*
+tcg-mmu|QEMU's own MMU on stock Linux, every `info tlb` entry|qemu|1|0|0|linux-4-level-info-tlb linux-5-level-info-tlb linux-2-level-info-tlb linux-pae-info-tlb
+oracle|The independent oracle, odometer and soup||5000000|0|0|oracle
+fuzz|Fuzzing: panics, step bound, hangs, contradictions||100000|0|SECONDS|fuzz-walk fuzz-registers
+mutants|Mutants of the walker, each caught by a judge|kvm|60|0|0|mutants
+model|Interleavings of kicks and publications; slips in them||5|5000|0|loom-publication loom-slips
+ROWS
+}
+
+table() {
+    rows | sed "s/|SECONDS|/|${PAGEWALK_FUZZ_SECONDS:-60}|/" | awk -F'|' -v required=",${PAGEWALK_REQUIRE:-}," '
+        FNR == NR {
+            count++
+            name[count] = $1; title[count] = $2; bed[count] = $3
+            each[count] = $4; all[count] = $5; seconds[count] = $6; judges[count] = $7
+            next
+        }
+        { sub(/\r$/, "") }
+        # A judge that ran twice in one log: its last word.
+        match($0, /^judge [^ ]+: [0-9]+ cases, [0-9]+ disagreements, [0-9.]+ s$/) {
+            split($0, word, / +/)
+            who = substr(word[2], 1, length(word[2]) - 1)
+            cases[who] = word[3]; disagreements[who] = word[5]; time[who] = word[7]
+        }
+        /^SKIPPED / { where = $0; sub(/^SKIPPED /, "", where); sub(/:.*/, "", where); skipped[where] = 1 }
+        function thousands(number,   text, out) {
+            text = sprintf("%d", number); out = ""
+            while (length(text) > 3) { out = "," substr(text, length(text) - 2) out; text = substr(text, 1, length(text) - 3) }
+            return text out
+        }
+        END {
+            line = "| %-70s | %13s | %-22s | %13s | %9s | %s\n"
+            printf line, "judge", "cases", "at least", "disagreements", "seconds", "verdict |"
+            printf "|%s|%s:|%s|%s:|%s:|---|\n", dashes(72), dashes(14), dashes(24), dashes(14), dashes(10)
+            for (row = 1; row <= count; row++) {
+                total = wrong = 0; spent = 0.0; missing = short = ""
+                wanted = split(judges[row], want, " ")
+                for (n = 1; n <= wanted; n++) {
+                    pattern = want[n]; gsub(/\*/, ".*", pattern); found = 0
+                    for (who in cases) if (who ~ "^" pattern "$") {
+                        found++
+                        total += cases[who]; wrong += disagreements[who]; spent += time[who]
+                        if (cases[who] + 0 < each[row] + 0 || time[who] + 0 < seconds[row] + 0) short = short " " who
+                    }
+                    if (!found) missing = missing " " want[n]
+                }
+                if (total < all[row] + 0) short = short " in all"
+                least = each[row] > 0 && wanted > 1 ? thousands(each[row]) " each" : thousands(each[row])
+                if (all[row] > 0) least = thousands(all[row])
+                if (seconds[row] > 0) least = seconds[row] " s each"
+                if (wrong > 0) verdict = "DISAGREES"
+                else if (missing != "" && total == 0 && skipped[bed[row]] && index(required, "," bed[row] ",") == 0) verdict = "SKIPPED"
+                else if (missing != "") verdict = "MISSING:" missing
+                else if (short != "") verdict = "SHORT:" short
+                else verdict = "OK"
+                if (verdict != "OK" && verdict != "SKIPPED") failed++
+                printf line, title[row], thousands(total), least, wrong, sprintf("%.1f", spent), verdict " |"
+                said[row] = sprintf("judge row-%s: %d cases, %d disagreements, %.1f s", name[row], total, wrong, spent)
+            }
+            print ""
+            for (row = 1; row <= count; row++) print said[row]
+            if (failed) { printf "\n%d of %d rows are not as they have to be\n", failed, count; exit 1 }
+        }
+        function dashes(n,   text) { text = ""; while (n-- > 0) text = text "-"; return text }
+    ' - "$1"
+}
+
+# Test targets that judge: by the name that they have in their crates.
+targets() {
+    local package file
+    for package in walker:pagewalk server:pagewalkd; do
+        for file in "${package%%:*}"/tests/{judge_*,mutants.rs,model}; do
+            [ -e "$file" ] && printf -- '%s %s\n' "${package##*:}" "$(basename "$file" .rs)"
+        done
+    done
+}
+
+run() {
+    local log status=0 package target
+    log=$(realpath "${CARGO_TARGET_DIR:-target}")/judges.log
+    : >"$log"
+    while read -r package target; do
+        cargo test --locked -p "$package" --test "$target" 2>&1 | tee -a "$log" || status=1
+    done < <(targets)
+    walker/fuzz/run.sh "${PAGEWALK_FUZZ_SECONDS:-60}" 2>&1 | tee -a "$log" || status=1
+    echo
+    table "$log" || status=1
+    exit "$status"
+}
+
+case "${1-}" in
+    "") run ;;
+    table) [ -f "${2-}" ] || { echo "usage: $0 table LOG" >&2; exit 2; }; table "$2" ;;
+    *) echo "usage: $0 | table LOG" >&2; exit 2 ;;
+esac

@@ -60,8 +60,10 @@ pub(crate) fn descend<E: EntryLayout, M: Memory, R: Recorder>(
     let mut table = walk.root();
     let mut grants = Grants::ALL;
     let mut level = format.levels();
-    // To a shadow stack, the dirty bit is part of what the leaf means: it is not set, and its change is one of meaning.
+    // The dirty bit makes a shadow stack of a page: a shadow-stack access finds it set and never sets it, and where rights are
+    // checked, its change is a change of meaning.
     let shadow_stack = format.shadow_stacks() && purpose.access.is_shadow_stack();
+    let dirty_is_meant = shadow_stack && !purpose.access.is_exempt();
     loop {
         let shift = (12 + E::INDEX_BITS * level.wrapping_sub(1)) & 63;
         let number = (address >> shift) & ((1 << E::INDEX_BITS) - 1);
@@ -84,7 +86,7 @@ pub(crate) fn descend<E: EntryLayout, M: Memory, R: Recorder>(
                     verdict,
                     held,
                     sets: if walked { E::sets(level, dirties) } else { 0 },
-                    accessed_dirty: E::ACCESSED | if shadow_stack { 0 } else { E::DIRTY },
+                    accessed_dirty: E::ACCESSED | if dirty_is_meant { 0 } else { E::DIRTY },
                 });
             }
         };

@@ -28,6 +28,9 @@ const PAE: u64 = 1 << 5;
 const LA57: u64 = 1 << 12;
 const LONG: u64 = 0x500;
 const NXE: u64 = 1 << 11;
+const WP: u64 = 1 << 16;
+const CET: u64 = 1 << 23;
+const PKS: u64 = 1 << 24;
 
 /// Guest memory that counts how often it is read.
 struct Counted {
@@ -110,47 +113,77 @@ fn address() -> impl Strategy<Value = u64> {
 /// Registers that select 4-level or 5-level paging; everything else of them is free.
 fn registers() -> impl Strategy<Value = ControlRegisters> {
     (0..PAGES, any::<u64>()).prop_map(|(root, free)| ControlRegisters {
-        cr0: CR0 | free & 1 << 16,
+        cr0: CR0 | free & WP,
         cr3: root << 12 | free & 0x18,
-        cr4: PAE | free & (LA57 | 0x70_0000),
+        cr4: PAE | free & (LA57 | 0x70_0000 | PKS | if free & WP == 0 { 0 } else { CET }),
         efer: LONG | free & NXE,
         ..ControlRegisters::default()
     })
 }
 
+/// The same with bits of pointers ignored, as the vendor does it: LAM by CR3 and CR4.LAM_SUP, or UAI.
+fn masking(registers: ControlRegisters, vendor: Vendor, free: u64) -> ControlRegisters {
+    match vendor {
+        Vendor::Intel => ControlRegisters {
+            cr3: registers.cr3 | free & 3 << 61,
+            cr4: registers.cr4 | free & 1 << 28,
+            ..registers
+        },
+        Vendor::Amd => ControlRegisters { efer: registers.efer | free & 1 << 20, ..registers },
+    }
+}
+
 fn cpu() -> impl Strategy<Value = CpuProfile> {
-    (any::<bool>(), 32..=52_u8, any::<bool>()).prop_map(|(intel, maxphyaddr, gib_pages)| CpuProfile {
-        vendor: if intel { Vendor::Intel } else { Vendor::Amd },
-        maxphyaddr,
-        gib_pages,
-        encryption_bit: None,
-    })
+    let encryption_bit = prop::option::weighted(0.3, 47..52_u8);
+    (any::<bool>(), 32..=52_u8, any::<bool>(), encryption_bit).prop_map(
+        |(intel, maxphyaddr, gib_pages, encryption_bit)| CpuProfile {
+            vendor: if intel { Vendor::Intel } else { Vendor::Amd },
+            maxphyaddr,
+            gib_pages,
+            encryption_bit,
+        },
+    )
 }
 
 fn access() -> impl Strategy<Value = Access> {
-    let kind = prop::sample::select(vec![AccessKind::Read, AccessKind::Write, AccessKind::Fetch]);
+    let kind = prop_oneof![
+        Just(AccessKind::Read),
+        Just(AccessKind::Write),
+        Just(AccessKind::Fetch),
+        prop::sample::select(vec![AccessKind::ShadowStackRead, AccessKind::ShadowStackWrite]),
+    ];
     let privilege = prop::sample::select(vec![
         Privilege::Exempt,
         Privilege::User,
         Privilege::Supervisor,
         Privilege::ImplicitSupervisor,
     ]);
-    (kind, privilege, any::<bool>(), any::<u32>(), any::<bool>()).prop_map(
-        |(kind, privilege, ac, pkru, stack)| {
-            Access::new(kind, privilege).with_ac(ac).with_pkru(pkru).through_stack(stack)
+    (kind, privilege, any::<bool>(), any::<(u32, u32)>(), any::<bool>()).prop_map(
+        |(kind, privilege, ac, (pkru, pkrs), stack)| {
+            let access = Access::new(kind, privilege).with_ac(ac).through_stack(stack);
+            access.with_pkru(pkru).with_pkrs(pkrs)
         },
     )
 }
 
 fn walker() -> impl Strategy<Value = Walker> {
     let nested = prop::option::of((registers(), 0..PAGES));
-    (registers(), nested, cpu()).prop_map(|(guest, nested, cpu)| {
-        let gva_walk = PageWalk::new(&guest, &cpu).unwrap();
-        match nested {
-            None => Walker::new(gva_walk),
-            Some((host, root)) => Walker::nested(gva_walk, NgpaWalk::npt(root << 12, &host, &cpu).unwrap()),
-        }
-    })
+    (registers(), nested, cpu()).prop_map(|(guest, nested, cpu)| built(&guest, nested, &cpu))
+}
+
+/// As [`walker`], in one of two with bits of pointers ignored.
+fn masking_walker() -> impl Strategy<Value = Walker> {
+    let nested = prop::option::of((registers(), 0..PAGES));
+    (registers(), nested, cpu(), prop_oneof![Just(0), any::<u64>()])
+        .prop_map(|(guest, nested, cpu, free)| built(&masking(guest, cpu.vendor, free), nested, &cpu))
+}
+
+fn built(guest: &ControlRegisters, nested: Option<(ControlRegisters, u64)>, cpu: &CpuProfile) -> Walker {
+    let gva_walk = PageWalk::new(guest, cpu).unwrap();
+    match nested {
+        None => Walker::new(gva_walk),
+        Some((host, root)) => Walker::nested(gva_walk, NgpaWalk::npt(root << 12, &host, cpu).unwrap()),
+    }
 }
 
 /// The most loads that one attempt may take: each guest level behind a nested walk, and one for the final address.
@@ -169,17 +202,19 @@ proptest! {
 
     #[test]
     fn every_way_of_asking_gives_one_outcome(
-        entries in entries(), walker in walker(), access in access(), gvas in prop::collection::vec(address(), 8),
+        entries in entries(), walker in masking_walker(), access in access(),
+        gvas in prop::collection::vec(address(), 8),
     ) {
         for gva in gvas.into_iter().map(Gva) {
             let memory = Counted::new(&entries);
             let before = memory.snapshot();
             // What the fast lane leaves is walked again, and if rights are refused, once more, recorded, to find who
-            // withholds them.
+            // withholds them. It leaves every access to a shadow stack.
             let observed = walker.translate(&memory, gva, &access);
             let loads = memory.loads.replace(0);
             prop_assert!(loads <= 3 * bound(&walker), "{loads} loads, at most {} an attempt", bound(&walker));
-            prop_assert!(observed.is_err() || loads <= bound(&walker));
+            let walks = if access.is_shadow_stack() { 2 } else { 1 };
+            prop_assert!(observed.is_err() || loads <= walks * bound(&walker));
             prop_assert!(bound(&walker) <= 35);
 
             let mut trace = Trace::new();
@@ -258,6 +293,46 @@ proptest! {
                 prop_assert_eq!(outcome.unwrap_err().kind, kind);
                 prop_assert_eq!(memory.loads.get(), 0, "a non-canonical address reads nothing");
             }
+        }
+    }
+
+    #[test]
+    fn what_a_cpu_ignores_of_a_pointer_does_not_matter(
+        entries in entries(), registers in registers(), cpu in cpu(), access in access(), gva in address(),
+        free in any::<u64>(), tag in any::<u64>(),
+    ) {
+        let memory = Counted::new(&entries);
+        let plain = Walker::new(PageWalk::new(&registers, &cpu).unwrap());
+        let registers = masking(registers, cpu.vendor, free);
+        let masking = Walker::new(PageWalk::new(&registers, &cpu).unwrap());
+        let five_levels = registers.cr4 & LA57 != 0;
+        // The manuals' tables: which bits of this pointer are metadata.
+        let shadow_stack = access.is_shadow_stack() && registers.cr4 & CET != 0;
+        let ds = !access.is_stack() && !shadow_stack && access.privilege() != Privilege::ImplicitSupervisor;
+        let (high, low) = match (cpu.vendor, access.kind()) {
+            (_, AccessKind::Fetch) => (0, 0),
+            (Vendor::Amd, _) if registers.efer >> 20 & 1 != 0 && ds => (63, 57),
+            (Vendor::Amd, _) => (0, 0),
+            (Vendor::Intel, _) if gva >> 63 == 0 => match registers.cr3 >> 61 & 3 {
+                0 => (0, 0),
+                2 => (62, 48),
+                _ => (62, 57),
+            },
+            (Vendor::Intel, _) if registers.cr4 >> 28 & 1 == 0 => (0, 0),
+            (Vendor::Intel, _) => (62, if five_levels { 57 } else { 48 }),
+        };
+        let metadata = if high == 0 { 0 } else { u64::MAX >> (63 - high) & u64::MAX << low };
+        let sign = if high == 0 { 0 } else { gva >> (low - 1) & 1 };
+        let untagged = gva & !metadata | if sign == 1 { metadata } else { 0 };
+        let expected = plain.translate(&memory, Gva(untagged), &access);
+        for gva in [gva, gva ^ tag & metadata] {
+            let outcome = masking.translate(&memory, Gva(gva), &access);
+            let expected = match expected {
+                // The pointer as it was given, where it leads nowhere.
+                Err(fault) if fault.reason == Reason::NonCanonical => Err(Fault { address: gva, ..fault }),
+                other => other,
+            };
+            prop_assert_eq!(outcome, expected);
         }
     }
 

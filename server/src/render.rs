@@ -5,18 +5,18 @@
 use std::fmt::{self, Write as _};
 
 use pagewalk::{
-    Backing, Dimension, Fault, FaultKind, MemoryType, PageFormat, PageSize, Reason, Rights, Step,
-    Translation, Verdict,
+    Backing, Dimension, Fault, FaultKind, MemoryType, NgpaWalk, PageFormat, PageSize, Reason, Rights, Step,
+    Translation, Verdict, Walker,
 };
 
-use crate::convert::fault::decode;
+use crate::convert::fault::{Code, decode};
 use crate::convert::step::verdict;
 
 /// A walk and what came of it.
 pub(crate) struct Ladder<'a> {
     /// What was asked, of whom.
     pub(crate) title: &'a str,
-    pub(crate) format: &'a PageFormat,
+    pub(crate) walker: &'a Walker,
     pub(crate) steps: &'a [Step],
     pub(crate) outcome: &'a Result<Translation, Fault>,
 }
@@ -36,7 +36,7 @@ impl fmt::Display for Ladder<'_> {
         for step in self.steps {
             let name = match step.dimension {
                 Dimension::Guest => level_name(step.level).to_owned(),
-                Dimension::Nested => format!("  NPT {}", level_name(step.level)),
+                Dimension::Nested => format!("  {} {}", self.second(), level_name(step.level)),
             };
             let entry = match step.verdict {
                 Verdict::Unbacked => "-".to_owned(),
@@ -47,19 +47,62 @@ impl fmt::Display for Ladder<'_> {
                 "  {name:<12} {:>5}  {:#018x}  {entry:<18}  {:<20} {:<9} {}",
                 step.index,
                 step.entry_gpa.0,
-                bits(step),
-                rights(step.rights_so_far),
+                self.bits(step),
+                self.so_far(step),
                 self.said(step),
             )?;
         }
         match self.outcome {
             Ok(page) => writeln!(f, "=> {}", self.page(page)),
-            Err(refused) => writeln!(f, "=> {}", fault(refused)),
+            Err(refused) => writeln!(f, "=> {}", fault(refused, self.second())),
         }
     }
 }
 
 impl Ladder<'_> {
+    /// The second dimension's name.
+    fn second(&self) -> &'static str {
+        match self.walker.ngpa_walk() {
+            Some(NgpaWalk::Ept(_)) => "EPT",
+            _ => "NPT",
+        }
+    }
+
+    /// The format of an EPT entry.
+    fn ept(&self, step: &Step) -> Option<&PageFormat> {
+        match (step.dimension, self.walker.ngpa_walk()) {
+            (Dimension::Nested, Some(NgpaWalk::Ept(ept))) => Some(ept.page_walk().format()),
+            _ => None,
+        }
+    }
+
+    /// The bits that are set, by their short names.
+    fn bits(&self, step: &Step) -> String {
+        self.ept(step).map_or_else(|| bits(step), |format| ept_bits(step, format))
+    }
+
+    fn so_far(&self, step: &Step) -> String {
+        let Some(format) = self.ept(step) else {
+            return rights(step.rights_so_far);
+        };
+        let so_far = step.rights_so_far;
+        let user = if format.mode_based_execute() && so_far.user() { "u" } else { "" };
+        format!("{}{user}", read_write_execute(so_far))
+    }
+
+    fn memory_type(&self, page: &Translation) -> String {
+        let format = self.walker.gva_walk().format();
+        let pat = memory_type(format.pat_type(page));
+        match (page.ept_memory_type, format.effective_type(page)) {
+            (Some(ept), Some(effective)) => {
+                let ignores = if ept.ignore_pat { ", which ignores the PAT" } else { "" };
+                let (effective, ept) = (memory_type(effective), memory_type(ept.memory_type));
+                format!("{effective} (PAT {pat}, EPT {ept}{ignores})")
+            }
+            _ => pat.to_owned(),
+        }
+    }
+
     /// What the entry is, and whether it is the one that refuses.
     fn said(&self, step: &Step) -> String {
         let what = match step.verdict {
@@ -76,7 +119,7 @@ impl Ladder<'_> {
         let through = page.nested_gpa.map(|gpa| format!(" through nGPA {gpa:#x}")).unwrap_or_default();
         let nested_size = page
             .nested_page_size
-            .map(|size| format!(" in an NPT page of {}", size_name(size)))
+            .map(|size| format!(" in an {} page of {}", self.second(), size_name(size)))
             .unwrap_or_default();
         let key = match page.key() {
             0 => String::new(),
@@ -87,7 +130,7 @@ impl Ladder<'_> {
             page.gpa,
             size_name(page.page_size),
             rights(page.rights),
-            memory_type(self.format.pat_type(page)),
+            self.memory_type(page),
             backing(page.backing),
         )
     }
@@ -107,27 +150,37 @@ pub(crate) fn level_name(level: u32) -> &'static str {
 
 /// Rights as a person reads them.
 pub(crate) fn rights(rights: Rights) -> String {
+    format!("{} {}", read_write_execute(rights), if rights.user() { "user" } else { "super" })
+}
+
+fn read_write_execute(rights: Rights) -> String {
     let letter = |has, letter| if has { letter } else { '-' };
-    format!(
-        "{}{}{} {}",
-        letter(rights.read(), 'r'),
-        letter(rights.write(), 'w'),
-        letter(rights.execute(), 'x'),
-        if rights.user() { "user" } else { "super" },
-    )
+    format!("{}{}{}", letter(rights.read(), 'r'), letter(rights.write(), 'w'), letter(rights.execute(), 'x'))
 }
 
 /// A fault in one or two sentences: what the CPU raises, and which bits of which entry are responsible.
-pub(crate) fn fault(fault: &Fault) -> String {
+/// `second` is the name of the second dimension.
+fn fault(fault: &Fault, second: &str) -> String {
     let mut text = match fault.kind {
         FaultKind::PageFault { error_code } => {
-            format!("#PF, error code {error_code:#x} ({})", code_names(u64::from(error_code), false))
+            format!(
+                "#PF, error code {error_code:#x} ({})",
+                code_names(u64::from(error_code), Code::PageFault)
+            )
         }
         FaultKind::GeneralProtection => "#GP(0)".to_owned(),
         FaultKind::StackFault => "#SS(0)".to_owned(),
         FaultKind::NestedPageFault { exit_info_1 } => {
-            format!("#VMEXIT(NPF), EXITINFO1 {exit_info_1:#x} ({})", code_names(exit_info_1, true))
+            format!(
+                "#VMEXIT(NPF), EXITINFO1 {exit_info_1:#x} ({})",
+                code_names(exit_info_1, Code::NestedPageFault)
+            )
         }
+        FaultKind::EptViolation { exit_qualification } => format!(
+            "EPT violation, exit qualification {exit_qualification:#x} ({})",
+            code_names(exit_qualification, Code::EptViolation)
+        ),
+        FaultKind::EptMisconfiguration => "EPT misconfiguration".to_owned(),
         FaultKind::Unbacked => "the walk leaves memory (KVM would report a not-present #PF)".to_owned(),
         FaultKind::Contended => "no answer: the guest kept changing its tables".to_owned(),
     };
@@ -136,7 +189,10 @@ pub(crate) fn fault(fault: &Fault) -> String {
     }
     let _ = write!(text, ": {}", fault.reason);
     if fault.level != 0 {
-        let dimension = if fault.dimension == Dimension::Nested { "NPT " } else { "" };
+        let dimension = match fault.dimension {
+            Dimension::Guest => String::new(),
+            Dimension::Nested => format!("{second} "),
+        };
         let _ = write!(text, ": {dimension}{} at GPA {:#x}", level_name(fault.level), fault.entry_gpa);
         if fault.reason != Reason::TableUnbacked {
             let _ = write!(text, " is {:#x}", fault.entry);
@@ -149,8 +205,8 @@ pub(crate) fn fault(fault: &Fault) -> String {
     text
 }
 
-fn code_names(code: u64, nested: bool) -> String {
-    let names: Vec<_> = decode(code, nested)
+fn code_names(code: u64, whose: Code) -> String {
+    let names: Vec<_> = decode(code, whose)
         .into_iter()
         .filter(|bit| bit.set)
         .map(|bit| if bit.name.is_empty() { format!("bit {}", bit.bit) } else { bit.name })
@@ -187,6 +243,33 @@ fn bits(step: &Step) -> String {
     let set = names.into_iter().filter(|(bit, name)| entry >> bit & 1 != 0 && !name.is_empty());
     let text = set.map(|(_, name)| name).collect::<Vec<_>>().join(" ");
     if text.is_empty() { "-".to_owned() } else { text }
+}
+
+/// Intel SDM volume 3, "EPT Translation Mechanism".
+fn ept_bits(step: &Step, format: &PageFormat) -> String {
+    let entry = step.entry;
+    let leaf = step.level == 1 || entry & 0x80 != 0;
+    let has = |bit: u32| entry >> bit & 1 != 0;
+    let mut names = Vec::new();
+    for (bit, name, known) in [
+        (0, "R", true),
+        (1, "W", true),
+        (2, "X", true),
+        (10, "XU", format.mode_based_execute()),
+        (6, "IPAT", leaf),
+        (7, "PS", step.level > 1),
+        (8, "A", format.has_accessed_dirty()),
+        (9, "D", leaf && format.has_accessed_dirty()),
+        (60, "SSS", leaf),
+    ] {
+        if known && has(bit) {
+            names.push(name.to_owned());
+        }
+    }
+    if leaf {
+        names.push(format!("type {}", entry >> 3 & 7));
+    }
+    if names.is_empty() { "-".to_owned() } else { names.join(" ") }
 }
 
 fn size_name(size: PageSize) -> &'static str {

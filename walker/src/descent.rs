@@ -4,13 +4,15 @@
 //! knows nothing of faults: it ends in a leaf with the rights that all levels grant, or in a refusal that the caller
 //! reports. Absence and reserved bits are decided at each level, rights once, at the leaf.
 
-use crate::access::Access;
+use core::cell::Cell;
+
+use crate::access::{Access, AccessKind};
 use crate::addr::{Gpa, NestedGpa};
 use crate::entry::{EntryLayout, Grants, LongMode, Meaning, step};
 use crate::fault::{Dimension, Fault, Reason, Refusal};
 use crate::format::{PageFormat, index};
 use crate::memory::Memory;
-use crate::nested::NgpaWalk;
+use crate::nested::{NgpaWalk, Update};
 use crate::permission::{Rights, key_refusal};
 use crate::shadow_stack::{self, Refused};
 use crate::trace::{Held, Recorder, Step, Verdict};
@@ -23,6 +25,8 @@ pub(crate) struct Purpose<'a> {
     pub(crate) dimension: Dimension,
     pub(crate) second: Option<&'a NgpaWalk>,
     pub(crate) access: &'a Access,
+    /// Learns why the page could not be written, if an access that is allowed only reads.
+    pub(crate) unwritable: Option<&'a Cell<Option<Refusal>>>,
 }
 
 /// Where a descent ended well.
@@ -45,7 +49,7 @@ pub(crate) enum Stop {
 
 /// Every entry on the way and where it lies, by level, so that a missing right can be laid at the door of the entry that
 /// withholds it.
-type Path = [(u64, Gpa); 8];
+pub(crate) type Path = [(u64, Gpa); 8];
 
 /// Finds the page that maps `address`, and decides whether the access is allowed to it.
 pub(crate) fn descend<E: EntryLayout, M: Memory, R: Recorder>(
@@ -68,7 +72,7 @@ pub(crate) fn descend<E: EntryLayout, M: Memory, R: Recorder>(
         let shift = (12 + E::INDEX_BITS * level.wrapping_sub(1)) & 63;
         let number = (address >> shift) & ((1 << E::INDEX_BITS) - 1);
         let refused = |reason, entry_gpa, entry, bits| {
-            Err(Stop::Refused(Refusal { reason, level, entry_gpa, entry, bits, key: false }))
+            Err(Stop::Refused(Refusal::at(reason, level, entry_gpa, entry, bits)))
         };
         let note = |recorder: &mut R, held, entry_gpa: Gpa, entry, rights_so_far, verdict| {
             if R::ENABLED {
@@ -85,12 +89,13 @@ pub(crate) fn descend<E: EntryLayout, M: Memory, R: Recorder>(
                     rights_so_far,
                     verdict,
                     held,
-                    sets: if walked { E::sets(level, dirties) } else { 0 },
+                    sets: if walked && format.has_accessed_dirty() { E::sets(level, dirties) } else { 0 },
                     accessed_dirty: E::ACCESSED | if dirty_is_meant { 0 } else { E::DIRTY },
                 });
             }
         };
 
+        let update = Cell::new(None);
         let (held, entry_gpa, entry) = match walk.pdpte_register(level, number) {
             Some(register) => (Held::Register, Gpa(0), register),
             None => {
@@ -98,7 +103,14 @@ pub(crate) fn descend<E: EntryLayout, M: Memory, R: Recorder>(
                 let entry_gpa = match purpose.second {
                     None => Gpa(at),
                     Some(second) => second
-                        .table_entry(memory, NestedGpa(at), purpose.access, recorder)
+                        .table_entry(
+                            memory,
+                            NestedGpa(at),
+                            E::sets(level, false) == 0,
+                            purpose.access,
+                            &update,
+                            recorder,
+                        )
                         .map_err(Stop::Second)?,
                 };
                 let held = if E::SIZE_SHIFT == 2 { Held::Word32 } else { Held::Word64 };
@@ -115,6 +127,7 @@ pub(crate) fn descend<E: EntryLayout, M: Memory, R: Recorder>(
         match step::<E>(format, level, entry) {
             Meaning::Table => {
                 note(recorder, held, entry_gpa, entry, rights, Verdict::Table);
+                check_update::<E>(entry, level, false, &update)?;
                 table = E::table(entry) & format.address_bits();
                 level -= 1;
             }
@@ -123,33 +136,51 @@ pub(crate) fn descend<E: EntryLayout, M: Memory, R: Recorder>(
                 let within = (1 << shift) - 1;
                 let output = (E::page(level, entry) & format.address_bits() & !within) | (address & within);
                 let leaf = Leaf { rights, entry, size: PageSize::of_bits(shift), output };
-                return match permit::<E>(&leaf, level, format, purpose.access, &path) {
-                    Ok(()) => Ok(leaf),
-                    Err(refusal) => Err(Stop::Refused(refusal)),
-                };
+                let permitted = |access: &Access| permit::<E>(&leaf, level, format, access, &path);
+                permitted(purpose.access).map_err(Stop::Refused)?;
+                check_update::<E>(entry, level, purpose.access.is_write(), &update)?;
+                if let Some(unwritable) = purpose.unwritable {
+                    let write = Access::new(AccessKind::Write, purpose.access.privilege());
+                    unwritable.set(permitted(&write).err());
+                }
+                return Ok(leaf);
             }
             Meaning::Absent => {
                 // The other bits of an absent entry are ignored: it grants nothing.
                 note(recorder, held, entry_gpa, entry, Rights::NONE, Verdict::NotPresent);
                 return refused(Reason::NotPresent, entry_gpa, entry, E::PRESENT);
             }
+            Meaning::Misconfigured(reason, bits) => {
+                note(recorder, held, entry_gpa, entry, rights, Verdict::Misconfigured);
+                return refused(reason, entry_gpa, entry, bits);
+            }
             Meaning::Reserved(bits) => {
-                note(recorder, held, entry_gpa, entry, rights, Verdict::Reserved);
+                let verdict = if format.is_ept() { Verdict::Misconfigured } else { Verdict::Reserved };
+                note(recorder, held, entry_gpa, entry, rights, verdict);
                 return refused(Reason::ReservedBits, entry_gpa, entry, bits);
             }
         }
     }
 }
 
+/// Whether the walk may set the accessed and dirty bits that `entry` lacks, where the second dimension let it be read only.
+#[inline(always)]
+fn check_update<E: EntryLayout>(entry: u64, level: u32, dirties: bool, update: &Update) -> Result<(), Stop> {
+    match update.get() {
+        Some(fault) if E::sets(level, dirties) & !entry != 0 => Err(Stop::Second(fault)),
+        _ => Ok(()),
+    }
+}
+
 /// What keeps an access from a page.
-struct Lack {
-    reason: Reason,
+pub(crate) struct Lack {
+    pub(crate) reason: Reason,
     /// The right that is missing, if one is.
-    right: Option<Rights>,
+    pub(crate) right: Option<Rights>,
     /// The lowest level whose entry may withhold it.
-    from: u32,
+    pub(crate) from: u32,
     /// The bits of that entry that are responsible.
-    bits: u64,
+    pub(crate) bits: u64,
 }
 
 /// Decides the rights of a page once, by the permission words and the protection-key mask.
@@ -163,7 +194,7 @@ fn permit<E: EntryLayout>(
     let lack = if format.shadow_stacks() && access.is_shadow_stack() {
         no_shadow_stack::<E>(leaf, level, format, access, path)
     } else if format.refuses(access, leaf.rights) {
-        Some(lack::<E>(leaf.rights, level, format, access))
+        E::lack(leaf, level, format, access, path)
     } else {
         None
     };
@@ -180,16 +211,17 @@ fn permit<E: EntryLayout>(
     // Of several entries that withhold the right, the one nearest to the leaf.
     let level = (from..=format.levels()).find(|level| withholds(*level)).unwrap_or(level);
     let (entry, entry_gpa) = path[index(level)];
-    Err(Refusal { reason, level, entry_gpa, entry, bits, key })
+    let refusal = Refusal::at(reason, level, entry_gpa, entry, bits);
+    Err(Refusal { key, rights: leaf.rights, leaf: leaf.entry, ..refusal })
 }
 
 /// What the entry of `level` grants by itself.
-fn alone<E: EntryLayout>(level: u32, path: &Path) -> Rights {
+pub(crate) fn alone<E: EntryLayout>(level: u32, path: &Path) -> Rights {
     E::rights(E::through(Grants::ALL, level, path[index(level)].0))
 }
 
 /// Why the permission words refuse the access.
-fn lack<E: EntryLayout>(rights: Rights, level: u32, format: &PageFormat, access: &Access) -> Lack {
+pub(crate) fn lack<E: EntryLayout>(rights: Rights, level: u32, format: &PageFormat, access: &Access) -> Lack {
     let (reason, right) = if access.is_user() && !rights.user() {
         (Reason::SupervisorPage, Some(Rights::USER))
     } else if access.is_fetch() && !rights.execute() {

@@ -9,6 +9,7 @@ use core::fmt;
 use crate::access::Access;
 use crate::addr::{Gpa, NestedGpa};
 use crate::format::PageFormat;
+use crate::permission::Rights;
 
 /// Error code: the page was present, a protection was violated.
 pub const PFEC_PRESENT: u32 = 1 << 0;
@@ -55,6 +56,13 @@ pub enum FaultKind {
         /// EXITINFO1, bit for bit. EXITINFO2 is the fault's nGPA.
         exit_info_1: u64,
     },
+    /// EPT violation: a VM exit.
+    EptViolation {
+        /// The exit qualification, bit for bit.
+        exit_qualification: u64,
+    },
+    /// EPT misconfiguration: a VM exit that tells no more than the guest-physical address.
+    EptMisconfiguration,
     /// A paging structure lies outside memory. A CPU would read whatever the bus answers; KVM reports a not-present #PF.
     Unbacked,
     /// Policy `Set` only: entries kept changing under the walk until the re-walks were used up.
@@ -87,8 +95,18 @@ pub enum Reason {
     /// A supervisor access to a shadow stack in a user page.
     UserShadowStack,
     /// A shadow-stack access to a page that is none: R/W is set in the leaf, or D is clear in it, or R/W is clear in an entry
-    /// above it.
+    /// above it. Under EPT, a supervisor shadow-stack access to a page whose leaf has bit 60 clear.
     NotShadowStack,
+    /// EPT: a read of a page whose read bit is clear in this entry.
+    NotReadable,
+    /// EPT: the entry lets its page be written and not read.
+    WriteWithoutRead,
+    /// EPT: the entry lets its page be executed and not read, which this CPU does not know.
+    ExecuteOnly,
+    /// EPT: the memory type in the leaf does not exist.
+    MemoryType,
+    /// GMET: a supervisor fetch from a page that is a user page for NPT.
+    GuestModeExecuteTrap,
     /// PKRU, or PKRS for a supervisor page, disables access to, or writes to, the page's protection key.
     ProtectionKey,
     /// The entry changed on every attempt to set its accessed or dirty bit.
@@ -110,6 +128,15 @@ impl fmt::Display for Reason {
             Self::ReadOnly => "write, and R/W is clear in the entry",
             Self::UserShadowStack => "supervisor access to a shadow stack, and the page is the user's",
             Self::NotShadowStack => "shadow-stack access, and the page is no shadow stack",
+            Self::NotReadable => "read, and the entry forbids reading",
+            Self::WriteWithoutRead => "the entry lets its page be written and not read",
+            Self::ExecuteOnly => {
+                "the entry lets its page be executed and not read, which this CPU does not know"
+            }
+            Self::MemoryType => "the memory type in the entry does not exist",
+            Self::GuestModeExecuteTrap => {
+                "supervisor fetch from a page that is a user page for NPT, under GMET"
+            }
             Self::ProtectionKey => "PKRU or PKRS refuses the page's protection key",
             Self::Changing => "the entry kept changing while its accessed or dirty bit was to be set",
         })
@@ -151,11 +178,20 @@ pub(crate) struct Refusal {
     pub(crate) bits: u64,
     /// A protection key refuses too: it is reported even where another check refused first.
     pub(crate) key: bool,
+    /// What all entries grant together, where the walk met a leaf.
+    pub(crate) rights: Rights,
+    /// That leaf; 0 where the walk met none.
+    pub(crate) leaf: u64,
 }
 
 impl Refusal {
     pub(crate) const fn without_entry(reason: Reason) -> Self {
-        Self { reason, level: 0, entry_gpa: Gpa(0), entry: 0, bits: 0, key: false }
+        Self::at(reason, 0, Gpa(0), 0, 0)
+    }
+
+    /// By an entry above the leaf, or by a leaf that maps nothing.
+    pub(crate) const fn at(reason: Reason, level: u32, entry_gpa: Gpa, entry: u64, bits: u64) -> Self {
+        Self { reason, level, entry_gpa, entry, bits, key: false, rights: Rights::NONE, leaf: 0 }
     }
 
     /// The low bits that #PF and NPF share.
@@ -210,11 +246,23 @@ impl Refusal {
         self.into_fault(kind, Dimension::Guest, gva)
     }
 
-    /// How NPT reports this refusal, with `phase` the bit of EXITINFO1 that says what the nGPA was for. Every access under NPT is reported as a user access.
+    /// How NPT reports this refusal, with `phase` the bit of EXITINFO1 that says what the nGPA was for.
     #[cold]
     pub(crate) fn in_npt(self, format: &PageFormat, access: &Access, ngpa: NestedGpa, phase: u64) -> Fault {
-        let exit_info_1 = u64::from(self.error_code(format, access) | PFEC_USER) | phase;
+        let exit_info_1 = u64::from(self.error_code(format, access)) | phase;
         let fault = self.into_fault(FaultKind::NestedPageFault { exit_info_1 }, Dimension::Nested, 0);
         Fault { nested_gpa: Some(ngpa), ..fault }
+    }
+
+    /// How EPT reports this refusal.
+    #[cold]
+    pub(crate) fn in_ept(self, ngpa: NestedGpa, exit_qualification: u64) -> Fault {
+        let kind = match self.reason {
+            Reason::ReservedBits | Reason::WriteWithoutRead | Reason::ExecuteOnly | Reason::MemoryType => {
+                FaultKind::EptMisconfiguration
+            }
+            _ => FaultKind::EptViolation { exit_qualification },
+        };
+        Fault { nested_gpa: Some(ngpa), ..self.into_fault(kind, Dimension::Nested, 0) }
     }
 }

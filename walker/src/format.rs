@@ -2,45 +2,18 @@
 
 use crate::access::Access;
 use crate::entry::{EntryLayout, LongMode, TwoLevel};
+use crate::ept::{EPTP_ACCESSED_DIRTY, EPTP_SUPERVISOR_SHADOW_STACK, EptCapabilities, EptControls};
 use crate::lane::Masks;
 use crate::masking::Masking;
+use crate::memory_type::MemoryType;
 use crate::mode::{
-    CR0_WP, CR4_CET, CR4_PGE, CR4_PKE, CR4_PKS, CR4_PSE, CR4_SMAP, CR4_SMEP, ControlRegisters, CpuProfile,
-    EFER_LMA, EFER_NXE, PagingMode, StateError,
+    CR0_CD, CR0_WP, CR4_CET, CR4_PGE, CR4_PKE, CR4_PKS, CR4_PSE, CR4_SMAP, CR4_SMEP, ControlRegisters,
+    CpuProfile, EFER_LMA, EFER_NXE, PagingMode, StateError,
 };
-use crate::permission::{Protections, Rights, WORDS};
+use crate::npt::NptControls;
+use crate::permission::{Protections, Rights, WORDS, ept_words};
 use crate::reserved::ReservedBits;
 use crate::translation::Translation;
-
-/// A memory type (Intel SDM volume 3, "Memory Types Available").
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum MemoryType {
-    /// Strong uncacheable.
-    Uncacheable,
-    /// Write combining.
-    WriteCombining,
-    /// Write through.
-    WriteThrough,
-    /// Write protected.
-    WriteProtected,
-    /// Write back.
-    WriteBack,
-    /// Uncacheable, unless an MTRR says write combining.
-    UncacheableMinus,
-}
-
-impl MemoryType {
-    const fn from_pat(field: u64) -> Self {
-        match field & 7 {
-            1 => Self::WriteCombining,
-            4 => Self::WriteThrough,
-            5 => Self::WriteProtected,
-            6 => Self::WriteBack,
-            7 => Self::UncacheableMinus,
-            _ => Self::Uncacheable,
-        }
-    }
-}
 
 /// How entries are read and judged: levels, reserved bits, permission words, protection-key mask.
 ///
@@ -55,6 +28,13 @@ pub struct PageFormat {
     page_size_bit: u64,
     fetch_reported: bool,
     global_pages: bool,
+    is_ept: bool,
+    /// Whether a walk sets accessed and dirty bits: not under EPT without bit 6 of EPTP.
+    records_use: bool,
+    cache_disabled: bool,
+    /// Mode-based execute control of EPT.
+    mode_based_execute: bool,
+    bad_memory_type_xwr: u64,
     reserved: ReservedBits,
     lane: Masks,
     permissions: [u16; WORDS],
@@ -80,6 +60,7 @@ impl PageFormat {
             user_keys: registers.cr4 & CR4_PKE != 0 && long,
             supervisor_keys: registers.cr4 & CR4_PKS != 0 && long,
             shadow_stacks: registers.cr4 & CR4_CET != 0,
+            supervisor_pages_open: false,
         };
         let format = Self::build(registers, cpu, protections, registers.cr4 & CR4_SMEP != 0)?;
         Ok(Self { masking: Masking::new(registers, format.mode), ..format })
@@ -89,14 +70,57 @@ impl PageFormat {
     ///
     /// # Errors
     /// If no CPU accepts the registers, or L1 does not page.
-    pub fn npt(host: &ControlRegisters, cpu: &CpuProfile) -> Result<Self, StateError> {
-        let format = Self::build(host, cpu, Protections::NPT, false)?;
+    pub fn npt(
+        host: &ControlRegisters,
+        controls: &NptControls,
+        cpu: &CpuProfile,
+    ) -> Result<Self, StateError> {
+        let gmet = controls.guest_mode_execute_trap;
+        let protections = if gmet { Protections::NPT_GMET } else { Protections::NPT };
+        let format = Self::build(host, cpu, protections, gmet)?;
         match format.mode {
             PagingMode::None => Err(StateError::Contradiction {
                 register: "CR0",
                 problem: "nested paging needs CR0.PG set in the state that L1 runs VMRUN with",
             }),
             _ => Ok(format),
+        }
+    }
+
+    /// The format of `ngpa_walk` under EPT, with an `eptp` that has been checked.
+    pub(crate) fn ept(
+        eptp: u64,
+        controls: &EptControls,
+        capabilities: &EptCapabilities,
+        cpu: &CpuProfile,
+    ) -> Self {
+        let five_level = eptp >> 3 & 7 == 4;
+        let records_use = eptp & EPTP_ACCESSED_DIRTY != 0;
+        let supervisor_shadow_stacks = eptp & EPTP_SUPERVISOR_SHADOW_STACK != 0;
+        let reserved = ReservedBits::ept(cpu, capabilities.pages_2m, capabilities.pages_1g);
+        let permissions = ept_words(supervisor_shadow_stacks);
+        let address_bits = !cpu.encryption_mask();
+        Self {
+            mode: if five_level { PagingMode::FiveLevel } else { PagingMode::FourLevel },
+            is_ept: true,
+            levels: if five_level { 5 } else { 4 },
+            linear_width: if five_level { 57 } else { 48 },
+            maxphyaddr: cpu.maxphyaddr,
+            page_size_bit: LongMode::PAGE_SIZE,
+            fetch_reported: false,
+            global_pages: false,
+            records_use,
+            cache_disabled: false,
+            mode_based_execute: controls.mode_based_execute,
+            bad_memory_type_xwr: bad_memory_type_xwr(capabilities.execute_only, controls.mode_based_execute),
+            reserved,
+            lane: Masks::new(&reserved, address_bits, &permissions, 0),
+            permissions,
+            protection_key_mask: 0,
+            shadow_stacks: false,
+            address_bits,
+            masking: Masking::NONE,
+            memory_types: [MemoryType::WriteBack; 8],
         }
     }
 
@@ -129,6 +153,11 @@ impl PageFormat {
             page_size_bit: if pse { LongMode::PAGE_SIZE } else { 0 },
             fetch_reported: (nxe && mode != PagingMode::TwoLevel) || smep,
             global_pages: registers.cr4 & CR4_PGE != 0,
+            is_ept: false,
+            records_use: true,
+            cache_disabled: registers.cr0 & CR0_CD != 0,
+            mode_based_execute: false,
+            bad_memory_type_xwr: 0,
             reserved,
             lane: Masks::new(&reserved, address_bits, &permissions, protection_key_mask),
             permissions,
@@ -140,10 +169,16 @@ impl PageFormat {
         })
     }
 
-    /// The paging mode.
+    /// The paging mode; under EPT the one with as many levels.
     #[must_use]
     pub const fn mode(&self) -> PagingMode {
         self.mode
+    }
+
+    /// Whether entries are those of EPT.
+    #[must_use]
+    pub fn is_ept(&self) -> bool {
+        self.is_ept
     }
 
     /// Number of levels: 0 without paging, else 2 to 5.
@@ -217,6 +252,26 @@ impl PageFormat {
         self.address_bits
     }
 
+    /// EPT: which of the 64 combinations of memory type (bits 5:3) and rights (execute, write, read: bits 2:0) are
+    /// misconfigured in an entry that is present; bit number is bits 5:0 of the entry, whose memory type counts in a leaf
+    /// only. 0 for all other formats.
+    #[must_use]
+    pub fn bad_memory_type_xwr(&self) -> u64 {
+        self.bad_memory_type_xwr
+    }
+
+    /// EPT: whether bit 10 of an entry lets user-mode linear addresses be fetched from, and bit 2 supervisor-mode ones alone.
+    #[must_use]
+    pub fn mode_based_execute(&self) -> bool {
+        self.mode_based_execute
+    }
+
+    /// Whether entries have accessed and dirty bits: always, except under EPT without bit 6 of EPTP.
+    #[must_use]
+    pub fn has_accessed_dirty(&self) -> bool {
+        self.records_use
+    }
+
     /// Bytes of an entry: 4 or 8; 0 without paging.
     #[must_use]
     pub fn entry_bytes(&self) -> u32 {
@@ -259,6 +314,11 @@ impl PageFormat {
         (self.permissions[access.word_index()] >> (rights.bits() & 15)) & 1 != 0
     }
 
+    /// Whether no rights at all would allow `access`: something else of the leaf decides.
+    pub(crate) fn decided_by_leaf(&self, access: &Access) -> bool {
+        self.refuses(access, Rights::ALL)
+    }
+
     #[inline(always)]
     pub(crate) fn reserved_leaf_at(&self, level: u32) -> u64 {
         self.reserved.leaf[index(level)]
@@ -280,6 +340,28 @@ impl PageFormat {
     pub fn pat_type(&self, page: &Translation) -> MemoryType {
         page.pat_index().map_or(MemoryType::WriteBack, |index| self.memory_types[index & 7])
     }
+
+    /// The memory type of accesses to a page, where it is known: under EPT, whose own type stands in the place of the
+    /// MTRRs'. `self` is the guest's format.
+    #[must_use]
+    pub fn effective_type(&self, page: &Translation) -> Option<MemoryType> {
+        let ept = page.ept_memory_type?;
+        Some(if self.cache_disabled { MemoryType::Uncacheable } else { ept.effective(self.pat_type(page)) })
+    }
+}
+
+/// Memory types 2, 3 and 7 do not exist; writing needs reading; and so does executing, where a CPU has no execute-only
+/// pages. With mode-based execute control an entry without any of bits 2:0 is present by its bit 10, and executable.
+const fn bad_memory_type_xwr(execute_only: bool, mode_based_execute: bool) -> u64 {
+    const EVERY_TYPE: u64 = 0x0101_0101_0101_0101;
+    let types = 0xff << (2 * 8) | 0xff << (3 * 8) | 0xff << (7 * 8);
+    let unreadable = EVERY_TYPE << 0b010 | EVERY_TYPE << 0b110;
+    let only_executable = match (execute_only, mode_based_execute) {
+        (true, _) => 0,
+        (false, false) => EVERY_TYPE << 0b100,
+        (false, true) => EVERY_TYPE << 0b100 | EVERY_TYPE,
+    };
+    types | unreadable | only_executable
 }
 
 /// Array index of a level. Masked, so that indexing an array of eight cannot panic.

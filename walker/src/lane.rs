@@ -194,6 +194,7 @@ impl<M: Memory> Run<'_, M> {
             entry,
             nested_gpa: None,
             nested_page_size: None,
+            ept_memory_type: None,
             page_size: PageSize::of_bits(shift(level)),
             rights: rights(shown),
             backing: self.memory.backing(gpa),

@@ -20,13 +20,16 @@ mod accessed_dirty;
 mod addr;
 mod descent;
 mod entry;
+mod ept;
 mod fault;
 mod format;
 mod lane;
 mod masking;
 mod memory;
+mod memory_type;
 pub mod mode;
 mod nested;
+mod npt;
 mod permission;
 mod reserved;
 mod shadow_stack;
@@ -38,14 +41,23 @@ mod window;
 
 pub use access::{Access, AccessKind, Privilege};
 pub use addr::{Gpa, Gva, NestedGpa, is_canonical};
+pub use ept::{
+    EPT_VIOLATION_EXECUTABLE, EPT_VIOLATION_FETCH, EPT_VIOLATION_GVA_TRANSLATED, EPT_VIOLATION_GVA_VALID,
+    EPT_VIOLATION_NO_EXECUTE_PAGE, EPT_VIOLATION_READ, EPT_VIOLATION_READABLE, EPT_VIOLATION_SHADOW_STACK,
+    EPT_VIOLATION_SUPERVISOR_SHADOW_STACK, EPT_VIOLATION_USER_EXECUTABLE, EPT_VIOLATION_USER_PAGE,
+    EPT_VIOLATION_WRITABLE, EPT_VIOLATION_WRITABLE_PAGE, EPT_VIOLATION_WRITE, EptCapabilities, EptControls,
+    EptWalk,
+};
 pub use fault::{
     Dimension, EXIT_INFO_1_FINAL, EXIT_INFO_1_TABLE, Fault, FaultKind, PFEC_FETCH, PFEC_KEY, PFEC_PRESENT,
     PFEC_RESERVED, PFEC_SHADOW_STACK, PFEC_USER, PFEC_WRITE, Reason,
 };
-pub use format::{MemoryType, PageFormat};
+pub use format::PageFormat;
 pub use memory::{Backing, ExchangeError, Memory};
+pub use memory_type::{EptMemoryType, MemoryType};
 pub use mode::{ControlRegisters, CpuProfile, PagingMode, StateError, Vendor};
 pub use nested::{NestedPhase, NgpaWalk};
+pub use npt::{NptControls, NptWalk};
 pub use permission::Rights;
 pub use trace::{MAX_STEPS, NoTrace, Recorder, Step, Trace, Verdict};
 pub use translation::{PageSize, Translation};

@@ -11,7 +11,8 @@ pub const CR0_PE: u64 = 1 << 0;
 /// CR0.WP: supervisor writes honour R/W.
 pub const CR0_WP: u64 = 1 << 16;
 const CR0_NW: u64 = 1 << 29;
-const CR0_CD: u64 = 1 << 30;
+/// CR0.CD: caches disabled.
+pub const CR0_CD: u64 = 1 << 30;
 /// CR0.PG: paging.
 pub const CR0_PG: u64 = 1 << 31;
 /// CR4.PSE: 4 MiB pages in 32-bit paging.

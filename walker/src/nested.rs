@@ -1,16 +1,18 @@
 //! The second dimension: from an L2 guest-physical address to a GPA of the machine.
 //!
-//! AMD APM volume 2, "Nested Paging". Every access under NPT is a user access. Guest paging structures are accessed as
-//! writes, because the CPU may set their accessed and dirty bits; the final page is accessed as the instruction does.
+//! AMD's NPT ([`NptWalk`](crate::NptWalk)) or Intel's EPT ([`EptWalk`](crate::EptWalk)), behind one out-of-line call, so that
+//! guest and host formats do not multiply.
 
-use crate::access::{Access, AccessKind, Privilege};
+use core::cell::Cell;
+
+use crate::access::Access;
 use crate::addr::{Gpa, NestedGpa};
-use crate::descent::{Purpose, Stop, descend};
-use crate::entry::{LongMode, Pae, TwoLevel};
-use crate::fault::{Dimension, EXIT_INFO_1_FINAL, EXIT_INFO_1_TABLE, Fault, Reason, Refusal};
-use crate::format::PageFormat;
+use crate::ept::{EptCapabilities, EptControls, EptWalk};
+use crate::fault::Fault;
 use crate::memory::Memory;
-use crate::mode::{ControlRegisters, CpuProfile, PagingMode, StateError};
+use crate::memory_type::EptMemoryType;
+use crate::mode::{ControlRegisters, CpuProfile, StateError};
+use crate::npt::{NptControls, NptWalk};
 use crate::permission::Rights;
 use crate::trace::Recorder;
 use crate::translation::{PageSize, Translation};
@@ -20,7 +22,9 @@ use crate::walk::PageWalk;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NgpaWalk {
     /// AMD nested paging, in the host format that L1's CR4 and EFER select.
-    Npt(PageWalk),
+    Npt(NptWalk),
+    /// Intel extended page tables.
+    Ept(EptWalk),
 }
 
 /// What an nGPA is translated for.
@@ -28,25 +32,36 @@ pub enum NgpaWalk {
 pub enum NestedPhase {
     /// It is the address of a guest's paging structure: EXITINFO1 bit 33.
     Table,
+    /// It is the address of a PDPTE of PAE paging, which a CPU with EPT loads when CR3 is written. NPT knows no difference to
+    /// [`Self::Table`].
+    Pdpte,
     /// It is the final address of an access: EXITINFO1 bit 32.
     Final,
 }
 
-impl NestedPhase {
-    const fn exit_info_1(self) -> u64 {
-        match self {
-            Self::Table => EXIT_INFO_1_TABLE,
-            Self::Final => EXIT_INFO_1_FINAL,
-        }
-    }
+/// What is asked of the second dimension.
+#[derive(Clone, Copy)]
+pub(crate) struct Need<'a> {
+    pub(crate) ngpa: NestedGpa,
+    /// The access that the whole walk is for.
+    pub(crate) access: &'a Access,
+    pub(crate) phase: NestedPhase,
+    /// What the guest's own paging grants, where the address is final.
+    pub(crate) guest: Rights,
 }
 
 /// A page that the second dimension maps.
 pub(crate) struct NestedPage {
     pub(crate) gpa: Gpa,
+    /// What the second dimension alone grants.
     pub(crate) rights: Rights,
     pub(crate) size: PageSize,
+    pub(crate) ept_memory_type: Option<EptMemoryType>,
 }
+
+/// The fault of writing to a guest's paging structure that was only read, where it may not be written: what becomes of the
+/// walk if it has to set an accessed or dirty bit there.
+pub(crate) type Update = Cell<Option<Fault>>;
 
 impl NgpaWalk {
     /// NPT with the root `ncr3`, in the host format that `host`'s CR0, CR4 and EFER select; `host.cr3` is not used.
@@ -54,22 +69,55 @@ impl NgpaWalk {
     /// # Errors
     /// Names the register that no CPU would accept, or says that L1 does not page.
     pub fn npt(ncr3: u64, host: &ControlRegisters, cpu: &CpuProfile) -> Result<Self, StateError> {
-        let format = PageFormat::npt(host, cpu)?;
-        Ok(Self::Npt(PageWalk::rooted(format, "nCR3", ncr3, cpu)?))
+        Self::npt_with(ncr3, host, &NptControls::default(), cpu)
+    }
+
+    /// [`Self::npt`], under these controls.
+    ///
+    /// # Errors
+    /// As [`Self::npt`].
+    pub fn npt_with(
+        ncr3: u64,
+        host: &ControlRegisters,
+        controls: &NptControls,
+        cpu: &CpuProfile,
+    ) -> Result<Self, StateError> {
+        NptWalk::new(ncr3, host, controls, cpu).map(Self::Npt)
+    }
+
+    /// EPT with the root, walk length, accessed and dirty bits, and supervisor shadow-stack control that `eptp` selects, on
+    /// a CPU with these capabilities.
+    ///
+    /// # Errors
+    /// Names EPTP: a page-walk length or memory type that does not exist or that the CPU does not have, or reserved bits,
+    /// among them those of features that the CPU does not have. Also if MAXPHYADDR is out of range.
+    pub fn ept(
+        eptp: u64,
+        controls: &EptControls,
+        capabilities: &EptCapabilities,
+        cpu: &CpuProfile,
+    ) -> Result<Self, StateError> {
+        EptWalk::new(eptp, controls, capabilities, cpu).map(Self::Ept)
     }
 
     /// The page walk itself: root and format.
     #[must_use]
     pub fn page_walk(&self) -> &PageWalk {
         match self {
-            Self::Npt(walk) => walk,
+            Self::Npt(npt) => npt.page_walk(),
+            Self::Ept(ept) => ept.page_walk(),
         }
     }
 
     /// Walks the second dimension alone: what `ngpa` means for an access of L2, or of the CPU on L2's behalf.
     ///
-    /// `access` decides read, write or fetch of a final address; a paging structure is always written. Under NPT every access
-    /// that is not exempt is a user access. The answer has no guest page: its page size is [`PageSize::Unpaged`].
+    /// `access` decides read, write or fetch of a final address. The answer has no guest page: its page size is
+    /// [`PageSize::Unpaged`].
+    ///
+    /// Under NPT a paging structure is always written, and every access that is not exempt is a user access, except that
+    /// GMET distinguishes final ones. Under EPT a paging structure is read, or written where EPT has accessed and dirty bits,
+    /// or where `access` writes: to set the guest's own. The access's privilege stands for that of the linear address, whose
+    /// page is taken to allow everything.
     ///
     /// # Errors
     /// The fault that L1 would see. Its `address` is 0: no GVA is known.
@@ -82,76 +130,79 @@ impl NgpaWalk {
         recorder: &mut R,
     ) -> Result<Translation, Fault> {
         recorder.clear();
-        let privilege = if access.is_exempt() { Privilege::Exempt } else { Privilege::User };
-        let kind = match phase {
-            NestedPhase::Table => AccessKind::Write,
-            NestedPhase::Final => access.kind(),
+        let (page, rights) = match self {
+            Self::Npt(npt) => {
+                let need = Need { ngpa, access, phase, guest: Rights::ALL };
+                let page = npt.page(memory, &need, recorder)?;
+                let rights = page.rights;
+                (page, rights)
+            }
+            Self::Ept(ept) => {
+                let guest = if access.is_user() { Rights::ALL } else { Rights::ALL.without(Rights::USER) };
+                let update = Cell::new(None);
+                let page = ept.page(memory, &Need { ngpa, access, phase, guest }, &update, recorder)?;
+                if let (true, Some(fault)) = (access.is_write(), update.get()) {
+                    return Err(fault);
+                }
+                let rights = ept.combined(guest, page.rights).or(Rights::USER);
+                (page, rights)
+            }
         };
-        let page = self.page(memory, ngpa, &Access::new(kind, privilege), phase, recorder)?;
         Ok(Translation {
             gpa: page.gpa,
             entry: 0,
             nested_gpa: Some(ngpa),
             nested_page_size: Some(page.size),
+            ept_memory_type: page.ept_memory_type,
             page_size: PageSize::Unpaged,
-            rights: page.rights,
+            rights,
             backing: memory.backing(page.gpa),
             ad_skipped: false,
         })
     }
 
-    /// Where the guest's paging-structure entry at `ngpa` lies.
+    /// Where the guest's paging-structure entry at `ngpa` lies. `pdpte`: it is one of PAE paging. `update` learns why it may not be
+    /// written.
     #[inline(never)]
     pub(crate) fn table_entry<M: Memory, R: Recorder>(
         &self,
         memory: &M,
         ngpa: NestedGpa,
-        walking_for: &Access,
+        pdpte: bool,
+        access: &Access,
+        update: &Update,
         recorder: &mut R,
     ) -> Result<Gpa, Fault> {
-        let privilege = if walking_for.is_exempt() { Privilege::Exempt } else { Privilege::User };
-        let access = Access::new(AccessKind::Write, privilege);
-        self.page(memory, ngpa, &access, NestedPhase::Table, recorder).map(|page| page.gpa)
+        let phase = if pdpte { NestedPhase::Pdpte } else { NestedPhase::Table };
+        let need = Need { ngpa, access, phase, guest: Rights::NONE };
+        match self {
+            Self::Npt(npt) => npt.page(memory, &need, recorder),
+            Self::Ept(ept) => ept.page(memory, &need, update, recorder),
+        }
+        .map(|page| page.gpa)
     }
 
-    /// The page behind the final address `ngpa` of an access.
+    /// The page behind the final address `ngpa` of an access, with the rights of both dimensions; `guest` is what the
+    /// guest's own paging grants.
     #[inline(never)]
     pub(crate) fn final_page<M: Memory, R: Recorder>(
         &self,
         memory: &M,
         ngpa: NestedGpa,
         access: &Access,
+        guest: Rights,
         recorder: &mut R,
     ) -> Result<NestedPage, Fault> {
-        let privilege = if access.is_exempt() { Privilege::Exempt } else { Privilege::User };
-        self.page(memory, ngpa, &Access::new(access.kind(), privilege), NestedPhase::Final, recorder)
-    }
-
-    fn page<M: Memory, R: Recorder>(
-        &self,
-        memory: &M,
-        ngpa: NestedGpa,
-        access: &Access,
-        phase: NestedPhase,
-        recorder: &mut R,
-    ) -> Result<NestedPage, Fault> {
-        let Self::Npt(walk) = self;
-        let exit_info_1 = phase.exit_info_1();
-        let format = walk.format();
-        if ngpa.0 >> (format.linear_width() & 63) != 0 {
-            return Err(Refusal::without_entry(Reason::TooWide).in_npt(format, access, ngpa, exit_info_1));
+        let need = Need { ngpa, access, phase: NestedPhase::Final, guest };
+        match self {
+            Self::Npt(npt) => {
+                let page = npt.page(memory, &need, recorder)?;
+                Ok(NestedPage { rights: npt.combined(guest, page.rights), ..page })
+            }
+            Self::Ept(ept) => {
+                let page = ept.page(memory, &need, &Cell::new(None), recorder)?;
+                Ok(NestedPage { rights: ept.combined(guest, page.rights), ..page })
+            }
         }
-        let purpose = Purpose { dimension: Dimension::Nested, second: None, access };
-        let leaf = match format.mode() {
-            PagingMode::TwoLevel => descend::<TwoLevel, M, R>(walk, memory, ngpa.0, purpose, recorder),
-            PagingMode::Pae => descend::<Pae, M, R>(walk, memory, ngpa.0, purpose, recorder),
-            _ => descend::<LongMode, M, R>(walk, memory, ngpa.0, purpose, recorder),
-        };
-        let leaf = match leaf {
-            Ok(leaf) => leaf,
-            Err(Stop::Refused(refusal)) => return Err(refusal.in_npt(format, access, ngpa, exit_info_1)),
-            Err(Stop::Second(fault)) => return Err(fault),
-        };
-        Ok(NestedPage { gpa: Gpa(leaf.output), rights: leaf.rights, size: leaf.size })
     }
 }

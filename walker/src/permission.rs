@@ -16,9 +16,10 @@ impl Rights {
     pub const READ: Self = Self(1);
     /// R/W is set at every level.
     pub const WRITE: Self = Self(2);
-    /// U/S is set at every level: a user page.
+    /// U/S is set at every level: a user page. In a step of EPT, which has no U/S: instructions of user-mode linear
+    /// addresses may be fetched.
     pub const USER: Self = Self(4);
-    /// No level forbids execution.
+    /// No level forbids execution. In a step of EPT with mode-based execute control: by supervisor-mode linear addresses.
     pub const EXECUTE: Self = Self(8);
     /// Everything.
     pub const ALL: Self = Self(15);
@@ -57,6 +58,10 @@ impl Rights {
         Self(self.0 & other.0)
     }
 
+    pub(crate) const fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
+    }
+
     pub(crate) const fn or(self, other: Self) -> Self {
         Self(self.0 | other.0)
     }
@@ -77,6 +82,8 @@ pub(crate) struct Protections {
     pub(crate) supervisor_keys: bool,
     /// CR4.CET: there are shadow-stack accesses.
     pub(crate) shadow_stacks: bool,
+    /// U/S does not keep users out: NPT under GMET.
+    pub(crate) supervisor_pages_open: bool,
 }
 
 /// How many permission words there are: see [`Protections::words`].
@@ -98,12 +105,16 @@ impl Protections {
         user_keys: false,
         supervisor_keys: false,
         shadow_stacks: false,
+        supervisor_pages_open: false,
     };
+
+    /// NPT with Guest Mode Execute Trap: U/S says no more than that the supervisor may not fetch.
+    pub(crate) const NPT_GMET: Self = Self { smep: true, supervisor_pages_open: true, ..Self::NPT };
 
     /// Whether an access of `index` (see [`Access::permission_index`]) to a page with `rights` is refused.
     const fn refuses(self, index: usize, rights: Rights) -> bool {
         let user_access = index & USER != 0;
-        if user_access && !rights.user() {
+        if user_access && !rights.user() && !self.supervisor_pages_open {
             return true;
         }
         let to_user_page = !user_access && rights.user();
@@ -167,6 +178,32 @@ impl Protections {
 pub(crate) const fn key_field(mask: u32, index: usize, rights: Rights) -> u32 {
     let index = (index & 15 & !SMAP_SUSPENDED) | (rights.user() as usize * SMAP_SUSPENDED);
     mask >> (2 * index) & 0b11
+}
+
+/// The permission words of EPT: each access needs its one right. User-mode fetches need [`Rights::USER`]. With supervisor
+/// shadow-stack control, the words of supervisor shadow-stack accesses refuse everything: the leaf's bit 60 decides.
+pub(crate) const fn ept_words(supervisor_shadow_stacks: bool) -> [u16; WORDS] {
+    let mut words = [0; WORDS];
+    let mut index = 0;
+    while index < 16 {
+        let needed = match (index & FETCH != 0, index & USER != 0, index & WRITE != 0) {
+            (true, true, _) => Rights::USER,
+            (true, false, _) => Rights::EXECUTE,
+            (false, _, true) => Rights::WRITE,
+            (false, _, false) => Rights::READ,
+        };
+        let mut rights = 0;
+        while rights < 16 {
+            if rights & needed.0 == 0 {
+                words[index] |= 1 << rights;
+            }
+            rights += 1;
+        }
+        let by_leaf = supervisor_shadow_stacks && index & USER == 0;
+        words[index + 32] = if by_leaf { u16::MAX } else { words[index] };
+        index += 1;
+    }
+    words
 }
 
 /// The bits of `key` in PKRU, or for a supervisor page in PKRS, that refuse `access` to a page with `rights`:

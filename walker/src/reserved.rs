@@ -44,6 +44,19 @@ impl ReservedBits {
         bits(1, 2) | bits(5, 8) | cpu.address_reserved(63)
     }
 
+    /// Of EPT entries. Intel SDM volume 3, "EPT Translation Mechanism".
+    pub(crate) const fn ept(cpu: &CpuProfile, pages_2m: bool, pages_1g: bool) -> Self {
+        let everywhere = cpu.address_reserved(51);
+        let table = everywhere | bits(3, 6);
+        let no_leaf = everywhere | bits(3, 7);
+        let pde = if pages_2m { everywhere | bits(12, 20) } else { no_leaf };
+        let pdpte = if pages_1g { everywhere | bits(12, 29) } else { no_leaf };
+        Self {
+            leaf: [everywhere, pde, pdpte, no_leaf, no_leaf, 0, 0, 0],
+            table: [everywhere, table, table, no_leaf, no_leaf, 0, 0, 0],
+        }
+    }
+
     pub(crate) fn long_mode(cpu: &CpuProfile, nxe: bool) -> Self {
         let everywhere = cpu.address_reserved(51) | no_execute(nxe);
         let top = everywhere

@@ -22,6 +22,8 @@ pub enum Verdict {
     NotPresent,
     /// It has reserved bits set.
     Reserved,
+    /// EPT: it is misconfigured, by reserved bits or otherwise.
+    Misconfigured,
     /// It could not be read: its table is outside memory.
     Unbacked,
 }

@@ -3,6 +3,7 @@
 use crate::addr::{Gpa, NestedGpa};
 use crate::entry::{EntryLayout, LongMode};
 use crate::memory::Backing;
+use crate::memory_type::EptMemoryType;
 use crate::permission::Rights;
 
 /// Size of the page that a leaf maps.
@@ -56,6 +57,8 @@ pub struct Translation {
     pub nested_gpa: Option<NestedGpa>,
     /// Size of the second dimension's page, in a nested walk.
     pub nested_page_size: Option<PageSize>,
+    /// What the EPT leaf says of the memory type, in a walk nested in EPT.
+    pub ept_memory_type: Option<EptMemoryType>,
     /// Size of the guest's page.
     pub page_size: PageSize,
     /// What every level of every dimension grants.

@@ -85,6 +85,11 @@ impl PageWalk {
         Ok(Self { root: root & frame, pdptes: None, format })
     }
 
+    /// A walk from the table at `root`, which the caller has checked.
+    pub(crate) const fn from_table(root: u64, format: PageFormat) -> Self {
+        Self { root, pdptes: None, format }
+    }
+
     /// Address of the root table, in the space that this dimension's tables live in. Meaningless without paging.
     #[must_use]
     pub fn root(&self) -> u64 {
@@ -145,13 +150,14 @@ pub(crate) fn translate<M: Memory, R: Recorder>(
     };
     let nested_gpa = NestedGpa(page.gpa.0);
     let nested = second
-        .final_page(memory, nested_gpa, access, recorder)
+        .final_page(memory, nested_gpa, access, page.rights, recorder)
         .map_err(|fault| Fault { address: gva, ..fault })?;
     Ok(Translation {
         gpa: nested.gpa,
         nested_gpa: Some(nested_gpa),
         nested_page_size: Some(nested.size),
-        rights: page.rights.and(nested.rights),
+        ept_memory_type: nested.ept_memory_type,
+        rights: nested.rights,
         backing: memory.backing(nested.gpa),
         ..page
     })
@@ -164,6 +170,7 @@ fn unpaged(gva: u64) -> Translation {
         entry: 0,
         nested_gpa: None,
         nested_page_size: None,
+        ept_memory_type: None,
         page_size: PageSize::Unpaged,
         rights: Rights::ALL,
         backing: Backing::None,
@@ -185,13 +192,14 @@ fn paged<E: EntryLayout, M: Memory, R: Recorder>(
 ) -> Result<Translation, Fault> {
     let format = &walk.format;
     let address = if format.mode().is_long() { gva } else { gva & LINEAR_32 };
-    let purpose = Purpose { dimension: Dimension::Guest, second, access };
+    let purpose = Purpose { dimension: Dimension::Guest, second, access, unwritable: None };
     match descend::<E, M, R>(walk, memory, address, purpose, recorder) {
         Ok(leaf) => Ok(Translation {
             gpa: Gpa(leaf.output),
             entry: leaf.entry,
             nested_gpa: None,
             nested_page_size: None,
+            ept_memory_type: None,
             page_size: leaf.size,
             rights: leaf.rights,
             backing: Backing::None,

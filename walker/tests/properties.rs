@@ -432,6 +432,7 @@ fn the_strategies_reach_every_outcome() {
                 Err(FaultKind::GeneralProtection | FaultKind::StackFault) => "not canonical",
                 Err(FaultKind::NestedPageFault { .. }) => "NPF",
                 Err(FaultKind::Unbacked) => "unbacked table",
+                Err(FaultKind::EptViolation { .. } | FaultKind::EptMisconfiguration) => "EPT",
                 Err(FaultKind::Contended) => "contended",
             };
             *reached.entry((walker.ngpa_walk().is_some(), outcome)).or_default() += 1;

@@ -12,11 +12,17 @@ pub(crate) fn fault(fault: &Fault) -> v1::Fault {
         FaultKind::GeneralProtection => v1::FaultKind::GeneralProtection,
         FaultKind::StackFault => v1::FaultKind::StackFault,
         FaultKind::NestedPageFault { .. } => v1::FaultKind::NestedPageFault,
+        FaultKind::EptViolation { .. } => v1::FaultKind::EptViolation,
+        FaultKind::EptMisconfiguration => v1::FaultKind::EptMisconfiguration,
         FaultKind::Unbacked => v1::FaultKind::Unbacked,
         FaultKind::Contended => v1::FaultKind::Contended,
     };
     let error_code = match fault.kind {
         FaultKind::PageFault { error_code } => Some(error_code),
+        _ => None,
+    };
+    let exit_qualification = match fault.kind {
+        FaultKind::EptViolation { exit_qualification } => Some(exit_qualification),
         _ => None,
     };
     let exit_info_1 = match fault.kind {
@@ -31,7 +37,7 @@ pub(crate) fn fault(fault: &Fault) -> v1::Fault {
         entry_gpa: fault.entry_gpa.0,
         entry: fault.entry,
         error_code,
-        exit_qualification: None,
+        exit_qualification,
         exit_info_1,
         nested_gpa: fault.nested_gpa.map_or(0, |gpa| gpa.0),
         reason: fault.reason.to_string(),
@@ -81,12 +87,40 @@ const EXIT_INFO_1: [Bit; 2] = [
     ),
 ];
 
-/// The bits of an error code, or of an EXITINFO1 if `nested`.
-pub(crate) fn decode(code: u64, nested: bool) -> Vec<v1::DecodedBit> {
-    let known: Vec<Bit> = if nested {
-        ERROR_CODE.iter().take(5).chain(&EXIT_INFO_1).copied().collect()
-    } else {
-        ERROR_CODE.to_vec()
+/// Intel SDM volume 3, "Exit Qualification for EPT Violations".
+const EXIT_QUALIFICATION: [Bit; 13] = [
+    (0, "READ", "the access was a data read", "no data read"),
+    (1, "WRITE", "the access was a data write", "no data write"),
+    (2, "FETCH", "the access was an instruction fetch", "no instruction fetch"),
+    (3, "R", "all entries allow reads", "an entry forbids reads"),
+    (4, "W", "all entries allow writes", "an entry forbids writes"),
+    (5, "X", "all entries allow fetches", "an entry forbids fetches"),
+    (6, "XU", "all entries allow user-mode fetches", "an entry forbids them, or they are not told apart"),
+    (7, "GVA", "on behalf of a linear address", "not on behalf of a linear address"),
+    (8, "FINAL", "met at the translation of the linear address", "met at a paging structure of the guest"),
+    (9, "USER", "user-mode linear address", "supervisor-mode linear address, or not told"),
+    (10, "RW", "the guest maps the page for writing", "the guest does not, or it is not told"),
+    (11, "XD", "the guest maps the page as no-execute", "the guest does not, or it is not told"),
+    (14, "SSS", "the page is a supervisor shadow stack", "the page is none, or it is not told"),
+];
+
+/// Whose bits [`decode`] tells.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Code {
+    /// #PF.
+    PageFault,
+    /// #VMEXIT(NPF).
+    NestedPageFault,
+    /// An EPT violation.
+    EptViolation,
+}
+
+/// The bits of a code.
+pub(crate) fn decode(code: u64, whose: Code) -> Vec<v1::DecodedBit> {
+    let known: Vec<Bit> = match whose {
+        Code::PageFault => ERROR_CODE.to_vec(),
+        Code::NestedPageFault => ERROR_CODE.iter().take(5).chain(&EXIT_INFO_1).copied().collect(),
+        Code::EptViolation => EXIT_QUALIFICATION.to_vec(),
     };
     let mut decoded: Vec<_> = (0..64)
         .filter(|bit| code >> bit & 1 != 0 && known.iter().all(|known| known.0 != *bit))

@@ -24,19 +24,24 @@ pub(crate) fn mode(mode: PagingMode) -> v1::PagingMode {
 fn page_format(format: &PageFormat) -> v1::PageFormat {
     let paged = format.levels() != 0;
     v1::PageFormat {
-        mode: mode(format.mode()).into(),
+        mode: match (format.is_ept(), format.mode()) {
+            (true, PagingMode::FiveLevel) => v1::PagingMode::EptFiveLevel,
+            (true, _) => v1::PagingMode::EptFourLevel,
+            (false, by_registers) => mode(by_registers),
+        }
+        .into(),
         levels: format.levels(),
         reserved_leaf: format.reserved_leaf().to_vec(),
         reserved_table: format.reserved_table().to_vec(),
         permissions: format.permissions().iter().map(|word| u32::from(*word)).collect(),
         protection_key_mask: format.protection_key_mask(),
-        bad_memory_type_xwr: 0,
+        bad_memory_type_xwr: format.bad_memory_type_xwr(),
         linear_width: format.linear_width(),
         maxphyaddr: u32::from(format.maxphyaddr()),
         fetch_bit_reported: format.fetch_reported(),
         entry_bytes: format.entry_bytes(),
         index_bits: format.index_bits(),
-        bits: paged.then(|| entry_bits(format)),
+        bits: paged.then(|| if format.is_ept() { ept_entry_bits(format) } else { entry_bits(format) }),
     }
 }
 
@@ -55,6 +60,25 @@ fn entry_bits(format: &PageFormat) -> v1::EntryBits {
         page_size: 1 << 7,
         global: if format.global_pages() { 1 << 8 } else { 0 },
         protection_key: if format.protection_key_mask() == 0 { 0 } else { 0xf << 59 },
+        frame: ((1 << format.maxphyaddr()) - 1) & !0xfff,
+    }
+}
+
+/// The entries of EPT. Mode-based execute control has bit 10 in the place of U/S.
+fn ept_entry_bits(format: &PageFormat) -> v1::EntryBits {
+    let when = |has: bool, bit: u64| if has { bit } else { 0 };
+    let user_execute = when(format.mode_based_execute(), 1 << 10);
+    v1::EntryBits {
+        present: 0b111 | user_execute,
+        write: 1 << 1,
+        user: user_execute,
+        no_execute: 0,
+        execute: 1 << 2,
+        accessed: when(format.has_accessed_dirty(), 1 << 8),
+        dirty: when(format.has_accessed_dirty(), 1 << 9),
+        page_size: 1 << 7,
+        global: 0,
+        protection_key: 0,
         frame: ((1 << format.maxphyaddr()) - 1) & !0xfff,
     }
 }

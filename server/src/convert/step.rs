@@ -27,6 +27,7 @@ pub(crate) fn verdict(verdict: Verdict) -> &'static str {
         Verdict::Leaf => "maps a page",
         Verdict::NotPresent => "not present",
         Verdict::Reserved => "reserved bits set",
+        Verdict::Misconfigured => "misconfigured",
         Verdict::Unbacked => "outside memory",
     }
 }

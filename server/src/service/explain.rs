@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use pagewalk::{
     Access, AccessKind, AdPolicy, EXIT_INFO_1_FINAL, EXIT_INFO_1_TABLE, Fault, FaultKind, Gva, NestedGpa,
-    NestedPhase, PFEC_FETCH, PFEC_KEY, PFEC_PRESENT, PFEC_RESERVED, PFEC_USER, PFEC_WRITE, Privilege, Trace,
-    Translation, Walker,
+    NestedPhase, NgpaWalk, PFEC_FETCH, PFEC_KEY, PFEC_PRESENT, PFEC_RESERVED, PFEC_USER, PFEC_WRITE,
+    Privilege, Trace, Translation, Walker,
 };
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::explain_fault_request::Seen;
@@ -14,7 +14,7 @@ use pagewalk_proto::v1::explain_fault_request::Seen;
 use super::Daemon;
 use super::resolve::Target;
 use super::translation::{check_width, ladder, title, walker};
-use crate::convert;
+use crate::convert::{self, fault::Code};
 use crate::render::Ladder;
 use crate::status::Error;
 use crate::vcpu::Snapshot;
@@ -81,7 +81,7 @@ fn page_fault(
     let outcome = walker.translate_with(memory.as_ref(), Gva(gva), &access, AdPolicy::Observe, &mut trace);
     let kind = FaultKind::PageFault { error_code: code };
     let matches = outcome.as_ref().is_err_and(|fault| fault.kind == kind);
-    let decoded = convert::fault::decode(u64::from(code), false);
+    let decoded = convert::fault::decode(u64::from(code), Code::PageFault);
     let title = title(target, snapshot, walker, &access, gva);
     let explanation = explain(
         &format!("#PF, error code {code:#x}, CR2 {gva:#x}"),
@@ -102,6 +102,13 @@ fn nested_page_fault(target: &Target, walker: &Walker, seen: v1::NestedPageFault
                 .to_owned(),
         ));
     };
+    let NgpaWalk::Npt(npt) = second else {
+        return Err(Error::Precondition(
+            "the second dimension is EPT, which raises no nested page faults: switch nested mode to NPT, \
+             or bring `override.npt`"
+                .to_owned(),
+        ));
+    };
     let refuse =
         |problem: &str| Err(Error::invalid("nested_page_fault.exit_info_1", format!("{info:#x}: {problem}")));
     let phase = match info & (EXIT_INFO_1_FINAL | EXIT_INFO_1_TABLE) {
@@ -114,8 +121,9 @@ fn nested_page_fault(target: &Target, walker: &Walker, seen: v1::NestedPageFault
     if info & !(EXIT_INFO_1_FINAL | EXIT_INFO_1_TABLE | u64::from(known)) != 0 {
         return refuse("only bits 4 to 0, 32 and 33 are known here");
     }
-    if !has(PFEC_USER) {
-        return refuse("U/S is always set: every access under NPT is a user access");
+    let supervisor = !has(PFEC_USER);
+    if supervisor && !(npt.controls().guest_mode_execute_trap && phase == NestedPhase::Final) {
+        return refuse("U/S is set: every access under NPT is a user access, but final ones under GMET");
     }
     if has(PFEC_WRITE) && has(PFEC_FETCH) {
         return refuse("no access is both a write (W/R) and a fetch (I/D)");
@@ -128,13 +136,13 @@ fn nested_page_fault(target: &Target, walker: &Walker, seen: v1::NestedPageFault
         (_, _, true) => AccessKind::Fetch,
         _ => AccessKind::Read,
     };
-    let access = Access::new(kind, Privilege::User);
+    let access = Access::new(kind, if supervisor { Privilege::Supervisor } else { Privilege::User });
     let mut trace = Trace::new();
     let memory = target.machine.source().memory();
     let outcome = second.translate(memory.as_ref(), NestedGpa(ngpa), &access, phase, &mut trace);
     let kind = FaultKind::NestedPageFault { exit_info_1: info };
     let matches = outcome.as_ref().is_err_and(|fault| fault.kind == kind);
-    let decoded = convert::fault::decode(info, true);
+    let decoded = convert::fault::decode(info, Code::NestedPageFault);
     let walk = second.page_walk();
     let title = format!(
         "nGPA {ngpa:#x}, {}: {} NPT, nCR3 {:#x}",

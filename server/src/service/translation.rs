@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use pagewalk::{Access, AdPolicy, Fault, Gva, NoTrace, PagingMode, Step, Trace, Translation, Walker};
+use pagewalk::{
+    Access, AdPolicy, Fault, Gva, NgpaWalk, NoTrace, PagingMode, Step, Trace, Translation, Walker,
+};
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::translate_response::Outcome;
 use pagewalk_proto::v1::translation_service_server::TranslationService;
@@ -119,10 +121,16 @@ pub(super) fn title(
         PagingMode::None => String::new(),
         _ => format!(", root {:#x}", walk.root()),
     };
-    let second = walker.ngpa_walk().map_or_else(String::new, |second| {
-        let walk = second.page_walk();
-        format!(", under {} NPT, nCR3 {:#x}", walk.format().mode(), walk.root())
-    });
+    let second = match walker.ngpa_walk() {
+        None => String::new(),
+        Some(NgpaWalk::Npt(npt)) => {
+            let walk = npt.page_walk();
+            format!(", under {} NPT, nCR3 {:#x}", walk.format().mode(), walk.root())
+        }
+        Some(NgpaWalk::Ept(ept)) => {
+            format!(", under {} EPT, EPTP {:#x}", ept.page_walk().format().mode(), ept.eptp())
+        }
+    };
     format!(
         "GVA {gva:#x}, {}: {mode}{root}{second} (vCPU {} of {}, generation {})",
         convert::access::describe(access),
@@ -138,5 +146,5 @@ pub(super) fn ladder<'a>(
     steps: &'a [Step],
     outcome: &'a Result<Translation, Fault>,
 ) -> Ladder<'a> {
-    Ladder { title, format: walker.gva_walk().format(), steps, outcome }
+    Ladder { title, walker, steps, outcome }
 }

@@ -212,6 +212,7 @@ fn count(walker: &Walker, outcome: Result<Translation, Fault>, counts: &mut [u64
                 FaultKind::NestedPageFault { exit_info_1 } if exit_info_1 >> 33 & 1 != 0 => 7,
                 FaultKind::NestedPageFault { .. } => 8,
                 FaultKind::Unbacked => 9,
+                FaultKind::EptViolation { .. } | FaultKind::EptMisconfiguration => panic!("under no EPT"),
                 FaultKind::Contended => panic!("contended on quiet memory"),
             };
             counts[class] += 1;

@@ -91,6 +91,8 @@ fn refusal(of: &Fault) -> Option<Refusal> {
             FaultKind::StackFault => Event::StackFault,
             FaultKind::NestedPageFault { exit_info_1 } => Event::NestedPageFault(exit_info_1),
             FaultKind::Unbacked => Event::Unbacked,
+            FaultKind::EptViolation { exit_qualification } => Event::EptViolation(exit_qualification),
+            FaultKind::EptMisconfiguration => Event::EptMisconfiguration,
             FaultKind::Contended => return None,
         },
         cause: match of.reason {
@@ -107,6 +109,11 @@ fn refusal(of: &Fault) -> Option<Refusal> {
             Reason::ProtectionKey => Cause::ProtectionKey,
             Reason::UserShadowStack => Cause::UserShadowStack,
             Reason::NotShadowStack => Cause::NotShadowStack,
+            Reason::NotReadable => Cause::NotReadable,
+            Reason::WriteWithoutRead => Cause::WriteWithoutRead,
+            Reason::ExecuteOnly => Cause::ExecuteOnly,
+            Reason::MemoryType => Cause::MemoryType,
+            Reason::GuestModeExecuteTrap => Cause::Gmet,
             Reason::Changing => return None,
         },
         linear: of.address,
@@ -130,6 +137,7 @@ fn same_step(step: &Step, visit: &Visit) -> bool {
         Verdict::Leaf => Found::Leaf,
         Verdict::NotPresent => Found::NotPresent,
         Verdict::Reserved => Found::Reserved,
+        Verdict::Misconfigured => Found::Misconfigured,
         Verdict::Unbacked => Found::Unbacked,
     };
     dimension(step.dimension) == visit.dimension

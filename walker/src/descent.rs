@@ -155,8 +155,7 @@ pub(crate) fn descend<E: EntryLayout, M: Memory, R: Recorder>(
                 return refused(reason, entry_gpa, entry, bits);
             }
             Meaning::Reserved(bits) => {
-                let verdict = if format.is_ept() { Verdict::Misconfigured } else { Verdict::Reserved };
-                note(recorder, held, entry_gpa, entry, rights, verdict);
+                note(recorder, held, entry_gpa, entry, rights, Verdict::Reserved);
                 return refused(Reason::ReservedBits, entry_gpa, entry, bits);
             }
         }

@@ -205,10 +205,10 @@ impl EptWalk {
         recorder: &mut R,
     ) -> Result<NestedPage, Fault> {
         let Need { ngpa, access, phase, guest } = *need;
+        // Fetches go by the mode of the linear address, shadow-stack accesses by their own.
         let privilege = match access.privilege() {
-            Privilege::Exempt => Privilege::Exempt,
-            // Whose shadow stack is meant, the access says.
             privilege if access.is_shadow_stack() => privilege,
+            Privilege::Exempt => Privilege::Exempt,
             _ if guest.user() => Privilege::User,
             _ => Privilege::Supervisor,
         };
@@ -306,13 +306,13 @@ pub(crate) fn lack<E: EntryLayout>(
     let above = level + 1;
     match access.kind() {
         AccessKind::ShadowStackRead | AccessKind::ShadowStackWrite if format.decided_by_leaf(access) => {
-            if !leaf.rights.read() {
-                without(Reason::NotReadable, Rights::READ, level)
-            } else if !(above..=format.levels()).all(|level| alone::<E>(level, path).write()) {
+            if !(above..=format.levels()).all(|level| alone::<E>(level, path).write()) {
                 without(Reason::ReadOnly, Rights::WRITE, above)
             } else if leaf.entry & SUPERVISOR_SHADOW_STACK == 0 {
                 let bits = SUPERVISOR_SHADOW_STACK;
                 Some(Lack { reason: Reason::NotShadowStack, right: None, from: level, bits })
+            } else if !leaf.rights.read() {
+                without(Reason::NotReadable, Rights::READ, level)
             } else {
                 None
             }

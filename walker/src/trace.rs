@@ -22,7 +22,7 @@ pub enum Verdict {
     NotPresent,
     /// It has reserved bits set.
     Reserved,
-    /// EPT: it is misconfigured, by reserved bits or otherwise.
+    /// EPT: it is misconfigured, and not by reserved bits.
     Misconfigured,
     /// It could not be read: its table is outside memory.
     Unbacked,

@@ -93,7 +93,7 @@ impl Ladder<'_> {
     fn memory_type(&self, page: &Translation) -> String {
         let format = self.walker.gva_walk().format();
         let pat = memory_type(format.pat_type(page));
-        match (page.ept_memory_type, format.effective_type(page)) {
+        match (page.nested.and_then(|nested| nested.ept_memory_type), format.effective_type(page)) {
             (Some(ept), Some(effective)) => {
                 let ignores = if ept.ignore_pat { ", which ignores the PAT" } else { "" };
                 let (effective, ept) = (memory_type(effective), memory_type(ept.memory_type));
@@ -116,10 +116,11 @@ impl Ladder<'_> {
     }
 
     fn page(&self, page: &Translation) -> String {
-        let through = page.nested_gpa.map(|gpa| format!(" through nGPA {gpa:#x}")).unwrap_or_default();
+        let through =
+            page.nested.map(|nested| format!(" through nGPA {:#x}", nested.ngpa)).unwrap_or_default();
         let nested_size = page
-            .nested_page_size
-            .map(|size| format!(" in an {} page of {}", self.second(), size_name(size)))
+            .nested
+            .map(|nested| format!(" in an {} page of {}", self.second(), size_name(nested.page_size)))
             .unwrap_or_default();
         let key = match page.key() {
             0 => String::new(),

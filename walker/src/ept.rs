@@ -23,7 +23,7 @@ use crate::format::PageFormat;
 use crate::memory::Memory;
 use crate::memory_type::EptMemoryType;
 use crate::mode::{CpuProfile, StateError, bits, reserved};
-use crate::nested::{Need, NestedPage, NestedPhase, Update};
+use crate::nested::{Need, NestedLeaf, NestedPhase, Update};
 use crate::permission::Rights;
 use crate::trace::Recorder;
 use crate::walk::PageWalk;
@@ -203,7 +203,7 @@ impl EptWalk {
         need: &Need<'_>,
         update: &Update,
         recorder: &mut R,
-    ) -> Result<NestedPage, Fault> {
+    ) -> Result<NestedLeaf, Fault> {
         let Need { ngpa, access, phase, guest } = *need;
         // Fetches go by the mode of the linear address, shadow-stack accesses by their own.
         let privilege = match access.privilege() {
@@ -238,7 +238,7 @@ impl EptWalk {
             update.set(Some(self.report(refusal, AccessKind::Write, need)));
         }
         match leaf {
-            Ok(leaf) => Ok(NestedPage {
+            Ok(leaf) => Ok(NestedLeaf {
                 gpa: Gpa(leaf.output),
                 rights: leaf.rights,
                 size: leaf.size,

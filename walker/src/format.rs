@@ -345,7 +345,7 @@ impl PageFormat {
     /// MTRRs'. `self` is the guest's format.
     #[must_use]
     pub fn effective_type(&self, page: &Translation) -> Option<MemoryType> {
-        let ept = page.ept_memory_type?;
+        let ept = page.nested?.ept_memory_type?;
         Some(if self.cache_disabled { MemoryType::Uncacheable } else { ept.effective(self.pat_type(page)) })
     }
 }

@@ -192,9 +192,7 @@ impl<M: Memory> Run<'_, M> {
         Some(Translation {
             gpa,
             entry,
-            nested_gpa: None,
-            nested_page_size: None,
-            ept_memory_type: None,
+            nested: None,
             page_size: PageSize::of_bits(shift(level)),
             rights: rights(shown),
             backing: self.memory.backing(gpa),

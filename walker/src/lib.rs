@@ -60,7 +60,7 @@ pub use nested::{NestedPhase, NgpaWalk};
 pub use npt::{NptControls, NptWalk};
 pub use permission::Rights;
 pub use trace::{MAX_STEPS, NoTrace, Recorder, Step, Trace, Verdict};
-pub use translation::{PageSize, Translation};
+pub use translation::{NestedPage, PageSize, Translation};
 pub use walk::PageWalk;
 pub use walker::{AdPolicy, MAX_ATTEMPTS, Walker};
 pub use window::Window;

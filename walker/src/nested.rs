@@ -15,7 +15,7 @@ use crate::mode::{ControlRegisters, CpuProfile, StateError};
 use crate::npt::{NptControls, NptWalk};
 use crate::permission::Rights;
 use crate::trace::Recorder;
-use crate::translation::{PageSize, Translation};
+use crate::translation::{NestedPage, PageSize, Translation};
 use crate::walk::PageWalk;
 
 /// `ngpa_walk`: the page walk that L1 put under L2.
@@ -51,12 +51,18 @@ pub(crate) struct Need<'a> {
 }
 
 /// A page that the second dimension maps.
-pub(crate) struct NestedPage {
+pub(crate) struct NestedLeaf {
     pub(crate) gpa: Gpa,
     /// What the second dimension alone grants.
     pub(crate) rights: Rights,
     pub(crate) size: PageSize,
     pub(crate) ept_memory_type: Option<EptMemoryType>,
+}
+
+impl NestedLeaf {
+    pub(crate) const fn page(&self, ngpa: NestedGpa) -> NestedPage {
+        NestedPage { ngpa, page_size: self.size, ept_memory_type: self.ept_memory_type }
+    }
 }
 
 /// The fault of writing to a guest's paging structure that was only read, where it may not be written: what becomes of the
@@ -151,9 +157,7 @@ impl NgpaWalk {
         Ok(Translation {
             gpa: page.gpa,
             entry: 0,
-            nested_gpa: Some(ngpa),
-            nested_page_size: Some(page.size),
-            ept_memory_type: page.ept_memory_type,
+            nested: Some(page.page(ngpa)),
             page_size: PageSize::Unpaged,
             rights,
             backing: memory.backing(page.gpa),
@@ -192,16 +196,16 @@ impl NgpaWalk {
         access: &Access,
         guest: Rights,
         recorder: &mut R,
-    ) -> Result<NestedPage, Fault> {
+    ) -> Result<NestedLeaf, Fault> {
         let need = Need { ngpa, access, phase: NestedPhase::Final, guest };
         match self {
             Self::Npt(npt) => {
                 let page = npt.page(memory, &need, recorder)?;
-                Ok(NestedPage { rights: npt.combined(guest, page.rights), ..page })
+                Ok(NestedLeaf { rights: npt.combined(guest, page.rights), ..page })
             }
             Self::Ept(ept) => {
                 let page = ept.page(memory, &need, &Cell::new(None), recorder)?;
-                Ok(NestedPage { rights: ept.combined(guest, page.rights), ..page })
+                Ok(NestedLeaf { rights: ept.combined(guest, page.rights), ..page })
             }
         }
     }

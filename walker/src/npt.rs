@@ -16,7 +16,7 @@ use crate::fault::{Dimension, EXIT_INFO_1_FINAL, EXIT_INFO_1_TABLE, Fault, PFEC_
 use crate::format::PageFormat;
 use crate::memory::Memory;
 use crate::mode::{ControlRegisters, CpuProfile, PagingMode, StateError};
-use crate::nested::{Need, NestedPage, NestedPhase};
+use crate::nested::{Need, NestedLeaf, NestedPhase};
 use crate::permission::Rights;
 use crate::trace::Recorder;
 use crate::walk::PageWalk;
@@ -73,7 +73,7 @@ impl NptWalk {
         memory: &M,
         need: &Need<'_>,
         recorder: &mut R,
-    ) -> Result<NestedPage, Fault> {
+    ) -> Result<NestedLeaf, Fault> {
         let Need { ngpa, access, .. } = *need;
         let table = need.phase != NestedPhase::Final;
         let gmet = self.controls.guest_mode_execute_trap;
@@ -102,7 +102,7 @@ impl NptWalk {
             _ => descend::<LongMode, M, R>(walk, memory, ngpa.0, purpose, recorder),
         };
         match leaf {
-            Ok(leaf) => Ok(NestedPage {
+            Ok(leaf) => Ok(NestedLeaf {
                 gpa: Gpa(leaf.output),
                 rights: leaf.rights,
                 size: leaf.size,

@@ -46,6 +46,17 @@ impl PageSize {
     }
 }
 
+/// The way through the second dimension.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct NestedPage {
+    /// The L2 guest-physical address in between.
+    pub ngpa: NestedGpa,
+    /// Size of the second dimension's page.
+    pub page_size: PageSize,
+    /// What the EPT leaf says of the memory type, where the second dimension is EPT.
+    pub ept_memory_type: Option<EptMemoryType>,
+}
+
 /// What a GVA means right now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Translation {
@@ -53,12 +64,8 @@ pub struct Translation {
     pub gpa: Gpa,
     /// The guest's leaf, as the walk loaded it; 0 where paging is off.
     pub entry: u64,
-    /// The L2 guest-physical address in between, in a nested walk.
-    pub nested_gpa: Option<NestedGpa>,
-    /// Size of the second dimension's page, in a nested walk.
-    pub nested_page_size: Option<PageSize>,
-    /// What the EPT leaf says of the memory type, in a walk nested in EPT.
-    pub ept_memory_type: Option<EptMemoryType>,
+    /// The page of the second dimension, in a nested walk.
+    pub nested: Option<NestedPage>,
     /// Size of the guest's page.
     pub page_size: PageSize,
     /// What every level of every dimension grants.

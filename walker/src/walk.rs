@@ -148,15 +148,13 @@ pub(crate) fn translate<M: Memory, R: Recorder>(
     let Some(second) = second else {
         return Ok(Translation { backing: memory.backing(page.gpa), ..page });
     };
-    let nested_gpa = NestedGpa(page.gpa.0);
+    let ngpa = NestedGpa(page.gpa.0);
     let nested = second
-        .final_page(memory, nested_gpa, access, page.rights, recorder)
+        .final_page(memory, ngpa, access, page.rights, recorder)
         .map_err(|fault| Fault { address: gva, ..fault })?;
     Ok(Translation {
         gpa: nested.gpa,
-        nested_gpa: Some(nested_gpa),
-        nested_page_size: Some(nested.size),
-        ept_memory_type: nested.ept_memory_type,
+        nested: Some(nested.page(ngpa)),
         rights: nested.rights,
         backing: memory.backing(nested.gpa),
         ..page
@@ -168,9 +166,7 @@ fn unpaged(gva: u64) -> Translation {
     Translation {
         gpa: Gpa(gva & LINEAR_32),
         entry: 0,
-        nested_gpa: None,
-        nested_page_size: None,
-        ept_memory_type: None,
+        nested: None,
         page_size: PageSize::Unpaged,
         rights: Rights::ALL,
         backing: Backing::None,
@@ -197,9 +193,7 @@ fn paged<E: EntryLayout, M: Memory, R: Recorder>(
         Ok(leaf) => Ok(Translation {
             gpa: Gpa(leaf.output),
             entry: leaf.entry,
-            nested_gpa: None,
-            nested_page_size: None,
-            ept_memory_type: None,
+            nested: None,
             page_size: leaf.size,
             rights: leaf.rights,
             backing: Backing::None,

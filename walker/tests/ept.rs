@@ -185,11 +185,12 @@ fn the_mask_of_memory_types_and_rights() {
 #[test]
 fn a_page_is_found_through_both_dimensions() {
     let page = translate(&Memory::new(), &walker(EPTP, PLAIN), &access(AccessKind::Write)).unwrap();
-    assert_eq!((page.gpa, page.nested_gpa), (Gpa(0x15123), Some(NestedGpa(0x5123))));
-    assert_eq!((page.page_size, page.nested_page_size), (PageSize::Size4K, Some(PageSize::Size4K)));
+    let nested = page.nested.expect("a nested page");
+    assert_eq!((page.gpa, nested.ngpa), (Gpa(0x15123), NestedGpa(0x5123)));
+    assert_eq!((page.page_size, nested.page_size), (PageSize::Size4K, PageSize::Size4K));
     assert_eq!(page.rights, Rights::ALL);
     let write_back = EptMemoryType { memory_type: MemoryType::WriteBack, ignore_pat: false };
-    assert_eq!(page.ept_memory_type, Some(write_back));
+    assert_eq!(nested.ept_memory_type, Some(write_back));
 }
 
 #[test]
@@ -203,12 +204,18 @@ fn large_pages_need_the_capability() {
     let all = EptCapabilities::all();
     memory.set(0xa008, 0x20_0000 | RWX | LARGE | WB);
     let page = walk(all, 0x20_1234).unwrap();
-    assert_eq!((page.gpa, page.nested_page_size), (Gpa(0x20_1234), Some(PageSize::Size2M)));
+    assert_eq!(
+        (page.gpa, page.nested.map(|nested| nested.page_size)),
+        (Gpa(0x20_1234), Some(PageSize::Size2M))
+    );
     let fault = walk(EptCapabilities { pages_2m: false, ..all }, 0x20_1234).unwrap_err();
     assert_eq!((fault.kind, fault.level, fault.bits), (FaultKind::EptMisconfiguration, 2, 0xb0));
     memory.set(0x9008, 0x4000_0000 | RWX | LARGE | WB);
     let page = walk(all, 0x4765_4321).unwrap();
-    assert_eq!((page.gpa, page.nested_page_size), (Gpa(0x4765_4321), Some(PageSize::Size1G)));
+    assert_eq!(
+        (page.gpa, page.nested.map(|nested| nested.page_size)),
+        (Gpa(0x4765_4321), Some(PageSize::Size1G))
+    );
     let fault = walk(EptCapabilities { pages_1g: false, ..all }, 0x4765_4321).unwrap_err();
     assert_eq!((fault.kind, fault.level, fault.bits), (FaultKind::EptMisconfiguration, 3, 0xb0));
 }

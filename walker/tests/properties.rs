@@ -394,7 +394,7 @@ proptest! {
         match (single, nested) {
             (Ok(single), Ok(nested)) => {
                 prop_assert_eq!(nested.gpa, single.gpa);
-                prop_assert_eq!(nested.nested_gpa.map(|ngpa| ngpa.0), Some(single.gpa.0));
+                prop_assert_eq!(nested.nested.map(|page| page.ngpa.0), Some(single.gpa.0));
                 prop_assert_eq!(
                     (nested.page_size, nested.rights, nested.backing), (single.page_size, single.rights, single.backing)
                 );

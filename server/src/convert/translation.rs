@@ -15,8 +15,8 @@ pub(crate) fn translation(page: &Translation, format: &PageFormat) -> v1::Transl
         dirty: page.dirty(),
         backing: backing(page.backing).into(),
         pat_type: memory_type(format.pat_type(page)).into(),
-        nested_gpa: page.nested_gpa.map(|gpa| gpa.0),
-        nested_page_size: page.nested_page_size.map(|size| page_size(size).into()),
+        nested_gpa: page.nested.map(|nested| nested.ngpa.0),
+        nested_page_size: page.nested.map(|nested| page_size(nested.page_size).into()),
         ad_skipped: page.ad_skipped,
         global: page.global(),
     }

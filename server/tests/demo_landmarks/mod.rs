@@ -141,6 +141,7 @@ pub(crate) fn check(machine: &Machine, own: &Snapshot, nested: &Snapshot) {
     assert_eq!(page(own_walker, "huge-2m").page_size, PageSize::Size2M);
     assert!(gib.is_none() || page(own_walker, "huge-1g").page_size == PageSize::Size1G);
     let huge = page(l2_walker, "l2-huge-2m");
-    assert_eq!((huge.page_size, huge.nested_page_size), (PageSize::Size2M, Some(PageSize::Size2M)));
-    assert_eq!(huge.nested_gpa, Some(pagewalk::NestedGpa(0x20_0000)));
+    let nested = huge.nested.expect("a nested page");
+    assert_eq!((huge.page_size, nested.page_size), (PageSize::Size2M, PageSize::Size2M));
+    assert_eq!(nested.ngpa, pagewalk::NestedGpa(0x20_0000));
 }

@@ -298,7 +298,7 @@ fn host_registers(rng: &mut Rng, modes: Modes) -> ControlRegisters {
 
 fn size_class(page: Translation) -> &'static str {
     use PageSize::{Size1G, Size2M, Size4K, Size4M, Unpaged};
-    match (page.page_size, page.nested_page_size) {
+    match (page.page_size, page.nested.map(|nested| nested.page_size)) {
         (Unpaged, None) => "mapped unpaged",
         (Size4K, None) => "mapped 4 KiB",
         (Size2M, None) => "mapped 2 MiB",

@@ -41,11 +41,7 @@ pub(crate) fn outcome(of: &Result<Translation, Fault>) -> Option<Result<Page, Re
 fn page(of: &Translation) -> Option<Page> {
     Some(Page {
         physical: of.gpa.0,
-        nested: match (of.nested_gpa, of.nested_page_size) {
-            (Some(address), Some(page_size)) => Some((address.0, size(page_size))),
-            (None, None) => None,
-            _ => return None,
-        },
+        nested: of.nested.map(|nested| (nested.ngpa.0, size(nested.page_size))),
         entry: of.entry,
         size: size(of.page_size),
         granted: granted(of.rights),

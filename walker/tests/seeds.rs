@@ -30,14 +30,14 @@ fn replay(target: &str, classes: &[&str], mut check: impl FnMut(&[u8], &mut [u64
 }
 
 #[test]
-#[cfg_attr(miri, ignore = "reads files")]
+#[cfg_attr(miri, ignore = "takes minutes")]
 fn walks() {
     let mut ram = memory::Ram::new();
     replay("walk", &walk::CLASSES, |bytes, counts| walk::check(bytes, &mut ram, counts));
 }
 
 #[test]
-#[cfg_attr(miri, ignore = "reads files")]
+#[cfg_attr(miri, ignore = "takes minutes")]
 fn control_registers() {
     replay("registers", &registers::CLASSES, registers::check);
 }

@@ -3,14 +3,24 @@
 //! Whether a CPU accepts a set of registers is written out here a second time, from the manuals' sentences (Intel SDM volume 3,
 //! "Control Registers" and "Paging Modes and Control Bits"; AMD APM volume 2, "Extended Feature Enable Register").
 
-use pagewalk::{ControlRegisters, CpuProfile, Gpa, NgpaWalk, PageWalk, PagingMode, Vendor};
+use pagewalk::{ControlRegisters, CpuProfile, EptCapabilities, Gpa, NgpaWalk, PageWalk, PagingMode, Vendor};
 
 use crate::input::Input;
 use crate::setup;
 
 /// What registers can come to.
-pub const CLASSES: [&str; 8] =
-    ["refused", "unpaged", "2-level", "PAE", "4-level", "5-level", "PDPTE registers refused", "NPT"];
+pub const CLASSES: [&str; 10] = [
+    "refused",
+    "unpaged",
+    "2-level",
+    "PAE",
+    "4-level",
+    "5-level",
+    "PDPTE registers refused",
+    "NPT",
+    "EPT",
+    "EPT refused",
+];
 
 /// Checks one input, and counts what it comes to by [`CLASSES`].
 pub fn check(bytes: &[u8], counts: &mut [u64]) {
@@ -66,6 +76,45 @@ pub fn check(bytes: &[u8], counts: &mut [u64]) {
     if let Ok(npt) = &npt {
         plausible(npt.page_walk(), &cpu);
     }
+
+    let (mut eptp, controls, capabilities) = setup::ept(&mut input);
+    if input.byte() & 1 != 0 {
+        eptp ^= 1 << (input.byte() & 63);
+    }
+    let ept = NgpaWalk::ept(eptp, &controls, &capabilities, &cpu);
+    let accepted = eptp_accepted(eptp, &capabilities, &cpu);
+    assert_eq!(ept.is_ok(), accepted, "EPTP {eptp:#x} {capabilities:?} {cpu:?}: {ept:?}");
+    counts[if accepted { 8 } else { 9 }] += 1;
+    if let Ok(NgpaWalk::Ept(ept)) = &ept {
+        let format = ept.page_walk().format();
+        assert_eq!(u64::from(format.levels()), (eptp >> 3 & 7) + 1);
+        assert_eq!(ept.page_walk().root(), eptp & 0x000f_ffff_ffff_f000 & !encryption(&cpu));
+        assert_eq!(ept.eptp(), eptp);
+    }
+}
+
+/// "Checks on VM-Execution Control Fields": the memory type and page-walk length are ones that the CPU has, bits 6 and 7 are clear
+/// where it has not what they enable, and bits 11:8 and those above the physical-address width are clear.
+fn eptp_accepted(eptp: u64, capabilities: &EptCapabilities, cpu: &CpuProfile) -> bool {
+    let sound =
+        (32..=52).contains(&cpu.maxphyaddr) && cpu.encryption_bit.is_none_or(|bit| (47..52).contains(&bit));
+    let memory_type = match eptp & 7 {
+        0 => capabilities.uncacheable,
+        6 => capabilities.write_back,
+        _ => false,
+    };
+    let length = match eptp >> 3 & 7 {
+        3 => capabilities.four_level,
+        4 => capabilities.five_level,
+        _ => false,
+    };
+    sound
+        && memory_type
+        && length
+        && (eptp >> 6 & 1 == 0 || capabilities.accessed_dirty)
+        && (eptp >> 7 & 1 == 0 || capabilities.supervisor_shadow_stack)
+        && eptp & 0xf00 == 0
+        && eptp & !(low(cpu.maxphyaddr) | encryption(cpu)) == 0
 }
 
 /// What every format has to be, whatever it was built from.

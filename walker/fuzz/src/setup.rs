@@ -5,8 +5,8 @@ use pagewalk::mode::{
     CR0_PE, CR0_PG, CR4_CET, CR4_LA57, CR4_LAM_SUP, CR4_PAE, EFER_LMA, EFER_LME, EFER_NXE, EFER_UAIE,
 };
 use pagewalk::{
-    Access, AccessKind, ControlRegisters, CpuProfile, NgpaWalk, PageWalk, PagingMode, Privilege, Vendor,
-    Walker,
+    Access, AccessKind, ControlRegisters, CpuProfile, EptCapabilities, EptControls, NgpaWalk, NptControls,
+    PageWalk, PagingMode, Privilege, Vendor, Walker,
 };
 
 use crate::input::Input;
@@ -83,15 +83,38 @@ pub fn gva_walk(input: &mut Input<'_>, registers: &ControlRegisters, cpu: &CpuPr
     Some(walk)
 }
 
+/// EPTP, and what decides over it: of a page-walk length and options that bytes select, or arbitrary words.
+pub fn ept(input: &mut Input<'_>) -> (u64, EptControls, EptCapabilities) {
+    let byte = input.byte();
+    let options = input.byte();
+    let controls = EptControls { mode_based_execute: options & 1 != 0, tables_written: options & 2 != 0 };
+    if options & 0x80 != 0 {
+        return (input.u64(), controls, EptCapabilities::from_msr(input.u64()));
+    }
+    let memory_type = if options & 4 == 0 { 6 } else { 0 };
+    let length = if byte & 0x10 == 0 { 3 } else { 4 };
+    // Accessed and dirty bits, supervisor shadow-stack control.
+    let features = u64::from(options >> 3 & 3) << 6;
+    let eptp = u64::from(byte & 15) << 12 | features | length << 3 | memory_type;
+    // The same CPU without one of its features: execute-only pages, 2 MiB pages, 1 GiB pages, advanced information.
+    let lacks = [0, 1, 1 << 16, 1 << 17, 1 << 22][usize::from(byte >> 5) % 5];
+    (eptp, controls, EptCapabilities::from_msr(!lacks))
+}
+
 /// A second dimension, where the bytes ask for one and a CPU accepts it.
 pub fn ngpa_walk(input: &mut Input<'_>, cpu: &CpuProfile) -> Option<NgpaWalk> {
     let kind = input.byte();
-    match kind & 3 {
-        0 | 1 => None,
-        _ => {
+    match kind & 7 {
+        0..=2 => None,
+        3..=5 => {
             let host = registers(input);
             let ncr3 = if kind & 0x80 != 0 { input.u64() } else { u64::from(kind >> 3 & 15) << 12 };
-            NgpaWalk::npt(ncr3, &host, cpu).ok()
+            let controls = NptControls { guest_mode_execute_trap: kind & 7 == 5 };
+            NgpaWalk::npt_with(ncr3, &host, &controls, cpu).ok()
+        }
+        _ => {
+            let (eptp, controls, capabilities) = ept(input);
+            NgpaWalk::ept(eptp, &controls, &capabilities, cpu).ok()
         }
     }
 }

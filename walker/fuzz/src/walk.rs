@@ -5,8 +5,8 @@
 //! and nothing where it refuses; and on memory that changes under the walk, an end all the same.
 
 use pagewalk::{
-    Access, AdPolicy, Backing, Dimension, Fault, FaultKind, Gva, MAX_ATTEMPTS, MAX_STEPS, NestedGpa,
-    NestedPhase, NoTrace, PageSize, PagingMode, Trace, Translation, Walker,
+    Access, AdPolicy, Backing, Dimension, EPT_VIOLATION_GVA_TRANSLATED, Fault, FaultKind, Gva, MAX_ATTEMPTS,
+    MAX_STEPS, NestedGpa, NestedPhase, NgpaWalk, NoTrace, PageSize, PagingMode, Trace, Translation, Walker,
 };
 
 use crate::input::Input;
@@ -14,13 +14,13 @@ use crate::memory::{PAGES, Ram};
 use crate::setup;
 
 const ADDRESSES: usize = 4;
-/// Accessed and dirty bits of both dimensions, in either half of a word.
-const ACCESSED_DIRTY: u64 = 0x60_0000_0060;
+/// Accessed and dirty bits, of EPT as well, and in either half of a word.
+const ACCESSED_DIRTY: u64 = 0x60_0000_0360;
 /// Indices that entries are put at and addresses are made of.
 const INDICES: [u64; 20] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 255, 256, 510, 511];
 
 /// What a walk can end in.
-pub const CLASSES: [&str; 15] = [
+pub const CLASSES: [&str; 19] = [
     "page, one dimension",
     "page, nested",
     "page without backing",
@@ -36,6 +36,10 @@ pub const CLASSES: [&str; 15] = [
     "contended",
     "registers refused",
     "by rule: one word, two meanings for Set",
+    "EPT violation, guest table",
+    "EPT violation, final address",
+    "EPT misconfiguration",
+    "page, over EPT",
 ];
 
 /// Checks one input, and counts what it comes to by [`CLASSES`]; `ram` is cleared before and after.
@@ -129,7 +133,7 @@ fn quiet(walker: &Walker, ram: &Ram, gva: u64, access: &Access, counts: &mut [u6
     ram.undo();
 
     if let Some(second) = walker.ngpa_walk() {
-        for phase in [NestedPhase::Table, NestedPhase::Final] {
+        for phase in [NestedPhase::Table, NestedPhase::Pdpte, NestedPhase::Final] {
             ram.restart();
             let _ = second.translate(ram, NestedGpa(gva.0), access, phase, &mut trace);
             assert!(ram.loads.get() <= second.page_walk().format().levels() as usize);
@@ -139,11 +143,12 @@ fn quiet(walker: &Walker, ram: &Ram, gva: u64, access: &Access, counts: &mut [u6
 }
 
 /// Whether the walk met one word in both dimensions, and what `Set` leaves in it for the one means something else to the other:
-/// it is a frame bit of an entry of another width, or the dirty bit that makes a page a shadow stack. Then it has to walk again.
+/// it is a frame bit of an entry of another width, an accessed bit of EPT where the guest has another, or the dirty bit that makes
+/// a page a shadow stack. Then it has to walk again.
 fn overlaps(walker: &Walker, access: &Access, trace: &Trace) -> bool {
     let Some(second) = walker.ngpa_walk() else { return false };
     let same_width = walker.gva_walk().format().entry_bytes() == second.page_walk().format().entry_bytes();
-    if same_width && !access.is_shadow_stack() {
+    if same_width && !access.is_shadow_stack() && matches!(second, NgpaWalk::Npt(_)) {
         return false;
     }
     let words = |dimension| {
@@ -198,6 +203,7 @@ fn count(walker: &Walker, outcome: Result<Translation, Fault>, counts: &mut [u64
     match outcome {
         Ok(page) => {
             counts[usize::from(nested)] += 1;
+            counts[18] += u64::from(matches!(walker.ngpa_walk(), Some(NgpaWalk::Ept(_))));
             counts[2] += u64::from(page.backing == Backing::None);
             counts[3] +=
                 u64::from(matches!(page.page_size, PageSize::Size2M | PageSize::Size4M | PageSize::Size1G));
@@ -212,7 +218,13 @@ fn count(walker: &Walker, outcome: Result<Translation, Fault>, counts: &mut [u64
                 FaultKind::NestedPageFault { exit_info_1 } if exit_info_1 >> 33 & 1 != 0 => 7,
                 FaultKind::NestedPageFault { .. } => 8,
                 FaultKind::Unbacked => 9,
-                FaultKind::EptViolation { .. } | FaultKind::EptMisconfiguration => panic!("under no EPT"),
+                FaultKind::EptViolation { exit_qualification }
+                    if exit_qualification & EPT_VIOLATION_GVA_TRANSLATED == 0 =>
+                {
+                    15
+                }
+                FaultKind::EptViolation { .. } => 16,
+                FaultKind::EptMisconfiguration => 17,
                 FaultKind::Contended => panic!("contended on quiet memory"),
             };
             counts[class] += 1;
@@ -258,7 +270,10 @@ fn entry(input: &mut Input<'_>) -> (usize, u64, bool) {
     // Both halves refer to memory, so that they do as entries of four bytes, too.
     let table = word & 0x0000_ffff_0000_ffff;
     let entry = match shape >> 4 & 7 {
-        0..=2 => table & 0xffff | 7,
+        0 => table & 0xffff | 7,
+        // As EPT has them: a table, and a page of write-back memory.
+        1 => table & 0xf700 | 7,
+        2 => table & 0xffff & !0x38 | 0x37,
         3 => table | 7 << 32 | 7,
         4 => table & 0xffff & !0x1000 | 0x87,
         5 => table & 0xffff | word & 0xfff0_0000_0000_0000 | 1,

@@ -221,7 +221,9 @@ pub(crate) fn alone<E: EntryLayout>(level: u32, path: &Path) -> Rights {
 
 /// Why the permission words refuse the access.
 pub(crate) fn lack<E: EntryLayout>(rights: Rights, level: u32, format: &PageFormat, access: &Access) -> Lack {
-    let (reason, right) = if access.is_user() && !rights.user() {
+    // Under GMET, U/S keeps no user out.
+    let user_needed = format.refuses(access, Rights::ALL.without(Rights::USER));
+    let (reason, right) = if access.is_user() && !rights.user() && user_needed {
         (Reason::SupervisorPage, Some(Rights::USER))
     } else if access.is_fetch() && !rights.execute() {
         (Reason::NoExecute, Some(Rights::EXECUTE))

@@ -80,6 +80,10 @@ pub enum Reason {
     TableUnbacked,
     /// The entry is not present.
     NotPresent,
+    /// EPT: the entry lets its page be written and not read.
+    WriteWithoutRead,
+    /// EPT: the entry lets its page be executed and not read, which this CPU does not know.
+    ExecuteOnly,
     /// The entry has reserved bits set.
     ReservedBits,
     /// A user access to a page whose U/S is clear in this entry.
@@ -99,10 +103,6 @@ pub enum Reason {
     NotShadowStack,
     /// EPT: a read of a page whose read bit is clear in this entry.
     NotReadable,
-    /// EPT: the entry lets its page be written and not read.
-    WriteWithoutRead,
-    /// EPT: the entry lets its page be executed and not read, which this CPU does not know.
-    ExecuteOnly,
     /// EPT: the memory type in the leaf does not exist.
     MemoryType,
     /// GMET: a supervisor fetch from a page that is a user page for NPT.

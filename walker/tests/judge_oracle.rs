@@ -50,8 +50,37 @@ fn main() {
             Ok(())
         })
     });
-    let trials = examples.chain([Trial::test("the_oracle_agrees", run)]).collect();
+    let trials = examples
+        .chain([Trial::test("the_memory_types_agree", memory_types), Trial::test("the_oracle_agrees", run)])
+        .collect();
     libtest_mimic::run(&arguments, trials).exit();
+}
+
+/// EPT's type with each type that a PAT can select.
+fn memory_types() -> Result<(), Failed> {
+    use pagewalk::{EptMemoryType, MemoryType};
+    let of_ept = [
+        MemoryType::Uncacheable,
+        MemoryType::WriteCombining,
+        MemoryType::WriteThrough,
+        MemoryType::WriteProtected,
+        MemoryType::WriteBack,
+    ];
+    for memory_type in of_ept {
+        for pat in of_ept.into_iter().chain([MemoryType::UncacheableMinus]) {
+            for ignore_pat in [false, true] {
+                let ours = EptMemoryType { memory_type, ignore_pat }.effective(pat);
+                let [ept, pat, ours] = [memory_type, pat, ours].map(answers::ept_type);
+                let oracle = oracle::memory_type::effective(ept, ignore_pat, pat);
+                if ours != oracle {
+                    return Err(
+                        format!("EPT {ept}, PAT {pat}, IPAT {ignore_pat}: {ours}, oracle {oracle}").into()
+                    );
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Cases of a default run.
@@ -178,10 +207,11 @@ impl Bench {
     fn put_nested(&mut self, setup: &Setup, request: Request) {
         let Bench { judge, ground, trace, rng } = self;
         judge.case();
-        let (purpose, phase) = match rng.bool() {
-            true => (Purpose::Table, NestedPhase::Table),
-            false => (Purpose::Final, NestedPhase::Final),
-        };
+        let (purpose, phase) = [
+            (Purpose::Table, NestedPhase::Table),
+            (Purpose::PdpteRegister, NestedPhase::Pdpte),
+            (Purpose::Final, NestedPhase::Final),
+        ][rng.usize(..3)];
         let answer = oracle::translate_nested(&setup.system, ground, request, purpose);
         let second = setup.walker.ngpa_walk().unwrap();
         let access = answers::access(&request);

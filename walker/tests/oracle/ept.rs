@@ -132,9 +132,15 @@ impl<P: Physical> Walk<'_, P> {
         {
             return Ok(());
         }
+        self.guest_structure_written(nested)
+    }
+
+    /// What the entry at this address was read from is written as well.
+    pub(super) fn guest_structure_written(&mut self, nested: u64) -> Result<(), Refusal> {
         // The walk was made for the read already, and is no part of the trace again.
         let visits = self.visits.len();
         let access = Access { data_read: true, data_write: true, fetch: false };
+        let controls = self.ept_controls();
         let outcome = self.ept_walk(controls, access, nested, Purpose::Table, Granted::EVERYTHING);
         self.visits.truncate(visits);
         outcome.map(|_| ())
@@ -188,6 +194,7 @@ impl<P: Physical> Walk<'_, P> {
         granted: Granted,
     ) -> Result<(), Refusal> {
         let value = entry.value;
+        // Of several causes the project names the first in the order of `Reason`.
         let mut wrong: Option<(Cause, u64)> = None;
 
         // "Bit 0 of the entry is clear and bit 1 is set."
@@ -210,11 +217,11 @@ impl<P: Physical> Walk<'_, P> {
         match level {
             // EPT PML5E and EPT PML4E: 7:3.
             4 | 5 => reserved |= bits(value, 7, 3),
-            // EPT PDPTE and EPT PDE that refer to a table: 6:3. Those that map a page: the address bits below its size; bit 7 where the
-            // CPU offers no such pages.
+            // EPT PDPTE and EPT PDE that refer to a table: 6:3. Those that map a page: the address bits below its size. Where the CPU
+            // offers no such pages, all refer to tables, and bit 7 must be 0 as well.
             3 if maps && controls.offers.pages_1_gib => reserved |= bits(value, 29, 12),
             2 if maps && controls.offers.pages_2_mib => reserved |= bits(value, 20, 12),
-            2 | 3 if maps => reserved |= bits(value, 7, 7),
+            2 | 3 if maps => reserved |= bits(value, 7, 3),
             2 | 3 => reserved |= bits(value, 6, 3),
             // EPT PTE: nothing but address bits.
             _ => {}
@@ -228,7 +235,8 @@ impl<P: Physical> Walk<'_, P> {
         }
 
         let Some((cause, bits)) = wrong else { return Ok(()) };
-        self.visited(view, entry, granted, Found::Misconfigured);
+        let found = if cause == Cause::ReservedBits { Found::Reserved } else { Found::Misconfigured };
+        self.visited(view, entry, granted, found);
         Err(self.blame(view, entry, bits, Event::EptMisconfiguration, cause))
     }
 
@@ -249,30 +257,42 @@ impl<P: Physical> Walk<'_, P> {
         let supervisor_shadow_stack_access = view.purpose == Purpose::Final
             && self.request.kind.of_a_shadow_stack()
             && self.request.by != By::User;
-        let cause = if controls.supervisor_shadow_stack && supervisor_shadow_stack_access {
+        let marked_pages_only = controls.supervisor_shadow_stack && supervisor_shadow_stack_access;
+        let cause = if marked_pages_only {
             // Such an access needs bit 0 in every entry, bit 1 in every entry but the last, and bit 60 in the last. Bit 1 of the last
             // does not count: the page need not be writable otherwise.
             let above = &self.visits[view.first_visit..self.visits.len() - 1];
-            if !granted.read {
-                Cause::NotReadable
-            } else if above.iter().any(|visit| !bit(visit.entry, 1)) {
+            if above.iter().any(|visit| !bit(visit.entry, 1)) {
                 Cause::ReadOnly
             } else if !bit(leaf, 60) {
                 Cause::NotShadowStack
+            } else if !granted.read {
+                Cause::NotReadable
             } else {
                 return Ok(());
             }
-        } else if access.data_read && !granted.read {
-            Cause::NotReadable
-        } else if access.data_write && !granted.write {
-            Cause::ReadOnly
         } else if access.fetch && !self.ept_executable(controls, guest, granted) {
             Cause::NoExecute
+        } else if access.data_write && !granted.write {
+            Cause::ReadOnly
+        } else if access.data_read && !granted.read {
+            Cause::NotReadable
         } else {
             return Ok(());
         };
         let event = self.ept_violation(view, controls, access, guest, granted, Some(leaf));
-        Err(self.blame_in_ept(view, controls, guest, cause, event))
+        // The project's own rule (`Fault`): the entry nearest to the leaf that withholds the right.
+        let needed = match cause {
+            Cause::NotReadable => 1 << 0,
+            Cause::ReadOnly => 1 << 1,
+            Cause::NotShadowStack => 1 << 60,
+            _ if controls.mode_based_execute && guest.user => 1 << 10,
+            _ => 1 << 2,
+        };
+        Err(self.blame_the_lowest(view, cause, event, |visit| match (cause, visit.found) {
+            (Cause::ReadOnly, Found::Leaf) if marked_pages_only => 0,
+            _ => !visit.entry & needed,
+        }))
     }
 
     /// With mode-based execute control, bit 2 is for addresses that paging maps as supervisor-mode ones, and bit 10 for user-mode
@@ -313,25 +333,5 @@ impl<P: Physical> Walk<'_, P> {
         set(13, last && self.request.kind.of_a_shadow_stack());
         set(14, controls.supervisor_shadow_stack && leaf.is_some_and(|leaf| bit(leaf, 60)));
         Event::EptViolation(qualification)
-    }
-
-    /// The project's own rule (`Fault`): the entry nearest to the leaf that withholds the right.
-    fn blame_in_ept(
-        &self,
-        view: &View,
-        controls: Controls,
-        guest: Granted,
-        cause: Cause,
-        event: Event,
-    ) -> Refusal {
-        let needed = match cause {
-            Cause::NotReadable => 1 << 0,
-            Cause::ReadOnly => 1 << 1,
-            Cause::NotShadowStack => 1 << 60,
-            Cause::NoExecute if controls.mode_based_execute && guest.user => 1 << 10,
-            Cause::NoExecute => 1 << 2,
-            other => unreachable!("{other:?} is no missing right"),
-        };
-        self.blame_the_lowest(view, cause, event, |visit| !visit.entry & needed)
     }
 }

@@ -66,16 +66,14 @@ impl<P: Physical> Walk<'_, P> {
 
     /// What lies behind the address that the guest's tables gave.
     fn reached(&mut self, mapped: Mapped) -> Result<Page, Refusal> {
-        let mut physical = mapped.address;
-        let mut granted = mapped.granted;
-        let mut nested = None;
+        let mut page = (mapped.address, mapped.granted, None, None);
         if self.system.second.is_some() {
             // APM, "Nested Paging": the guest physical address is translated by the nested tables, for the access itself.
             let behind = self.through_second(mapped.address, Purpose::Final, mapped.granted)?;
-            nested = Some((mapped.address, behind.size));
-            physical = behind.address;
-            granted = granted.and(behind.granted);
+            let granted = self.by_both_dimensions(mapped.granted, behind.granted);
+            page = (behind.address, granted, Some((mapped.address, behind.size)), self.ept_type(&behind));
         }
+        let (physical, granted, nested, ept_type) = page;
         let paged = mapped.size != Size::Unpaged;
         Ok(Page {
             physical,
@@ -89,25 +87,9 @@ impl<P: Physical> Walk<'_, P> {
             dirty: bit(mapped.entry, 6),
             global: bit(mapped.entry, 8),
             pat_index: paged.then(|| pat_index(mapped.entry, mapped.size)),
+            ept_type,
             nature: self.memory.nature(physical),
         })
-    }
-
-    /// The same where only the second dimension was asked.
-    pub(super) fn without_guest(&self, nested: u64, mapped: Mapped) -> Page {
-        Page {
-            physical: mapped.address,
-            nested: Some((nested, mapped.size)),
-            entry: 0,
-            size: Size::Unpaged,
-            granted: mapped.granted,
-            key: 0,
-            accessed: false,
-            dirty: false,
-            global: false,
-            pat_index: None,
-            nature: self.memory.nature(mapped.address),
-        }
     }
 }
 

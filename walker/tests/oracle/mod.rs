@@ -16,6 +16,7 @@ mod accessed_dirty;
 mod ept;
 mod linear;
 mod long_mode;
+pub(crate) mod memory_type;
 mod npt;
 mod pae;
 mod pre_processing;
@@ -286,6 +287,8 @@ pub(crate) struct Page {
     pub(crate) dirty: bool,
     pub(crate) global: bool,
     pub(crate) pat_index: Option<usize>,
+    /// Of an EPT leaf: bits 5:3, and bit 6.
+    pub(crate) ept_type: Option<(u64, bool)>,
     pub(crate) nature: Nature,
 }
 
@@ -393,9 +396,7 @@ pub(crate) fn translate_nested<P: Physical>(
     let nested = request.linear;
     let mut walk =
         Walk { system, memory, request: Request { linear: 0, ..request }, visits: Vec::with_capacity(8) };
-    let outcome = walk
-        .through_second(nested, purpose, Granted::EVERYTHING)
-        .map(|mapped| walk.without_guest(nested, mapped));
+    let outcome = walk.second_alone(nested, purpose);
     walk.finish(outcome)
 }
 

@@ -1,8 +1,8 @@
 //! The walker's answers in the oracle's words, so that they compare with `==`.
 
 use pagewalk::{
-    Access, AccessKind, Backing, Fault, FaultKind, PageSize, Privilege, Reason, Rights, Step, Translation,
-    Verdict,
+    Access, AccessKind, Backing, Fault, FaultKind, MemoryType, PageSize, Privilege, Reason, Rights, Step,
+    Translation, Verdict,
 };
 
 use crate::oracle::{
@@ -50,12 +50,25 @@ fn page(of: &Translation) -> Option<Page> {
         dirty: of.dirty(),
         global: of.global(),
         pat_index: of.pat_index(),
+        ept_type: of.ept_memory_type.map(|it| (ept_type(it.memory_type), it.ignore_pat)),
         nature: match of.backing {
             Backing::Ram => Nature::Ram,
             Backing::ReadOnly => Nature::Rom,
             Backing::None => Nature::Nothing,
         },
     })
+}
+
+/// The encoding of a memory type, as in the MTRRs, the PAT and EPT.
+pub(crate) fn ept_type(of: MemoryType) -> u64 {
+    match of {
+        MemoryType::Uncacheable => 0,
+        MemoryType::WriteCombining => 1,
+        MemoryType::WriteThrough => 4,
+        MemoryType::WriteProtected => 5,
+        MemoryType::WriteBack => 6,
+        MemoryType::UncacheableMinus => 7,
+    }
 }
 
 fn size(of: PageSize) -> Size {

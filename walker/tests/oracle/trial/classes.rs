@@ -1,5 +1,7 @@
 //! The classes that cases are counted in, so that many easy ones cannot hide that the hard ones are missing.
 
+use super::host::Host;
+use super::path::Shape;
 use super::setup::Setup;
 use crate::judge::Judge;
 use crate::oracle::{Answer, By, Cause, Dimension, Event, Kind, Nature, Request, Size};
@@ -102,9 +104,15 @@ pub(crate) fn classify(judge: &mut Judge, setup: &Setup, request: &Request, answ
             let modes = ["unpaged", "", "2-level", "PAE", "4-level", "5-level"];
             judge.count(modes[setup.shape.0 as usize], 0);
             if let Some(host) = setup.host {
-                let hosts =
-                    ["", "", "over 2-level NPT", "over PAE NPT", "over 4-level NPT", "over 5-level NPT"];
-                judge.count(hosts[host.0 as usize], 0);
+                let class = match host {
+                    Host::Npt(Shape(2)) => "over 2-level NPT",
+                    Host::Npt(Shape(3)) => "over PAE NPT",
+                    Host::Npt(Shape(4)) => "over 4-level NPT",
+                    Host::Npt(_) => "over 5-level NPT",
+                    Host::Ept(4) => "over 4-level EPT",
+                    Host::Ept(_) => "over 5-level EPT",
+                };
+                judge.count(class, 0);
             }
             let nested = page.nested.is_some();
             let class = match (page.size, nested) {

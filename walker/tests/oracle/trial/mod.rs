@@ -4,6 +4,7 @@ pub(crate) mod answers;
 mod checks;
 pub(crate) mod classes;
 pub(crate) mod ground;
+mod host;
 mod nested;
 pub(crate) mod odometer;
 mod path;

@@ -1,18 +1,22 @@
-//! The sheet `nested`: every guest mode over every host format.
+//! The sheets `nested`, `nested over EPT`, `EPT entry` and `EPT rights`: every guest mode over every host format, and over EPT.
 //!
 //! The second dimension meets each of the guest's addresses: that of each table's entry and the final one. One entry of one of
 //! those nested walks turns at a time, through one defect of each kind, against the rights of the guest's leaf, the size of the
 //! nested page, the host's and the guest's controls, and the access. What else an entry holds is drawn: no rule looks at two
 //! nested entries at once but the accumulation of rights, which the sheet `rights` turns in one dimension.
+//!
+//! EPT has entries of its own: `EPT entry` turns the bits of one of them, and `EPT rights` the rights of all that lead to one address,
+//! where W without R is left out as that ends the walk.
 
 use fastrand::Rng;
 
 use super::ground::{Ground, HIGH, LOW, ROM};
+use super::host::{Building, EPT_RIGHTS, EPT_RIGHTS_ALLOWED, Host, defect, states};
 use super::odometer::Reading;
-use super::path::{ACCESSED, BIT_7, BIT_8, DIRTY, NX, PAGE, PRESENT, Path, SOUND, Shape, USER, WRITE, table};
+use super::path::{BIT_7, PAGE, PRESENT, Path, Shape, USER, WRITE, table};
 use super::setup::{Controls, Setup};
 use super::sheets::{ACCESS_WHEELS, ANY_CPU, Sheet, request};
-use crate::oracle::{Cpu, Second};
+use crate::oracle::{Cpu, EptControls, EptOffers, Second};
 
 /// Where the nested tables start; the pages below are the guest's.
 const NESTED_ROOT: u64 = 8 * PAGE;
@@ -32,89 +36,51 @@ fn nested_address(apart: u32, n: u64, page: u64) -> u64 {
     n << apart | page & ((1 << apart.min(30)) - 1)
 }
 
-/// Nested tables under construction.
-struct Building<'a> {
-    ground: &'a mut Ground,
-    host: Shape,
-    root: u64,
-    /// The next page to take for a table.
-    free: u64,
+/// What turns in the nested walk of one of the addresses.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Turn {
+    /// One defect of one entry.
+    Defect,
+    /// The bits of one EPT entry.
+    EptEntry,
+    /// The rights of all of its EPT entries.
+    EptRights,
 }
 
-impl Building<'_> {
-    /// Maps `address` to `page` and says where the entries for it lie, by level. Entries that another address already has are
-    /// shared.
-    fn map(&mut self, address: u64, page: u64, leaf: u32, rng: &mut Rng) -> [u64; 6] {
-        let host = self.host;
-        let mut at = [0; 6];
-        let mut table = self.root;
-        for level in (1..=host.0).rev() {
-            let entry_address = table + host.entry_bytes() * host.index(address, level);
-            at[level as usize] = entry_address;
-            let present = self.ground.entry(entry_address, host.entry_bytes());
-            if present & PRESENT != 0 {
-                if level > 1 && present & BIT_7 != 0 {
-                    return at;
-                }
-                table = present & 0x000f_ffff_ffff_f000 & host.entry_mask();
-                continue;
-            }
-            let drawn = host.sound(level) | rng.u64(..) & host.free(level);
-            if level == leaf {
-                let size = if level > 1 { BIT_7 } else { 0 };
-                let entry = drawn | size | host.held(level, page);
-                self.ground.place(entry_address, host.entry_bytes(), entry);
-                return at;
-            }
-            table = self.free;
-            self.free += PAGE;
-            self.ground.place(entry_address, host.entry_bytes(), drawn | table);
-        }
-        at
-    }
-}
-
-pub(crate) fn nested(guest: Shape, host: Shape, rng: &mut Rng) -> Sheet {
-    let apart = apart(guest, host);
-    let guest_root = nested_address(apart, 1, table(LOW, guest.0)) + if guest.0 == 3 { 0x20 } else { 0 };
-    let host_root = NESTED_ROOT + if host.0 == 3 { 0xfe0 } else { 0 };
-    let mut setups = Vec::new();
-    for (nxe, amd, feature, guest_nxe) in (0..16).map(|n| (n & 1 == 1, n & 2 == 2, n & 4 == 4, n & 8 == 8)) {
-        // WP, SMEP, SMAP and PKE of the host must change nothing.
-        let host = Controls { nxe, pse: feature, ..Controls::numbered(host, rng.u64(..64)) };
-        let guest = Controls { nxe: guest_nxe, ..Controls::numbered(guest, rng.u64(..64)) };
-        let cpu = Cpu { amd, maxphyaddr: 48, page1gb: feature, encryption_bit: None };
-        let second =
-            Second::Npt { ncr3: host_root | rng.u64(..4) << 3, host: host.registers(0), cpu, gmet: false };
-        setups.push(Setup::new(guest.registers(guest_root), ANY_CPU, Some(second)));
-    }
+pub(crate) fn nested(guest: Shape, host: Host, turn: Turn, rng: &mut Rng) -> Sheet {
+    let apart = apart(guest, host.shape());
+    let setups: Vec<Setup> = (0..32).map(|number| setup(guest, host, apart, number, rng)).collect();
+    let levels = u64::from(host.levels());
     let targets = u64::from(guest.0) + 1;
     let guest_leaves = u64::from(if guest.0 == 0 { 1 } else { guest.largest_leaf() });
-    let nested_leaves = u64::from(host.largest_leaf());
-    let mut wheels =
-        vec![setups.len() as u64, targets, u64::from(host.0), 14, nested_leaves, guest_leaves, 8];
+    let nested_leaves = u64::from(host.shape().largest_leaf());
+    let mut wheels = vec![setups.len() as u64, targets, levels, nested_leaves, guest_leaves, 8];
+    match turn {
+        Turn::Defect => wheels.push(states(host)),
+        // Rights; memory type; bits 6, 7, 8, 9 and 60; one reserved bit.
+        Turn::EptEntry => wheels.extend([16, 8, 2, 2, 2, 2, 2, 6]),
+        Turn::EptRights => wheels.extend(vec![EPT_RIGHTS_ALLOWED.len() as u64; levels as usize]),
+    }
     wheels.extend(ACCESS_WHEELS);
     let lay = move |reading: &mut Reading, setups: &[Setup], ground: &mut Ground, rng: &mut Rng| {
         let number = reading.take() as usize;
-        let large = match setups[number].system.second {
-            Some(Second::Npt { cpu, .. }) if !cpu.page1gb => host.largest_leaf() - 1,
-            _ => host.largest_leaf(),
-        };
+        let setup = &setups[number];
         let target = reading.take() as usize;
         let turned_level = reading.take() as usize + 1;
-        let state = reading.take();
         let turned_leaf = reading.take() as u32 + 1;
         let leaf = reading.take() as u32 + if guest.0 == 0 { 0 } else { 1 };
         let guest_rights = reading.take();
 
-        // Each address the second dimension meets: its nGPA, and the page it stands for. First the guest's tables.
+        // Each address the second dimension meets: its nGPA, and the page it stands for. First the guest's tables, but for one
+        // that registers stand for.
+        let top = if setup.system.pdpte_registers.is_some() { 2 } else { guest.0 };
         let linear = if guest.0 == 0 { rng.u64(..LOW.pages * PAGE) } else { guest.linear(rng) };
         let mut path = Path::new(linear, guest, leaf, LOW);
         let mut met = Vec::with_capacity(6);
-        for level in (leaf.max(1)..=guest.0).rev() {
+        for level in (leaf.max(1)..=top).rev() {
             let home = match rng.u32(..8) {
-                0 if level < guest.0 => ROM,
-                1 if level < guest.0 => HIGH,
+                0 if level < top => ROM,
+                1 if level < top => HIGH,
                 _ => LOW,
             };
             let page = table(home, level);
@@ -136,7 +102,7 @@ pub(crate) fn nested(guest: Shape, host: Shape, rng: &mut Rng) -> Sheet {
                 (address & !within | linear & within & !0xfff, page)
             }
         });
-        for (n, level) in (leaf.max(1)..=guest.0).rev().enumerate() {
+        for (n, level) in (leaf.max(1)..=top).rev().enumerate() {
             let to = met[n + 1].0;
             let entry = &mut path.entries[level as usize];
             *entry = guest.sound(level) | rng.u64(..) & guest.free(level);
@@ -149,52 +115,124 @@ pub(crate) fn nested(guest: Shape, host: Shape, rng: &mut Rng) -> Sheet {
             *entry |= guest.held(level, to) | if level > 1 { BIT_7 } else { 0 };
         }
         let target = target.min(last);
-        if state == 13 && target > 0 {
-            // More than four levels can translate; or, of a 2-level guest, than its host has mapped.
-            path.entries[guest.0 as usize + 1 - target] |= 1 << rng.u32(32..52);
+        let mut state = 0;
+        if turn == Turn::Defect {
+            state = reading.take();
+            if state == states(host) - 1 && target > 0 {
+                // More than four levels can translate; or, of a 2-level guest, than its host has mapped.
+                path.entries[top as usize + 1 - target] |= 1 << rng.u32(32..52);
+            }
         }
-        for level in leaf.max(1)..=guest.0 {
+        for level in leaf.max(1)..=top {
             path.entries[level as usize] &= guest.entry_mask();
         }
         if guest.0 > 0 {
             path.lay(ground);
         }
 
-        let mut building = Building { ground, host, root: host_root, free: NESTED_ROOT + PAGE };
+        let mut digits = [0; 8];
+        if turn == Turn::EptEntry {
+            digits = std::array::from_fn(|_| reading.take());
+        }
+        let root = host_root(host);
+        let mut building = Building { ground, host, root, free: NESTED_ROOT + PAGE };
         let mut turned_at = [0; 6];
         for (n, &(address, page)) in met.iter().enumerate() {
-            let leaf = if n == target { turned_leaf } else { rng.u32(1..=large) };
+            let leaf = if n == target { turned_leaf } else { rng.u32(1..=largest_leaf(setup, host)) };
             let at = building.map(address, page, leaf, rng);
             if n == target {
                 turned_at = at;
             }
         }
-        let at = turned_at[turned_level];
-        if at != 0 {
+        for level in 1..=host.levels() as usize {
+            let rights = (turn == Turn::EptRights).then(|| EPT_RIGHTS_ALLOWED[reading.take() as usize]);
+            let at = turned_at[level];
+            if at == 0 || (rights.is_none() && level != turned_level) {
+                continue;
+            }
             let entry = building.ground.entry(at, host.entry_bytes());
-            let defective = defect(entry, state, rng) & host.entry_mask();
-            building.ground.place(at, host.entry_bytes(), defective);
+            let turned = match (rights, turn) {
+                (Some(rights), _) => entry & !EPT_RIGHTS | rights,
+                (None, Turn::EptEntry) => ept_entry(entry, digits, rng),
+                (None, _) => defect(host, entry, state, rng),
+            };
+            building.ground.place(at, host.entry_bytes(), turned);
         }
         (number, request(reading, linear, rng.u32(..)))
     };
-    Sheet { name: "nested", wheels, setups, share: 6, lay: Box::new(lay) }
+    let name = match (turn, host) {
+        (Turn::Defect, Host::Npt(_)) => "nested",
+        (Turn::Defect, Host::Ept(_)) => "nested over EPT",
+        (Turn::EptEntry, _) => "EPT entry",
+        (Turn::EptRights, _) => "EPT rights",
+    };
+    Sheet { name, wheels, setups, share: 6, lay: Box::new(lay) }
 }
 
-/// A sound nested entry with one thing changed; nothing, for the states that change something else.
-fn defect(entry: u64, state: u64, rng: &mut Rng) -> u64 {
-    match state {
-        1 => 0,
-        2 => rng.u64(..) & !PRESENT,
-        3 => entry & !WRITE,
-        4 => entry & !USER,
-        5 => entry | NX,
-        6 => entry | 1 << rng.u32(48..52) | 1 << 21,
-        7 => entry ^ BIT_7,
-        8 => entry | BIT_8,
-        9 => entry | 1 << 46 | 1 << 30,
-        10 => entry | 1 << 13,
-        11 => entry & !(ACCESSED | DIRTY),
-        12 if entry & SOUND == SOUND => entry | 0xf << 59,
-        _ => entry,
+fn host_root(host: Host) -> u64 {
+    NESTED_ROOT + if host == Host::Npt(Shape(3)) { 0xfe0 } else { 0 }
+}
+
+fn setup(guest: Shape, host: Host, apart: u32, number: u64, rng: &mut Rng) -> Setup {
+    let on = |bit: u64| number >> bit & 1 == 1;
+    let maxphyaddr = 48;
+    let second = match host {
+        Host::Npt(shape) => {
+            // WP, SMEP, SMAP, PKE, PKS and CET of the host must change nothing.
+            let host = Controls { nxe: on(0), pse: on(2), ..Controls::numbered(shape, rng.u64(..64)) };
+            let encryption_bit = (shape.0 > 2 && rng.u32(..4) == 0).then(|| rng.u32(48..52));
+            let cpu = Cpu { amd: on(1), maxphyaddr, page1gb: on(2), encryption_bit };
+            let ncr3 = host_root(Host::Npt(shape)) | rng.u64(..4) << 3;
+            Second::Npt { ncr3, host: host.registers(0), cpu, gmet: on(4) }
+        }
+        Host::Ept(levels) => {
+            let controls = EptControls {
+                mode_based_execute: on(0),
+                // As KVM has it, now and then.
+                tables_written: rng.u32(..8) == 0,
+            };
+            let offers = EptOffers {
+                execute_only: rng.u32(..4) != 0,
+                pages_2_mib: on(2) || rng.bool(),
+                pages_1_gib: on(2),
+                advanced_information: rng.bool(),
+            };
+            let flags = u64::from(on(1)) << 6 | u64::from(on(4)) << 7;
+            let eptp = host_root(host) | u64::from(levels - 1) << 3 | [0, 6][rng.usize(..2)] | flags;
+            Second::Ept { eptp, controls, offers, cpu: Cpu { maxphyaddr, ..ANY_CPU } }
+        }
+    };
+    let controls = Controls { nxe: on(3), ..Controls::numbered(guest, rng.u64(..64)) };
+    let address = |level| nested_address(apart, 1, table(LOW, level));
+    // Of PAE guests, every other one has PDPTE registers.
+    if guest.0 == 3 && rng.bool() {
+        let pdptes = [address(2) | PRESENT, address(2) | PRESENT, address(2) | PRESENT, !PRESENT];
+        return Setup::with_pdptes(controls.registers(0x20), ANY_CPU, Some(pdptes), Some(second));
     }
+    let root = address(guest.0) + if guest.0 == 3 { 0x20 } else { 0 };
+    Setup::new(controls.registers(root), ANY_CPU, Some(second))
+}
+
+/// The highest level at which the second dimension may map a page.
+fn largest_leaf(setup: &Setup, host: Host) -> u32 {
+    match setup.system.second {
+        Some(Second::Npt { cpu, .. }) if !cpu.page1gb => host.shape().largest_leaf() - 1,
+        Some(Second::Ept { offers, .. }) => match (offers.pages_2_mib, offers.pages_1_gib) {
+            (_, true) => 3,
+            (true, false) => 2,
+            (false, false) => 1,
+        },
+        _ => host.shape().largest_leaf(),
+    }
+}
+
+/// An EPT entry that refers to the same address, with bits turned.
+fn ept_entry(entry: u64, digits: [u64; 8], rng: &mut Rng) -> u64 {
+    let [rights, memory_type, flags @ .., reserved] = digits;
+    let mut turned = entry & !(EPT_RIGHTS | 0x3f8 | 1 << 60) | rights & 7 | (rights >> 3) << 10;
+    turned |= memory_type << 3;
+    for (bit, flag) in [6, 7, 8, 9, 60].into_iter().zip(flags) {
+        turned |= flag << bit;
+    }
+    turned | [0, 0, 1 << 12, 1 << 20, 1 << 29, 1 << rng.u32(48..52)][reserved as usize]
 }

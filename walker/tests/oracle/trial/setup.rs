@@ -1,7 +1,11 @@
 //! Registers and CPUs, in the words of both sides.
 
-use pagewalk::{ControlRegisters, CpuProfile, NgpaWalk, PageWalk, Vendor, Walker};
+use pagewalk::{
+    ControlRegisters, CpuProfile, EptCapabilities, EptControls, NgpaWalk, NptControls, PageWalk, Vendor,
+    Walker,
+};
 
+use super::host::Host;
 use super::path::Shape;
 use crate::oracle::{Cpu, Registers, Second, System};
 
@@ -11,7 +15,7 @@ pub(crate) struct Setup {
     pub(crate) walker: Walker,
     pub(crate) shape: Shape,
     /// The host's format under a nested guest.
-    pub(crate) host: Option<Shape>,
+    pub(crate) host: Option<Host>,
 }
 
 /// The control bits that decide an access.
@@ -85,15 +89,31 @@ impl Setup {
         };
         let walker = match second {
             None => Walker::new(gva_walk),
-            Some(Second::Ept { .. }) => unreachable!("no sheet has EPT"),
-            Some(Second::Npt { ncr3, host, cpu, .. }) => {
-                let npt = NgpaWalk::npt(ncr3, &control_registers(&host), &self::profile(&cpu)).unwrap();
+            Some(Second::Npt { ncr3, host, cpu, gmet }) => {
+                let controls = NptControls { guest_mode_execute_trap: gmet };
+                let host = control_registers(&host);
+                let npt = NgpaWalk::npt_with(ncr3, &host, &controls, &self::profile(&cpu)).unwrap();
                 Walker::nested(gva_walk, npt)
             }
+            Some(Second::Ept { eptp, controls, offers, cpu }) => {
+                let controls = EptControls {
+                    mode_based_execute: controls.mode_based_execute,
+                    tables_written: controls.tables_written,
+                };
+                let capabilities = EptCapabilities {
+                    execute_only: offers.execute_only,
+                    pages_2m: offers.pages_2_mib,
+                    pages_1g: offers.pages_1_gib,
+                    advanced_information: offers.advanced_information,
+                    ..EptCapabilities::all()
+                };
+                let ept = NgpaWalk::ept(eptp, &controls, &capabilities, &self::profile(&cpu)).unwrap();
+                Walker::nested(gva_walk, ept)
+            }
         };
-        let host = second.and_then(|second| match second {
-            Second::Npt { host, .. } => Some(shape(&host)),
-            Second::Ept { .. } => None,
+        let host = second.map(|second| match second {
+            Second::Npt { host, .. } => Host::Npt(shape(&host)),
+            Second::Ept { eptp, .. } => Host::Ept((eptp >> 3 & 7) as u32 + 1),
         });
         Setup {
             system: System { registers, cpu, pdpte_registers, second },

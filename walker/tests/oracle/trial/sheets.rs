@@ -20,7 +20,8 @@ use fastrand::Rng;
 
 use super::checks::{masking, shadow_stack};
 use super::ground::{Ground, HIGH, LOW, ROM, Stretch, TOP};
-use super::nested::nested;
+use super::host::Host;
+use super::nested::{Turn, nested};
 use super::odometer::Reading;
 use super::path::{
     ACCESSED, BIT_7, BIT_8, DIRTY, NX, PRESENT, Path, SOUND, Shape, USER, WRITE, canonical, table,
@@ -79,8 +80,13 @@ pub(crate) fn all(rng: &mut Rng) -> Vec<Sheet> {
     sheets.push(canonicality());
     sheets.extend([4, 5].map(|levels| masking(Shape(levels), rng)));
     for guest in [0, 2, 3, 4, 5].map(Shape) {
-        for host in [2, 3, 4, 5].map(Shape) {
-            sheets.push(nested(guest, host, rng));
+        for host in [2, 3, 4, 5].map(|levels| Host::Npt(Shape(levels))) {
+            sheets.push(nested(guest, host, Turn::Defect, rng));
+        }
+        for host in [4, 5].map(Host::Ept) {
+            for turn in [Turn::Defect, Turn::EptEntry, Turn::EptRights] {
+                sheets.push(nested(guest, host, turn, rng));
+            }
         }
     }
     sheets

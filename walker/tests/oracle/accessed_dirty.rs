@@ -36,11 +36,16 @@ pub(super) fn written<P: Physical>(memory: &P, visits: &[Visit]) -> (Vec<Written
     (written, skipped)
 }
 
-/// Whether the walk met one word as an entry of four bytes and as one of eight. Setting a bit of the one may then move the frame of
-/// the other under the CPU's feet, in an order that no manual gives.
-pub(super) fn overlap(visits: &[Visit]) -> bool {
+/// Whether the walk met one word as an entry of four bytes and as one of eight, or as the guest's and as EPT's. The flags of the one
+/// are then other bits of the other: setting them may move a frame under the CPU's feet, in an order that no manual gives.
+pub(super) fn overlap(visits: &[Visit], ept: bool) -> bool {
     let word = |visit: &Visit| visit.address & !7;
-    visits.iter().filter(|visit| visit.bytes == 4).any(|narrow| {
-        visits.iter().any(|wide| wide.bytes == 8 && wide.flags.is_some() && word(wide) == word(narrow))
-    })
+    let differ = |one: &Visit, other: &Visit| {
+        let in_size = one.bytes == 4 && other.bytes == 8 && other.flags.is_some();
+        let in_format = ept && one.dimension != other.dimension;
+        word(one) == word(other) && (in_size || in_format)
+    };
+    // Only then can they.
+    let formats_differ = ept || visits.iter().any(|visit| visit.bytes == 4);
+    formats_differ && visits.iter().any(|one| visits.iter().any(|other| differ(one, other)))
 }

@@ -419,7 +419,8 @@ impl<P: Physical> Walk<'_, P> {
             Ok(_) => accessed_dirty::written(self.memory, &self.visits),
             Err(_) => (Vec::new(), false),
         };
-        let overlap = accessed_dirty::overlap(&self.visits);
+        let ept = matches!(self.system.second, Some(Second::Ept { .. }));
+        let overlap = accessed_dirty::overlap(&self.visits, ept);
         Answer { outcome, visits: self.visits, written, skipped, overlap }
     }
 }
@@ -431,13 +432,12 @@ fn bit(value: u64, number: u32) -> bool {
 
 /// Bits `high` to `low` of `value`, where they stand; nothing if `high` is below `low`.
 fn bits(value: u64, high: u32, low: u32) -> u64 {
-    let mut kept = 0;
-    let mut number = low;
-    while number <= high {
-        kept |= value & (1 << number);
-        number += 1;
+    if high < low {
+        return 0;
     }
-    kept
+    // Out with those above, and back; then out with those below.
+    let without_above = value << (63 - high) >> (63 - high);
+    without_above >> low << low
 }
 
 /// Bits `high` to `low` of `value` as a number.

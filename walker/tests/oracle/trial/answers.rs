@@ -50,7 +50,10 @@ fn page(of: &Translation) -> Option<Page> {
         dirty: of.dirty(),
         global: of.global(),
         pat_index: of.pat_index(),
-        ept_type: of.ept_memory_type.map(|it| (ept_type(it.memory_type), it.ignore_pat)),
+        ept_type: of
+            .nested
+            .and_then(|nested| nested.ept_memory_type)
+            .map(|it| (ept_type(it.memory_type), it.ignore_pat)),
         nature: match of.backing {
             Backing::Ram => Nature::Ram,
             Backing::ReadOnly => Nature::Rom,

@@ -9,16 +9,19 @@ use crate::oracle::{Answer, By, Cause, Dimension, Event, Kind, Nature, Request, 
 /// Minimum counts, of this many cases: about a third of what a run has.
 pub(crate) const MINIMA_FOR: u64 = 200_000;
 pub(crate) const MINIMA: &[(&str, &[u64], u64)] = &[
-    ("rights", &[0], 25_000),
+    ("rights", &[0], 16_000),
     ("protection keys", &[0], 9_000),
     ("entry", &[0], 20_000),
-    ("order", &[0], 7_000),
-    ("canonicality", &[0], 2_400),
-    ("shadow stack", &[0], 8_000),
-    ("masking", &[0], 8_000),
-    ("accessed and dirty", &[0], 7_000),
-    ("nested", &[0], 35_000),
+    ("order", &[0], 5_000),
+    ("canonicality", &[0], 1_600),
+    ("shadow stack", &[0], 7_000),
+    ("masking", &[0], 6_000),
+    ("accessed and dirty", &[0], 5_000),
+    ("nested", &[0], 25_000),
     ("soup", &[0], 40_000),
+    ("nested over EPT", &[0], 4_500),
+    ("EPT entry", &[0], 4_500),
+    ("EPT rights", &[0], 4_500),
     ("second dimension alone", &[0], 2_000),
     ("unpaged", &[0], 3_000),
     ("2-level", &[0], 3_000),
@@ -29,6 +32,8 @@ pub(crate) const MINIMA: &[(&str, &[u64], u64)] = &[
     ("over PAE NPT", &[0], 1_000),
     ("over 4-level NPT", &[0], 1_000),
     ("over 5-level NPT", &[0], 1_000),
+    ("over 4-level EPT", &[0], 900),
+    ("over 5-level EPT", &[0], 800),
     ("mapped as is", &[0], 800),
     ("mapped 4 KiB", &[0], 5_000),
     ("mapped 2 MiB", &[0], 2_000),
@@ -52,9 +57,31 @@ pub(crate) const MINIMA: &[(&str, &[u64], u64)] = &[
     ("#PF code", &[0x40, 0x41, 0x42, 0x43, 0x44, 0x45, 0x46, 0x47], 90),
     ("#PF code", &[0x49, 0x4b, 0x4d, 0x4f], 45),
     ("#PF code", &[0x61, 0x63, 0x65, 0x67], 120),
-    ("NPF code", &[0x1_0000_0004, 0x1_0000_0006, 0x1_0000_0014], 200),
-    ("NPF code", &[0x1_0000_0005, 0x1_0000_0007, 0x1_0000_0015], 60),
-    ("NPF code", &[0x1_0000_000d, 0x1_0000_000f, 0x1_0000_001d], 200),
+    ("NPF code", &[0x1_0000_0004, 0x1_0000_0006], 150),
+    ("NPF code", &[0x1_0000_0014, 0x1_0000_001d], 60),
+    ("NPF code", &[0x1_0000_0005, 0x1_0000_0007], 50),
+    ("NPF code", &[0x1_0000_0015], 15),
+    ("NPF code", &[0x1_0000_000d, 0x1_0000_000f], 150),
+    ("NPF code", &[0x1_0000_0011], 50),
+    ("GMET at level", &[1, 2], 50),
+    ("GMET at level", &[3], 8),
+    ("EPT violation access code", &[0x01], 500),
+    ("EPT violation access code", &[0x81, 0x83], 1_000),
+    ("EPT violation access code", &[0x181, 0x182, 0x184], 250),
+    ("EPT violation access code", &[0x2181, 0x2182], 80),
+    ("EPT violation rights code", &[0x00, 0x08, 0x20, 0x28, 0x40, 0x48, 0x60, 0x68], 50),
+    ("EPT violation rights code", &[0x18], 20),
+    ("EPT violation rights code", &[0x38, 0x58, 0x78], 3),
+    ("EPT violation advanced code", &[0x200, 0x400, 0x600], 20),
+    ("EPT violation advanced code", &[0x800, 0xa00, 0xc00, 0xe00], 5),
+    ("EPT violation tells of bit 60", &[0], 500),
+    ("EPT misconfiguration", &[0], 6_000),
+    ("EPT write without read at level", &[1, 2, 3, 4, 5], 140),
+    ("EPT execute only at level", &[1, 2, 3, 4, 5], 45),
+    ("EPT memory type at level", &[1], 80),
+    ("EPT memory type at level", &[2, 3], 8),
+    ("EPT not readable at level", &[1, 2, 3, 4, 5], 75),
+    ("EPT no supervisor shadow stack at level", &[1, 2, 3], 3),
     ("NPF code", &[0x2_0000_0006, 0x2_0000_0007, 0x2_0000_000f], 1_500),
     ("not present at level", &[1, 2, 3, 4, 5], 1_000),
     ("reserved bits at level", &[1, 2, 3, 4, 5], 1_000),
@@ -86,7 +113,8 @@ pub(crate) const MINIMA: &[(&str, &[u64], u64)] = &[
     ("nested not present at level", &[1, 2, 3, 4, 5], 250),
     ("nested reserved bits at level", &[1, 2, 3, 4, 5], 250),
     ("nested unbacked at level", &[1, 2, 3, 4], 250),
-    ("nested supervisor page at level", &[1, 2, 3, 4, 5], 60),
+    ("nested supervisor page at level", &[1, 2, 3, 4], 30),
+    ("nested supervisor page at level", &[5], 15),
     ("nested read only at level", &[1, 2, 3, 4, 5], 40),
     ("nested no execute at level", &[1, 2, 3, 4, 5], 3),
 ];
@@ -142,8 +170,8 @@ pub(crate) fn classify(judge: &mut Judge, setup: &Setup, request: &Request, answ
                     }
                 }
                 Event::NestedPageFault(info) => judge.count("NPF code", info),
-                Event::EptViolation(qualification) => judge.count("EPT violation code", qualification),
-                Event::EptMisconfiguration => {}
+                Event::EptViolation(qualification) => ept_violation(judge, qualification),
+                Event::EptMisconfiguration => judge.count("EPT misconfiguration", 0),
                 Event::GeneralProtection => judge.count("#GP", 0),
                 Event::StackFault => judge.count("#SS", 0),
                 Event::Unbacked => {}
@@ -179,6 +207,15 @@ pub(crate) fn classify(judge: &mut Judge, setup: &Setup, request: &Request, answ
             judge.count(class, u64::from(refusal.level));
         }
     }
+}
+
+/// The parts of an exit qualification; whole ones are too many to count.
+fn ept_violation(judge: &mut Judge, qualification: u64) {
+    // What was accessed, on behalf of a linear address or not, as its translation or not, and whether of a shadow stack.
+    judge.count("EPT violation access code", qualification & 0x2187);
+    judge.count("EPT violation rights code", qualification & 0x78);
+    judge.count("EPT violation advanced code", qualification & 0xe00);
+    judge.count_if("EPT violation tells of bit 60", qualification >> 14 & 1 == 1);
 }
 
 /// Pointers with metadata are those that no CPU without masking would take.

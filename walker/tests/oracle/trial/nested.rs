@@ -144,9 +144,8 @@ pub(crate) fn nested(guest: Shape, host: Host, turn: Turn, rng: &mut Rng) -> She
                 turned_at = at;
             }
         }
-        for level in 1..=host.levels() as usize {
+        for (level, at) in turned_at.into_iter().enumerate().skip(1).take(host.levels() as usize) {
             let rights = (turn == Turn::EptRights).then(|| EPT_RIGHTS_ALLOWED[reading.take() as usize]);
-            let at = turned_at[level];
             if at == 0 || (rights.is_none() && level != turned_level) {
                 continue;
             }

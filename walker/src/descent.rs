@@ -95,7 +95,7 @@ pub(crate) fn descend<E: EntryLayout, M: Memory, R: Recorder>(
             }
         };
 
-        let update = Cell::new(None);
+        let mut update = None;
         let (held, entry_gpa, entry) = match walk.pdpte_register(level, number) {
             Some(register) => (Held::Register, Gpa(0), register),
             None => {
@@ -108,7 +108,7 @@ pub(crate) fn descend<E: EntryLayout, M: Memory, R: Recorder>(
                             NestedGpa(at),
                             E::sets(level, false) == 0,
                             purpose.access,
-                            &update,
+                            &mut update,
                             recorder,
                         )
                         .map_err(Stop::Second)?,
@@ -136,12 +136,11 @@ pub(crate) fn descend<E: EntryLayout, M: Memory, R: Recorder>(
                 let within = (1 << shift) - 1;
                 let output = (E::page(level, entry) & format.address_bits() & !within) | (address & within);
                 let leaf = Leaf { rights, entry, size: PageSize::of_bits(shift), output };
-                let permitted = |access: &Access| permit::<E>(&leaf, level, format, access, &path);
-                permitted(purpose.access).map_err(Stop::Refused)?;
+                permit::<E>(&leaf, level, format, purpose.access, &path).map_err(Stop::Refused)?;
                 check_update::<E>(entry, level, purpose.access.is_write(), &update)?;
                 if let Some(unwritable) = purpose.unwritable {
                     let write = Access::new(AccessKind::Write, purpose.access.privilege());
-                    unwritable.set(permitted(&write).err());
+                    unwritable.set(refusal::<E>(&leaf, level, format, &write, &path));
                 }
                 return Ok(leaf);
             }
@@ -165,8 +164,8 @@ pub(crate) fn descend<E: EntryLayout, M: Memory, R: Recorder>(
 /// Whether the walk may set the accessed and dirty bits that `entry` lacks, where the second dimension let it be read only.
 #[inline(always)]
 fn check_update<E: EntryLayout>(entry: u64, level: u32, dirties: bool, update: &Update) -> Result<(), Stop> {
-    match update.get() {
-        Some(fault) if E::sets(level, dirties) & !entry != 0 => Err(Stop::Second(fault)),
+    match update {
+        Some(fault) if E::sets(level, dirties) & !entry != 0 => Err(Stop::Second(*fault)),
         _ => Ok(()),
     }
 }
@@ -183,6 +182,7 @@ pub(crate) struct Lack {
 }
 
 /// Decides the rights of a page once, by the permission words and the protection-key mask.
+#[inline(always)]
 fn permit<E: EntryLayout>(
     leaf: &Leaf,
     level: u32,
@@ -190,6 +190,25 @@ fn permit<E: EntryLayout>(
     access: &Access,
     path: &Path,
 ) -> Result<(), Refusal> {
+    // The words of shadow-stack accesses refuse everything where more than rights decides.
+    if format.protection_key_mask() == 0 && !format.refuses(access, leaf.rights) {
+        return Ok(());
+    }
+    match refusal::<E>(leaf, level, format, access, path) {
+        None => Ok(()),
+        Some(refusal) => Err(refusal),
+    }
+}
+
+/// Whether the page is refused to the access, and by which entry.
+#[inline(never)]
+fn refusal<E: EntryLayout>(
+    leaf: &Leaf,
+    level: u32,
+    format: &PageFormat,
+    access: &Access,
+    path: &Path,
+) -> Option<Refusal> {
     let lack = if format.shadow_stacks() && access.is_shadow_stack() {
         no_shadow_stack::<E>(leaf, level, format, access, path)
     } else if format.refuses(access, leaf.rights) {
@@ -204,14 +223,14 @@ fn permit<E: EntryLayout>(
     let Lack { reason, right, from, bits } = match lack {
         Some(lack) => lack,
         None if key => Lack { reason: Reason::ProtectionKey, right: None, from: level, bits: E::KEY },
-        None => return Ok(()),
+        None => return None,
     };
     let withholds = |level: u32| right.is_none_or(|right| alone::<E>(level, path).and(right) == Rights::NONE);
     // Of several entries that withhold the right, the one nearest to the leaf.
     let level = (from..=format.levels()).find(|level| withholds(*level)).unwrap_or(level);
     let (entry, entry_gpa) = path[index(level)];
     let refusal = Refusal::at(reason, level, entry_gpa, entry, bits);
-    Err(Refusal { key, rights: leaf.rights, leaf: leaf.entry, ..refusal })
+    Some(Refusal { key, rights: leaf.rights, leaf: leaf.entry, ..refusal })
 }
 
 /// What the entry of `level` grants by itself.

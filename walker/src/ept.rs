@@ -201,7 +201,7 @@ impl EptWalk {
         &self,
         memory: &M,
         need: &Need<'_>,
-        update: &Update,
+        update: &mut Update,
         recorder: &mut R,
     ) -> Result<NestedLeaf, Fault> {
         let Need { ngpa, access, phase, guest } = *need;
@@ -235,7 +235,7 @@ impl EptWalk {
             descend::<Ept<false>, M, R>(&self.walk, memory, ngpa.0, purpose, recorder)
         };
         if let Some(refusal) = unwritable.get() {
-            update.set(Some(self.report(refusal, AccessKind::Write, need)));
+            *update = Some(self.report(refusal, AccessKind::Write, need));
         }
         match leaf {
             Ok(leaf) => Ok(NestedLeaf {

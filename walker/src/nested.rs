@@ -3,8 +3,6 @@
 //! AMD's NPT ([`NptWalk`](crate::NptWalk)) or Intel's EPT ([`EptWalk`](crate::EptWalk)), behind one out-of-line call, so that
 //! guest and host formats do not multiply.
 
-use core::cell::Cell;
-
 use crate::access::Access;
 use crate::addr::{Gpa, NestedGpa};
 use crate::ept::{EptCapabilities, EptControls, EptWalk};
@@ -51,6 +49,7 @@ pub(crate) struct Need<'a> {
 }
 
 /// A page that the second dimension maps.
+#[derive(Clone, Copy)]
 pub(crate) struct NestedLeaf {
     pub(crate) gpa: Gpa,
     /// What the second dimension alone grants.
@@ -67,7 +66,7 @@ impl NestedLeaf {
 
 /// The fault of writing to a guest's paging structure that was only read, where it may not be written: what becomes of the
 /// walk if it has to set an accessed or dirty bit there.
-pub(crate) type Update = Cell<Option<Fault>>;
+pub(crate) type Update = Option<Fault>;
 
 impl NgpaWalk {
     /// NPT with the root `ncr3`, in the host format that `host`'s CR0, CR4 and EFER select; `host.cr3` is not used.
@@ -136,25 +135,7 @@ impl NgpaWalk {
         recorder: &mut R,
     ) -> Result<Translation, Fault> {
         recorder.clear();
-        let (page, rights) = match self {
-            Self::Npt(npt) => {
-                let need = Need { ngpa, access, phase, guest: Rights::ALL };
-                let page = npt.page(memory, &need, recorder)?;
-                let rights = page.rights;
-                (page, rights)
-            }
-            Self::Ept(ept) => {
-                let guest = if access.is_user() { Rights::ALL } else { Rights::ALL.without(Rights::USER) };
-                let update = Cell::new(None);
-                let page = ept.page(memory, &Need { ngpa, access, phase, guest }, &update, recorder)?;
-                if let (true, Some(fault)) = (access.is_write(), update.get()) {
-                    return Err(fault);
-                }
-                let rights = ept.combined(guest, page.rights).or(Rights::USER);
-                (page, rights)
-            }
-        };
-        Ok(Translation {
+        let answer = |page: NestedLeaf, rights| Translation {
             gpa: page.gpa,
             entry: 0,
             nested: Some(page.page(ngpa)),
@@ -162,7 +143,22 @@ impl NgpaWalk {
             rights,
             backing: memory.backing(page.gpa),
             ad_skipped: false,
-        })
+        };
+        match self {
+            Self::Npt(npt) => {
+                let need = Need { ngpa, access, phase, guest: Rights::ALL };
+                npt.page(memory, &need, recorder).map(|page| answer(page, page.rights))
+            }
+            Self::Ept(ept) => {
+                let guest = if access.is_user() { Rights::ALL } else { Rights::ALL.without(Rights::USER) };
+                let mut update = None;
+                let page = ept.page(memory, &Need { ngpa, access, phase, guest }, &mut update, recorder)?;
+                match update {
+                    Some(fault) if access.is_write() => Err(fault),
+                    _ => Ok(answer(page, ept.combined(guest, page.rights).or(Rights::USER))),
+                }
+            }
+        }
     }
 
     /// Where the guest's paging-structure entry at `ngpa` lies. `pdpte`: it is one of PAE paging. `update` learns why it may not be
@@ -174,7 +170,7 @@ impl NgpaWalk {
         ngpa: NestedGpa,
         pdpte: bool,
         access: &Access,
-        update: &Update,
+        update: &mut Update,
         recorder: &mut R,
     ) -> Result<Gpa, Fault> {
         let phase = if pdpte { NestedPhase::Pdpte } else { NestedPhase::Table };
@@ -200,12 +196,18 @@ impl NgpaWalk {
         let need = Need { ngpa, access, phase: NestedPhase::Final, guest };
         match self {
             Self::Npt(npt) => {
-                let page = npt.page(memory, &need, recorder)?;
-                Ok(NestedLeaf { rights: npt.combined(guest, page.rights), ..page })
+                let mut page = npt.page(memory, &need, recorder);
+                if let Ok(page) = &mut page {
+                    page.rights = npt.combined(guest, page.rights);
+                }
+                page
             }
             Self::Ept(ept) => {
-                let page = ept.page(memory, &need, &Cell::new(None), recorder)?;
-                Ok(NestedLeaf { rights: ept.combined(guest, page.rights), ..page })
+                let mut page = ept.page(memory, &need, &mut None, recorder);
+                if let Ok(page) = &mut page {
+                    page.rights = ept.combined(guest, page.rights);
+                }
+                page
             }
         }
     }

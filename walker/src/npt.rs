@@ -68,6 +68,7 @@ impl NptWalk {
         if trapped { all.without(Rights::EXECUTE) } else { all }
     }
 
+    #[inline(always)]
     pub(crate) fn page<M: Memory, R: Recorder>(
         &self,
         memory: &M,

@@ -198,9 +198,13 @@ fn fault(fault: &Fault, second: &str) -> String {
         if fault.reason != Reason::TableUnbacked {
             let _ = write!(text, " is {:#x}", fault.entry);
         }
-        if fault.bits != 0 {
-            let state = if fault.entry & fault.bits == 0 { "clear" } else { "set" };
-            let _ = write!(text, ", {} {state}", bit_list(fault.bits));
+        // Of a key's bits, any one that is set says where it is.
+        let whole = fault.reason == Reason::ProtectionKey && fault.entry & fault.bits != 0;
+        let set = if whole { fault.bits } else { fault.entry & fault.bits };
+        for (bits, state) in [(set, "set"), (fault.bits & !set, "clear")] {
+            if bits != 0 {
+                let _ = write!(text, ", {} {state}", bit_list(bits));
+            }
         }
     }
     text

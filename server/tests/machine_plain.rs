@@ -136,10 +136,17 @@ async fn nested_mode_lies_over_any_paging_mode() {
     assert_eq!(off.nested, NestedMode::Off);
     assert!(off.walker.as_ref().unwrap().ngpa_walk().is_none());
     // What the walker does not model is said.
-    let cr4 = off.registers.cr4 | 1 << 24;
-    let pks =
-        vcpu.set_registers(RegisterChanges { cr4: Some(cr4), ..Default::default() }, soon()).await.unwrap();
-    assert!(pks.assumed.contains(&"CR4.PKS=0".to_owned()), "{:?}", pks.assumed);
+    let with = async |bits| {
+        let cr4 = Some(off.registers.cr4 | bits);
+        let changes = RegisterChanges { cr4, efer: Some(0xd00), ..Default::default() };
+        let mut assumed = vcpu.set_registers(changes, soon()).await.unwrap().assumed.clone();
+        assumed.retain(|assumed| !assumed.starts_with("PDPTE"));
+        assumed
+    };
+    assert_eq!(with(1 << 27).await, ["CR4.LASS=0"]);
+    // And so is a register that this vCPU does not have.
+    assert_eq!(with(1 << 22 | 1 << 24).await, ["PKRU=0x0", "PKRS=0x0"]);
+    assert_eq!(with(0).await, [""; 0]);
 }
 
 #[test]

@@ -8,8 +8,9 @@
 //! The answer is a fresh walk of memory, not what a TLB may still hold. Guest memory is hostile and may change under the
 //! walk: each entry is loaded once, atomically, and every decision uses that one value.
 //!
-//! Modelled so far: no paging, 32-bit, PAE, 4-level and 5-level paging, and NPT in every host format as a second dimension. Not
-//! modelled: SMM's address space, encrypted guests' private memory, the APIC-access page, HLAT, EFER.LMSLE, segmentation.
+//! Modelled so far: no paging, 32-bit, PAE, 4-level and 5-level paging, and EPT or NPT in every host format as a second
+//! dimension. Not modelled: SMM's address space, encrypted guests' private memory, enclave mode, the APIC-access page, HLAT,
+//! CR4.LASS, EFER.LMSLE, segmentation.
 #![no_std]
 
 #[cfg(test)]

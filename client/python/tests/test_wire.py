@@ -106,10 +106,11 @@ def test_translate_sends_what_was_asked(local: pagewalk.Client, scripted: Script
     scripted.answer = translation_pb2.TranslateResponse(translation=MAPPED)
     local.translate(
         0xFFFF_8000_0000_0000,
-        "fetch",
+        "shadow_stack_write",
         privilege="implicit_supervisor",
         ac=False,
         pkru=0,
+        pkrs=4,
         stack=True,
         ad_policy="set",
         freshness="sync",
@@ -122,10 +123,11 @@ def test_translate_sends_what_was_asked(local: pagewalk.Client, scripted: Script
         vcpu=types_pb2.VcpuRef(machine="m", vcpu=2),
         address=types_pb2.Address(number=0xFFFF_8000_0000_0000),
         access=types_pb2.Access(
-            kind=types_pb2.ACCESS_KIND_FETCH,
+            kind=types_pb2.ACCESS_KIND_SHADOW_STACK_WRITE,
             privilege=types_pb2.PRIVILEGE_IMPLICIT_SUPERVISOR,
             ac=False,
             pkru=0,
+            pkrs=4,
             stack=True,
         ),
         ad_policy=types_pb2.AD_POLICY_SET,

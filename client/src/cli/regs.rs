@@ -48,7 +48,7 @@ static WRITABLE: [Writable; 28] = wide!(
     fs_base gs_base
 );
 
-const READ_ONLY: [&str; 7] = ["cpl", "cs", "ss", "ds", "es", "fs", "gs"];
+const READ_ONLY: [&str; 8] = ["cpl", "cs", "ss", "ds", "es", "fs", "gs", "pkrs"];
 
 fn assignment(text: &str) -> Result<Assignment, String> {
     let (name, value) = text.split_once('=').ok_or("write NAME=VALUE, as in rip=0x1000")?;

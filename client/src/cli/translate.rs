@@ -21,6 +21,8 @@ enum KindArg {
     Read,
     Write,
     Fetch,
+    ShadowStackRead,
+    ShadowStackWrite,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -62,9 +64,12 @@ pub(super) struct Args {
     /// RFLAGS.AC [default: the vCPU's]
     #[arg(long, value_name = "BOOL", action = ArgAction::Set, value_parser = BoolishValueParser::new(), help_heading = "Access")]
     ac: Option<bool>,
-    /// PKRU, rights of the protection keys [default: the vCPU's]
+    /// PKRU, rights of the user protection keys [default: the vCPU's]
     #[arg(long, value_name = "VALUE", value_parser = number::u32, help_heading = "Access")]
     pkru: Option<u32>,
+    /// IA32_PKRS, rights of the supervisor protection keys [default: the vCPU's]
+    #[arg(long, value_name = "VALUE", value_parser = number::u32, help_heading = "Access")]
+    pkrs: Option<u32>,
     /// The access goes through the stack segment: #SS instead of #GP
     #[arg(long, help_heading = "Access")]
     stack: bool,
@@ -78,6 +83,8 @@ impl Args {
             KindArg::Read => AccessKind::Read,
             KindArg::Write => AccessKind::Write,
             KindArg::Fetch => AccessKind::Fetch,
+            KindArg::ShadowStackRead => AccessKind::ShadowStackRead,
+            KindArg::ShadowStackWrite => AccessKind::ShadowStackWrite,
         };
         let privilege = match self.privilege {
             PrivilegeArg::Cpl => Privilege::AsCpl,
@@ -94,7 +101,7 @@ impl Args {
                 privilege: privilege.into(),
                 ac: self.ac,
                 pkru: self.pkru,
-                pkrs: None,
+                pkrs: self.pkrs,
                 stack: self.stack,
             }),
             ad_policy: if self.set { AdPolicy::Set } else { AdPolicy::Observe }.into(),

@@ -1,6 +1,6 @@
 //! Accesses. What a request leaves open is the vCPU's.
 
-use pagewalk::{Access, AccessKind, Privilege};
+use pagewalk::{Access, AccessKind, Privilege, Walker};
 use pagewalk_proto::v1;
 
 use crate::status::Error;
@@ -14,15 +14,30 @@ pub(crate) fn access(request: Option<v1::Access>, registers: &Registers) -> Resu
         .ok_or_else(|| Error::invalid("access", r#"required, for its kind: {"kind": "ACCESS_KIND_READ"}"#))?;
     let kind = kind(request.kind)?;
     let privilege = privilege(request.privilege, registers)?;
-    if request.pkrs.is_some() {
-        return Err(Error::unimplemented("access.pkrs", "supervisor protection keys are not served yet"));
-    }
     if request.stack && kind == AccessKind::Fetch {
         return Err(Error::invalid("access.stack", "a fetch does not go through the stack segment"));
     }
+    if request.stack && kind.is_shadow_stack() {
+        return Err(Error::invalid(
+            "access.stack",
+            "a shadow stack has nothing to do with the stack segment",
+        ));
+    }
     let ac = request.ac.unwrap_or(registers.rflags & RFLAGS_AC != 0);
     let pkru = request.pkru.or(registers.pkru).unwrap_or_default();
-    Ok(Access::new(kind, privilege).with_ac(ac).with_pkru(pkru).through_stack(request.stack))
+    let pkrs = request.pkrs.or(registers.pkrs).unwrap_or_default();
+    let access = Access::new(kind, privilege).with_ac(ac).through_stack(request.stack);
+    Ok(access.with_pkru(pkru).with_pkrs(pkrs))
+}
+
+/// Refuses what no CPU does in this state: a shadow-stack access while CR4.CET is clear.
+pub(crate) fn check(access: &Access, walker: &Walker) -> Result<(), Error> {
+    if access.is_shadow_stack() && !walker.gva_walk().format().shadow_stacks() {
+        let problem =
+            "CR4.CET is clear, and without it there are no shadow-stack accesses: ask for a read or a write";
+        return Err(Error::invalid("access.kind", problem));
+    }
+    Ok(())
 }
 
 fn kind(kind: i32) -> Result<AccessKind, Error> {
@@ -30,12 +45,11 @@ fn kind(kind: i32) -> Result<AccessKind, Error> {
         Ok(v1::AccessKind::Read) => Ok(AccessKind::Read),
         Ok(v1::AccessKind::Write) => Ok(AccessKind::Write),
         Ok(v1::AccessKind::Fetch) => Ok(AccessKind::Fetch),
-        Ok(v1::AccessKind::ShadowStackRead | v1::AccessKind::ShadowStackWrite) => {
-            Err(Error::unimplemented("access.kind", "shadow-stack accesses are not served yet"))
-        }
+        Ok(v1::AccessKind::ShadowStackRead) => Ok(AccessKind::ShadowStackRead),
+        Ok(v1::AccessKind::ShadowStackWrite) => Ok(AccessKind::ShadowStackWrite),
         Ok(v1::AccessKind::Unspecified) => Err(Error::invalid(
             "access.kind",
-            "required: ACCESS_KIND_READ, ACCESS_KIND_WRITE or ACCESS_KIND_FETCH",
+            "required: ACCESS_KIND_READ, ACCESS_KIND_WRITE, ACCESS_KIND_FETCH or a shadow-stack access",
         )),
         Err(_) => Err(Error::invalid("access.kind", format!("{kind} is no access kind"))),
     }

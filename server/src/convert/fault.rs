@@ -2,7 +2,7 @@
 
 use pagewalk::{
     Dimension, EXIT_INFO_1_FINAL, EXIT_INFO_1_TABLE, Fault, FaultKind, PFEC_FETCH, PFEC_KEY, PFEC_PRESENT,
-    PFEC_RESERVED, PFEC_USER, PFEC_WRITE,
+    PFEC_RESERVED, PFEC_SHADOW_STACK, PFEC_USER, PFEC_WRITE,
 };
 use pagewalk_proto::v1;
 
@@ -68,7 +68,7 @@ const ERROR_CODE: [Bit; 7] = [
         "a data access, or a fetch with EFER.NXE and CR4.SMEP clear",
     ),
     (PFEC_KEY.trailing_zeros(), "PK", "a protection key refused", "no protection key refused"),
-    (6, "SS", "shadow-stack access", "no shadow-stack access"),
+    (PFEC_SHADOW_STACK.trailing_zeros(), "SS", "shadow-stack access", "no shadow-stack access"),
 ];
 
 /// AMD APM volume 2, "Nested Paging": the upper half of EXITINFO1.
@@ -88,7 +88,7 @@ const EXIT_INFO_1: [Bit; 2] = [
 ];
 
 /// Intel SDM volume 3, "Exit Qualification for EPT Violations".
-const EXIT_QUALIFICATION: [Bit; 13] = [
+const EXIT_QUALIFICATION: [Bit; 14] = [
     (0, "READ", "the access was a data read", "no data read"),
     (1, "WRITE", "the access was a data write", "no data write"),
     (2, "FETCH", "the access was an instruction fetch", "no instruction fetch"),
@@ -101,6 +101,7 @@ const EXIT_QUALIFICATION: [Bit; 13] = [
     (9, "USER", "user-mode linear address", "supervisor-mode linear address, or not told"),
     (10, "RW", "the guest maps the page for writing", "the guest does not, or it is not told"),
     (11, "XD", "the guest maps the page as no-execute", "the guest does not, or it is not told"),
+    (13, "SS", "shadow-stack access", "no shadow-stack access"),
     (14, "SSS", "the page is a supervisor shadow stack", "the page is none, or it is not told"),
 ];
 
@@ -119,7 +120,11 @@ pub(crate) enum Code {
 pub(crate) fn decode(code: u64, whose: Code) -> Vec<v1::DecodedBit> {
     let known: Vec<Bit> = match whose {
         Code::PageFault => ERROR_CODE.to_vec(),
-        Code::NestedPageFault => ERROR_CODE.iter().take(5).chain(&EXIT_INFO_1).copied().collect(),
+        Code::NestedPageFault => {
+            // The second dimension has no protection keys.
+            let shared = ERROR_CODE.iter().filter(|bit| bit.0 != PFEC_KEY.trailing_zeros());
+            shared.chain(&EXIT_INFO_1).copied().collect()
+        }
         Code::EptViolation => EXIT_QUALIFICATION.to_vec(),
     };
     let mut decoded: Vec<_> = (0..64)

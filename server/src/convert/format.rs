@@ -60,7 +60,7 @@ fn entry_bits(format: &PageFormat) -> v1::EntryBits {
         page_size: 1 << 7,
         global: if format.global_pages() { 1 << 8 } else { 0 },
         protection_key: if format.protection_key_mask() == 0 { 0 } else { 0xf << 59 },
-        frame: ((1 << format.maxphyaddr()) - 1) & !0xfff,
+        frame: ((1 << format.maxphyaddr()) - 1) & !0xfff & format.address_bits(),
     }
 }
 

@@ -34,6 +34,7 @@ pub(crate) fn registers(registers: &Registers) -> v1::Registers {
         cr8: Some(registers.cr8),
         pat: Some(registers.pat),
         pkru: registers.pkru,
+        pkrs: registers.pkrs,
         cpl: Some(u32::from(registers.cpl)),
         fs_base: Some(registers.fs_base),
         gs_base: Some(registers.gs_base),
@@ -68,6 +69,7 @@ pub(crate) fn changes(request: Option<v1::Registers>) -> Result<RegisterChanges,
         ("registers.es", r.es),
         ("registers.fs", r.fs),
         ("registers.gs", r.gs),
+        ("registers.pkrs", r.pkrs),
     ];
     if let Some((field, _)) = read_only.into_iter().find(|(_, value)| value.is_some()) {
         return Err(Error::invalid(field, "can only be read: leave it out"));

@@ -133,6 +133,7 @@ impl Vm {
             sync_regs,
             guest_debug: kvm.check_extension(Cap::SetGuestDebug),
             protection_keys: register(&cpuid, 7, |e| e.ecx) & (1 << 3) != 0,
+            supervisor_keys: register(&cpuid, 7, |e| e.ecx) & (1 << 31) != 0,
         };
         let nested_state = kvm.check_extension_int(Cap::NestedState) > 0;
         Ok(Self { fd, cpu: profile(&cpuid), cpuid, features, nested_state, _memory: Arc::clone(memory) })
@@ -227,6 +228,7 @@ fn profile(cpuid: &CpuId) -> CpuProfile {
         vendor,
         maxphyaddr,
         gib_pages: register(cpuid, 0x8000_0001, |e| e.edx) & GIB_PAGES != 0,
+        // A guest of KVM sees a C-bit where its memory is private, and such guests are not opened.
         encryption_bit: None,
     }
 }

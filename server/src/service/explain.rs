@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use pagewalk::{
     Access, AccessKind, AdPolicy, EXIT_INFO_1_FINAL, EXIT_INFO_1_TABLE, Fault, FaultKind, Gva, NestedGpa,
-    NestedPhase, NgpaWalk, PFEC_FETCH, PFEC_KEY, PFEC_PRESENT, PFEC_RESERVED, PFEC_USER, PFEC_WRITE,
-    Privilege, Trace, Translation, Walker,
+    NestedPhase, NgpaWalk, PFEC_FETCH, PFEC_KEY, PFEC_PRESENT, PFEC_RESERVED, PFEC_SHADOW_STACK, PFEC_USER,
+    PFEC_WRITE, Privilege, Trace, Translation, Walker,
 };
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::explain_fault_request::Seen;
@@ -19,7 +19,6 @@ use crate::render::Ladder;
 use crate::status::Error;
 use crate::vcpu::Snapshot;
 
-const PFEC_SHADOW_STACK: u32 = 1 << 6;
 const RFLAGS_AC: u64 = 1 << 18;
 
 pub(super) fn fault(
@@ -117,9 +116,9 @@ fn nested_page_fault(target: &Target, walker: &Walker, seen: v1::NestedPageFault
         _ => return refuse("exactly one of bits 32 (final address) and 33 (guest table) is set"),
     };
     let has = |bit: u32| info & u64::from(bit) != 0;
-    let known = PFEC_PRESENT | PFEC_WRITE | PFEC_USER | PFEC_RESERVED | PFEC_FETCH;
+    let known = PFEC_PRESENT | PFEC_WRITE | PFEC_USER | PFEC_RESERVED | PFEC_FETCH | PFEC_SHADOW_STACK;
     if info & !(EXIT_INFO_1_FINAL | EXIT_INFO_1_TABLE | u64::from(known)) != 0 {
-        return refuse("only bits 4 to 0, 32 and 33 are known here");
+        return refuse("only bits 4 to 0, 6, 32 and 33 are known here");
     }
     let supervisor = !has(PFEC_USER);
     if supervisor && !(npt.controls().guest_mode_execute_trap && phase == NestedPhase::Final) {
@@ -128,13 +127,15 @@ fn nested_page_fault(target: &Target, walker: &Walker, seen: v1::NestedPageFault
     if has(PFEC_WRITE) && has(PFEC_FETCH) {
         return refuse("no access is both a write (W/R) and a fetch (I/D)");
     }
+    if has(PFEC_SHADOW_STACK) && (has(PFEC_FETCH) || phase != NestedPhase::Final) {
+        return refuse("a shadow-stack access (SS) is no fetch (I/D), and reads no table (bit 33)");
+    }
     if has(PFEC_RESERVED) && !has(PFEC_PRESENT) {
         return refuse("RSVD comes with P: only a present entry has reserved bits");
     }
-    let kind = match (phase, has(PFEC_WRITE), has(PFEC_FETCH)) {
-        (NestedPhase::Table, ..) | (_, true, _) => AccessKind::Write,
-        (_, _, true) => AccessKind::Fetch,
-        _ => AccessKind::Read,
+    let kind = match phase {
+        NestedPhase::Final => kind(info as u32),
+        _ => AccessKind::Write,
     };
     let access = Access::new(kind, if supervisor { Privilege::Supervisor } else { Privilege::User });
     let mut trace = Trace::new();
@@ -181,16 +182,11 @@ fn explain(seen: &str, decoded: &[v1::DecodedBit], matches: bool, ladder: &Ladde
 
 /// The access that an error code tells of.
 fn access(code: u32, snapshot: &Snapshot) -> Result<Access, Error> {
-    let known = PFEC_PRESENT | PFEC_WRITE | PFEC_USER | PFEC_RESERVED | PFEC_FETCH | PFEC_KEY;
+    let known =
+        PFEC_PRESENT | PFEC_WRITE | PFEC_USER | PFEC_RESERVED | PFEC_FETCH | PFEC_KEY | PFEC_SHADOW_STACK;
     let has = |bit| code & bit != 0;
     let refuse =
         |problem: &str| Err(Error::invalid("page_fault.error_code", format!("{code:#x}: {problem}")));
-    if has(PFEC_SHADOW_STACK) {
-        return Err(Error::unimplemented(
-            "page_fault.error_code",
-            "shadow-stack accesses are not served yet",
-        ));
-    }
     if code & !known != 0 {
         return refuse("bits above 6 are not known here");
     }
@@ -205,13 +201,24 @@ fn access(code: u32, snapshot: &Snapshot) -> Result<Access, Error> {
     if has(PFEC_KEY) && (!has(PFEC_PRESENT) || has(PFEC_FETCH) || has(PFEC_RESERVED)) {
         return refuse("PK comes with P, and neither with I/D nor with RSVD");
     }
-    let kind = match (has(PFEC_WRITE), has(PFEC_FETCH)) {
-        (true, _) => AccessKind::Write,
-        (_, true) => AccessKind::Fetch,
-        _ => AccessKind::Read,
-    };
+    if has(PFEC_SHADOW_STACK) && has(PFEC_FETCH) {
+        return refuse("no access is both a fetch (I/D) and one to a shadow stack (SS)");
+    }
     let privilege = if has(PFEC_USER) { Privilege::User } else { Privilege::Supervisor };
-    Ok(Access::new(kind, privilege)
+    Ok(Access::new(kind(code), privilege)
         .with_ac(snapshot.registers.rflags & RFLAGS_AC != 0)
-        .with_pkru(snapshot.registers.pkru.unwrap_or_default()))
+        .with_pkru(snapshot.registers.pkru.unwrap_or_default())
+        .with_pkrs(snapshot.registers.pkrs.unwrap_or_default()))
+}
+
+/// What an error code says the access did.
+fn kind(code: u32) -> AccessKind {
+    let has = |bit| code & bit != 0;
+    match (has(PFEC_SHADOW_STACK), has(PFEC_WRITE), has(PFEC_FETCH)) {
+        (true, true, _) => AccessKind::ShadowStackWrite,
+        (true, false, _) => AccessKind::ShadowStackRead,
+        (false, true, _) => AccessKind::Write,
+        (false, _, true) => AccessKind::Fetch,
+        _ => AccessKind::Read,
+    }
 }

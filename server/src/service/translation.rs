@@ -32,6 +32,7 @@ impl TranslationService for Daemon {
         let policy = ad_policy(request.ad_policy)?;
         let walker = walker(request.r#override.as_ref(), &snapshot)?;
         check_width(&walker, gva, "address")?;
+        convert::access::check(&access, &walker)?;
 
         let memory = target.machine.source().memory();
         let mut trace = Trace::new();

@@ -69,9 +69,4 @@ pub trait Backend: Send + 'static {
     fn immediate_exit(&mut self) -> Option<ImmediateExit> {
         None
     }
-
-    /// Registers that `registers` could not read, each with the value that stands in for it: `PKRU=0x0`.
-    fn assumed(&self, _registers: &Registers) -> Vec<String> {
-        Vec::new()
-    }
 }

@@ -19,8 +19,8 @@ use super::console::{self, Console};
 use super::registers::{RegisterChanges, Registers, Selectors};
 
 const MSR_PAT: u32 = 0x277;
+const MSR_PKRS: u32 = 0x6e1;
 const RFLAGS_FIXED: u64 = 1 << 1;
-const CR4_PKE: u64 = 1 << 22;
 const PKRU_COMPONENT: u32 = 9;
 /// Kicks that may interrupt one single step before it is given up.
 const STEP_ATTEMPTS: u32 = 64;
@@ -43,6 +43,7 @@ pub(crate) struct KvmBackend<K> {
     can_step: bool,
     /// Offset of PKRU in the XSAVE area, where the vCPU has protection keys.
     pkru_offset: Option<usize>,
+    has_pkrs: bool,
     _keep: Arc<K>,
 }
 
@@ -52,6 +53,8 @@ pub(crate) struct Features {
     pub(crate) sync_regs: bool,
     pub(crate) guest_debug: bool,
     pub(crate) protection_keys: bool,
+    /// Keys of supervisor pages, and with them IA32_PKRS.
+    pub(crate) supervisor_keys: bool,
 }
 
 impl<K: Send + Sync + 'static> KvmBackend<K> {
@@ -72,6 +75,7 @@ impl<K: Send + Sync + 'static> KvmBackend<K> {
             sync_available: features.sync_regs,
             can_step: features.guest_debug,
             pkru_offset,
+            has_pkrs: features.supervisor_keys,
             _keep: keep,
         }
     }
@@ -100,6 +104,19 @@ impl<K: Send + Sync + 'static> KvmBackend<K> {
         // XSTATE_BV: a component whose bit is clear is in its initial state, all zeroes.
         let in_use = area.get(512 / 4)? & (1 << PKRU_COMPONENT) != 0;
         if in_use { area.get(offset / 4).copied() } else { Some(0) }
+    }
+
+    /// IA32_PKRS, where the kernel gives it: one that offers PKS to guests.
+    fn pkrs(&self) -> Option<u32> {
+        if !self.has_pkrs {
+            return None;
+        }
+        let entry = kvm_msr_entry { index: MSR_PKRS, ..Default::default() };
+        let mut msrs = Msrs::from_entries(&[entry]).ok()?;
+        match self.vcpu.get_msrs(&mut msrs) {
+            Ok(1) => msrs.as_slice().first().map(|entry| entry.data as u32),
+            _ => None,
+        }
     }
 
     fn write(&mut self, groups: &Groups) -> Result<(), (&'static str, kvm_ioctls::Error)> {
@@ -285,6 +302,7 @@ impl<K: Send + Sync + 'static> Backend for KvmBackend<K> {
             fs_base: sregs.fs.base,
             gs_base: sregs.gs.base,
             pkru: self.pkru(),
+            pkrs: self.pkrs(),
             // SS.DPL is the CPL; the RPL of CS may differ from it in real mode.
             cpl: sregs.ss.dpl,
             selectors: Selectors {
@@ -327,14 +345,6 @@ impl<K: Send + Sync + 'static> Backend for KvmBackend<K> {
         let byte = NonNull::from(&mut self.vcpu.get_kvm_run().immediate_exit);
         // SAFETY: `kvm_run` is a mapping that `self.vcpu` owns and never moves.
         Some(unsafe { ImmediateExit::new(byte) })
-    }
-
-    fn assumed(&self, registers: &Registers) -> Vec<String> {
-        if registers.cr4 & CR4_PKE != 0 && registers.pkru.is_none() {
-            vec!["PKRU=0x0".to_owned()]
-        } else {
-            Vec::new()
-        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! The registers of a vCPU as plain values, and changes to them.
 //!
 //! Intel SDM volume 1, "Basic Program Execution Registers", and volume 3, "Control Registers". Floating-point and vector
-//! state, debug registers and MSRs other than EFER and PAT are left out: no walk depends on them.
+//! state, debug registers and MSRs other than EFER, PAT and PKRS are left out: no walk depends on them.
 
 use pagewalk::ControlRegisters;
 
@@ -13,6 +13,8 @@ macro_rules! registers {
             $(#[doc = $doc] pub $field: u64,)*
             /// PKRU; `None` where the vCPU has none.
             pub pkru: Option<u32>,
+            /// IA32_PKRS (MSR 0x6e1); `None` where the vCPU has none, or it cannot be read.
+            pub pkrs: Option<u32>,
             /// Current privilege level, 0 to 3.
             pub cpl: u8,
             /// Selectors of CS, SS, DS, ES, FS and GS.
@@ -90,8 +92,7 @@ registers! {
 }
 
 /// Bits of CR4 that change what an access may do and that the walker does not model yet.
-pub(crate) const UNMODELLED: [(u64, &str); 3] =
-    [(1 << 24, "CR4.PKS"), (1 << 27, "CR4.LASS"), (1 << 28, "CR4.LAM_SUP")];
+pub(crate) const UNMODELLED: [(u64, &str); 1] = [(1 << 27, "CR4.LASS")];
 
 /// The visible parts of the segment registers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

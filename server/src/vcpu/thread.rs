@@ -61,7 +61,7 @@ pub(super) fn first_snapshot<B: Backend>(backend: &mut B, cpu: CpuProfile) -> Re
         taken: Instant::now(),
         run_state,
         run_state_reason,
-        assumed: with_limits(backend.assumed(&registers), &registers, &walker),
+        assumed: with_limits(Vec::new(), &registers, &walker),
         walker,
         registers,
         cpu,
@@ -258,10 +258,9 @@ impl<B: Backend> Driver<'_, B> {
     /// Reads the registers and publishes them, with the walkers they select.
     fn publish(&mut self, ticket: u64) -> Arc<Snapshot> {
         let previous = self.shared.published.latest();
-        let read = self
-            .guarded(|backend| backend.registers().map(|registers| (backend.assumed(&registers), registers)));
+        let read = self.guarded(Backend::registers);
         let (assumed, registers) = match read {
-            Ok(Ok(read)) => read,
+            Ok(Ok(registers)) => (Vec::new(), registers),
             Ok(Err(problem)) | Err(problem) => self.without_registers(&problem, &previous),
         };
         let walker = self.nested.walker(registers.control(), &self.cpu);
@@ -320,7 +319,7 @@ fn accept<B: Backend>(backend: &mut B, changes: &RegisterChanges, cpu: &CpuProfi
 }
 
 /// Adds what the walkers take for granted: no backend reads PDPTE registers, so that PDPTEs come from memory, as if CR3 were
-/// loaded now; and what the walker does not model is as if it were off.
+/// loaded now; what the walker does not model is as if it were off; and keys that cannot be read are open.
 fn with_limits(
     mut assumed: Vec<String>,
     registers: &Registers,
@@ -328,8 +327,16 @@ fn with_limits(
 ) -> Vec<String> {
     let pae = walker.as_ref().is_ok_and(|walker| walker.gva_walk().format().mode() == PagingMode::Pae);
     let unmodelled = UNMODELLED.iter().filter(|(bit, _)| registers.cr4 & bit != 0);
+    // Which keys the walk asks for: of user pages in the upper half of the mask's first eight fields, of supervisor pages in
+    // the lower one.
+    let keys = walker.as_ref().map_or(0, |walker| walker.gva_walk().format().protection_key_mask());
+    let unknown = [
+        ("PKRU=0x0", keys & 0xff00 != 0 && registers.pkru.is_none()),
+        ("PKRS=0x0", keys & 0xff != 0 && registers.pkrs.is_none()),
+    ];
     let limits = unmodelled
         .map(|(_, name)| format!("{name}=0"))
+        .chain(unknown.iter().filter(|(_, unknown)| *unknown).map(|(name, _)| (*name).to_owned()))
         .chain(pae.then(|| "PDPTE0-3=as in memory at CR3".to_owned()));
     for limit in limits {
         if !assumed.contains(&limit) {

@@ -52,8 +52,8 @@ async fn translate() {
         (access(|a| a.kind = 0), FIELD, "ACCESS_KIND_READ"),
         (access(|a| a.kind = 99), FIELD, "99"),
         (access(|a| a.kind = i32::MIN), FIELD, "access.kind"),
-        (access(|a| a.kind = v1::AccessKind::ShadowStackRead.into()), LATER, "shadow-stack"),
-        (access(|a| a.kind = v1::AccessKind::ShadowStackWrite.into()), LATER, "shadow-stack"),
+        (access(|a| a.kind = v1::AccessKind::ShadowStackRead.into()), FIELD, "CR4.CET"),
+        (access(|a| a.kind = v1::AccessKind::ShadowStackWrite.into()), FIELD, "CR4.CET"),
         (access(|a| a.privilege = 6), FIELD, "access.privilege"),
         (v1::TranslateRequest { access: None, ..read(0) }, FIELD, "access"),
         (v1::TranslateRequest { access: Some(v1::Access::default()), ..read(0) }, FIELD, "access.kind"),
@@ -82,6 +82,14 @@ async fn translate() {
             "access.stack",
         ),
         (
+            access(|a| {
+                a.kind = v1::AccessKind::ShadowStackRead.into();
+                a.stack = true;
+            }),
+            FIELD,
+            "access.stack",
+        ),
+        (
             with(Over { second_dimension: Some(SecondDimension::None(false)), ..Over::default() }),
             FIELD,
             "override.none",
@@ -99,6 +107,11 @@ async fn translate() {
         (with(Over { cr3: Some(1 << 48), ..Over::default() }), STATE, "CR3"),
         (with(Over { cr4: Some(1 << 40 | 0x20), ..Over::default() }), STATE, "CR4"),
         (with(Over { cr4: Some(0), ..Over::default() }), STATE, "PAE"),
+        // Shadow stacks want CR0.WP; masking is Intel's, and upper address ignore AMD's.
+        (with(Over { cr0: Some(0x8000_0033), cr4: Some(1 << 23 | 0x20), ..Over::default() }), STATE, "CET"),
+        (with(Over { cr4: Some(1 << 28 | 0x20), vendor: Some(2), ..Over::default() }), STATE, "CR4"),
+        (with(Over { cr3: Some(1 << 62), vendor: Some(2), ..Over::default() }), STATE, "CR3"),
+        (with(Over { efer: Some(1 << 20 | 0xd00), vendor: Some(1), ..Over::default() }), STATE, "EFER"),
         (with(Over { efer: Some(1 << 40 | 0xd00), ..Over::default() }), STATE, "EFER"),
         // PAE: a PDPTE with R/W set is in no register, and CR3 has 32 bits.
         (
@@ -112,7 +125,6 @@ async fn translate() {
         (with(npt(v1::Npt { ncr3: 1 << 48, ..Default::default() })), STATE, "nCR3"),
         (with(npt(v1::Npt { host_cr4: Some(1 << 63), ..Default::default() })), STATE, "CR4"),
         // Later.
-        (access(|a| a.pkrs = Some(0)), LATER, "access.pkrs"),
         (
             with(Over {
                 second_dimension: Some(SecondDimension::Ept(v1::Ept { eptp: 0x5_001e })),
@@ -121,7 +133,7 @@ async fn translate() {
             LATER,
             "EPT",
         ),
-        (with(Over { cr4: Some(1 << 24 | 0x20), ..Over::default() }), LATER, "PKS"),
+        (with(Over { cr4: Some(1 << 27 | 0x20), ..Over::default() }), LATER, "LASS"),
     ];
     for (request, (code, reason), said) in cases {
         let asked = format!("{request:?}");
@@ -164,8 +176,8 @@ async fn explain_fault() {
         (code(0x31), FIELD, "PK"),
         (code(0x29), FIELD, "PK"),
         (code(0x8000_0000), FIELD, "error_code"),
-        (code(!0x40), FIELD, "error_code"),
-        (code(0x41), (Code::Unimplemented, "NOT_SERVED_YET"), "shadow-stack"),
+        (code(!0), FIELD, "error_code"),
+        (code(0x51), FIELD, "SS"),
         (npf(0x1_0000_0004), (Code::FailedPrecondition, "PRECONDITION"), "override.npt"),
     ];
     let second = SecondDimension::Npt(v1::Npt { ncr3: 0x5_0000, ..Default::default() });
@@ -179,6 +191,10 @@ async fn explain_fault() {
         0x1_0000_000c,
         0x1_0000_0084,
         0x8000_0001_0000_0004,
+        // A shadow-stack access that fetches, or reads a table; a protection key.
+        0x1_0000_0054,
+        0x2_0000_0044,
+        0x1_0000_0025,
     ] {
         let request = v1::ExplainFaultRequest { r#override: Some(nested.clone()), ..npf(info) };
         cases.push((request, FIELD, "exit_info_1"));
@@ -231,7 +247,7 @@ async fn set_nested_mode() {
             "INVALID_WALKER_STATE",
         ),
         (
-            l2(v1::Registers { cr4: Some(1 << 24 | 0x20), ..Default::default() }),
+            l2(v1::Registers { cr4: Some(1 << 27 | 0x20), ..Default::default() }),
             Code::Unimplemented,
             "NOT_SERVED_YET",
         ),

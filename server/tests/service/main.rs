@@ -1,6 +1,7 @@
 //! The services over gRPC, against a daemon in this process that serves the demo machine from plain memory.
 #![allow(clippy::unwrap_used)]
 
+mod access_checks;
 mod bad_input;
 #[allow(dead_code, reason = "each test target uses its part")]
 mod bed;

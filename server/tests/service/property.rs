@@ -95,7 +95,7 @@ fn vcpu() -> impl Strategy<Value = Option<v1::VcpuRef>> {
 
 prop_compose! {
     fn access()(
-        kind in prop_oneof![40 => 1..=3, 1 => any::<i32>(), 1 => 4..=5],
+        kind in prop_oneof![40 => 1..=3, 1 => any::<i32>(), 4 => 4..=5],
         privilege in prop_oneof![40 => 0..=5, 1 => any::<i32>()],
         ac in of(any::<bool>()),
         pkru in of(any::<u32>()),

@@ -328,6 +328,8 @@ class Registers:
     es: int | None = None
     fs: int | None = None
     gs: int | None = None
+    #: Can only be read.
+    pkrs: int | None = None
     #: None in a request. Does not count when registers are compared.
     provenance: Provenance | None = field(default=None, compare=False)
 

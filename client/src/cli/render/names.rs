@@ -157,6 +157,7 @@ pub(super) fn entry_bits(mask: u64, entry: u64) -> String {
             0 => format!("P={value}"),
             1 => format!("R/W={value}"),
             2 => format!("U/S={value}"),
+            6 => format!("D={value}"),
             7 => format!("PS={value}"),
             63 => format!("NX={value}"),
             _ => format!("bit {bit}={value}"),
@@ -188,6 +189,7 @@ mod tests {
         assert_eq!(entry_bits(0, u64::MAX), "");
         assert_eq!(entry_bits(1 << 63, 1 << 63), "NX=1");
         assert_eq!(entry_bits(0b10, 0x5), "R/W=0");
+        assert_eq!(entry_bits(0x42, 0x3), "R/W=1 D=0");
         assert_eq!(entry_bits(1 << 51 | 1 << 50, u64::MAX), "bit 50=1 bit 51=1");
         assert_eq!(entry_bits(0b1111 << 59, 3 << 59), "key=3");
     }

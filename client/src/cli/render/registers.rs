@@ -35,6 +35,7 @@ pub(in crate::cli) fn table(r: &Registers) -> String {
         .into_iter()
         .filter_map(|(name, value)| Some(format!("{name} {:#06x}", value?)))
         .chain(r.pkru.map(|pkru| format!("pkru {pkru:#010x}")))
+        .chain(r.pkrs.map(|pkrs| format!("pkrs {pkrs:#010x}")))
         .chain(r.cpl.map(|cpl| format!("cpl {cpl}")))
         .collect::<Vec<_>>()
         .join("  ");

@@ -58,8 +58,7 @@ class TranslationServiceServicer(object):
         Role: `read`; `control` with AD_POLICY_SET.
         Errors: INVALID_ARGUMENT for a missing address or access kind, an address that does not parse, or registers that no
         CPU accepts; NOT_FOUND for an unknown machine or vCPU; FAILED_PRECONDITION for AD_POLICY_SET where the source does
-        not allow it; UNIMPLEMENTED for EPT or an access kind that is not served yet; DEADLINE_EXCEEDED with
-        FRESHNESS_SYNC when the vCPU does not come out in time.
+        not allow it; UNIMPLEMENTED for EPT, which is not served yet; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the vCPU does not come out in time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -91,8 +91,7 @@ class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _T
     Role: `read`; `control` with AD_POLICY_SET.
     Errors: INVALID_ARGUMENT for a missing address or access kind, an address that does not parse, or registers that no
     CPU accepts; NOT_FOUND for an unknown machine or vCPU; FAILED_PRECONDITION for AD_POLICY_SET where the source does
-    not allow it; UNIMPLEMENTED for EPT or an access kind that is not served yet; DEADLINE_EXCEEDED with
-    FRESHNESS_SYNC when the vCPU does not come out in time.
+    not allow it; UNIMPLEMENTED for EPT, which is not served yet; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the vCPU does not come out in time.
     """
 
     ExplainFault: _TranslationServiceExplainFaultType
@@ -132,8 +131,7 @@ class TranslationServiceServicer(metaclass=abc.ABCMeta):
         Role: `read`; `control` with AD_POLICY_SET.
         Errors: INVALID_ARGUMENT for a missing address or access kind, an address that does not parse, or registers that no
         CPU accepts; NOT_FOUND for an unknown machine or vCPU; FAILED_PRECONDITION for AD_POLICY_SET where the source does
-        not allow it; UNIMPLEMENTED for EPT or an access kind that is not served yet; DEADLINE_EXCEEDED with
-        FRESHNESS_SYNC when the vCPU does not come out in time.
+        not allow it; UNIMPLEMENTED for EPT, which is not served yet; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the vCPU does not come out in time.
         """
 
     @abc.abstractmethod

@@ -57,9 +57,9 @@ class _AccessKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     ACCESS_KIND_FETCH: _AccessKind.ValueType  # 3
     """An instruction fetch."""
     ACCESS_KIND_SHADOW_STACK_READ: _AccessKind.ValueType  # 4
-    """A shadow-stack read. Not served yet: UNIMPLEMENTED."""
+    """A read of a shadow stack. Only where CR4.CET is set: elsewhere no CPU makes one, and asking is INVALID_ARGUMENT."""
     ACCESS_KIND_SHADOW_STACK_WRITE: _AccessKind.ValueType  # 5
-    """A shadow-stack write. Not served yet: UNIMPLEMENTED."""
+    """A write to a shadow stack. Only where CR4.CET is set: elsewhere no CPU makes one, and asking is INVALID_ARGUMENT."""
 
 class AccessKind(_AccessKind, metaclass=_AccessKindEnumTypeWrapper):
     """What an access does to memory."""
@@ -73,9 +73,9 @@ ACCESS_KIND_WRITE: AccessKind.ValueType  # 2
 ACCESS_KIND_FETCH: AccessKind.ValueType  # 3
 """An instruction fetch."""
 ACCESS_KIND_SHADOW_STACK_READ: AccessKind.ValueType  # 4
-"""A shadow-stack read. Not served yet: UNIMPLEMENTED."""
+"""A read of a shadow stack. Only where CR4.CET is set: elsewhere no CPU makes one, and asking is INVALID_ARGUMENT."""
 ACCESS_KIND_SHADOW_STACK_WRITE: AccessKind.ValueType  # 5
-"""A shadow-stack write. Not served yet: UNIMPLEMENTED."""
+"""A write to a shadow stack. Only where CR4.CET is set: elsewhere no CPU makes one, and asking is INVALID_ARGUMENT."""
 Global___AccessKind: typing_extensions.TypeAlias = AccessKind
 
 class _Privilege:
@@ -557,11 +557,13 @@ class Access(google.protobuf.message.Message):
     pkru: builtins.int
     """PKRU, the rights of the sixteen user protection keys. Default: the vCPU's. Matters under CR4.PKE only."""
     pkrs: builtins.int
-    """IA32_PKRS, the rights of the sixteen supervisor protection keys. Default: the vCPU's. Matters under CR4.PKS only;
-    setting CR4.PKS is not served yet: UNIMPLEMENTED.
+    """IA32_PKRS, the rights of the sixteen supervisor protection keys. Default: the vCPU's, or 0 where that cannot be read.
+    Matters under CR4.PKS only.
     """
     stack: builtins.bool
-    """The access goes through the stack segment: if non-canonical, it is #SS instead of #GP. Default: false."""
+    """The access goes through the stack segment: if non-canonical, it is #SS instead of #GP, and AMD's upper address ignore
+    does not apply. INVALID_ARGUMENT for fetches and shadow-stack accesses. Default: false.
+    """
     def __init__(
         self,
         *,
@@ -777,6 +779,7 @@ class Registers(google.protobuf.message.Message):
     ES_FIELD_NUMBER: builtins.int
     FS_FIELD_NUMBER: builtins.int
     GS_FIELD_NUMBER: builtins.int
+    PKRS_FIELD_NUMBER: builtins.int
     cr0: builtins.int
     """CR0."""
     cr2: builtins.int
@@ -847,6 +850,10 @@ class Registers(google.protobuf.message.Message):
     """Selector of FS, 16 bits. Read-only: INVALID_ARGUMENT in `SetRegisters`."""
     gs: builtins.int
     """Selector of GS, 16 bits. Read-only: INVALID_ARGUMENT in `SetRegisters`."""
+    pkrs: builtins.int
+    """IA32_PKRS, 32 bits. Absent where the vCPU has none, or it cannot be read. Read-only: INVALID_ARGUMENT in
+    `SetRegisters`.
+    """
     def __init__(
         self,
         *,
@@ -885,9 +892,10 @@ class Registers(google.protobuf.message.Message):
         es: builtins.int | None = ...,
         fs: builtins.int | None = ...,
         gs: builtins.int | None = ...,
+        pkrs: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_cpl", b"_cpl", "_cr0", b"_cr0", "_cr2", b"_cr2", "_cr3", b"_cr3", "_cr4", b"_cr4", "_cr8", b"_cr8", "_cs", b"_cs", "_ds", b"_ds", "_efer", b"_efer", "_es", b"_es", "_fs", b"_fs", "_fs_base", b"_fs_base", "_gs", b"_gs", "_gs_base", b"_gs_base", "_pat", b"_pat", "_pkru", b"_pkru", "_r10", b"_r10", "_r11", b"_r11", "_r12", b"_r12", "_r13", b"_r13", "_r14", b"_r14", "_r15", b"_r15", "_r8", b"_r8", "_r9", b"_r9", "_rax", b"_rax", "_rbp", b"_rbp", "_rbx", b"_rbx", "_rcx", b"_rcx", "_rdi", b"_rdi", "_rdx", b"_rdx", "_rflags", b"_rflags", "_rip", b"_rip", "_rsi", b"_rsi", "_rsp", b"_rsp", "_ss", b"_ss", "cpl", b"cpl", "cr0", b"cr0", "cr2", b"cr2", "cr3", b"cr3", "cr4", b"cr4", "cr8", b"cr8", "cs", b"cs", "ds", b"ds", "efer", b"efer", "es", b"es", "fs", b"fs", "fs_base", b"fs_base", "gs", b"gs", "gs_base", b"gs_base", "pat", b"pat", "pkru", b"pkru", "r10", b"r10", "r11", b"r11", "r12", b"r12", "r13", b"r13", "r14", b"r14", "r15", b"r15", "r8", b"r8", "r9", b"r9", "rax", b"rax", "rbp", b"rbp", "rbx", b"rbx", "rcx", b"rcx", "rdi", b"rdi", "rdx", b"rdx", "rflags", b"rflags", "rip", b"rip", "rsi", b"rsi", "rsp", b"rsp", "ss", b"ss"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_cpl", b"_cpl", "_cr0", b"_cr0", "_cr2", b"_cr2", "_cr3", b"_cr3", "_cr4", b"_cr4", "_cr8", b"_cr8", "_cs", b"_cs", "_ds", b"_ds", "_efer", b"_efer", "_es", b"_es", "_fs", b"_fs", "_fs_base", b"_fs_base", "_gs", b"_gs", "_gs_base", b"_gs_base", "_pat", b"_pat", "_pkru", b"_pkru", "_r10", b"_r10", "_r11", b"_r11", "_r12", b"_r12", "_r13", b"_r13", "_r14", b"_r14", "_r15", b"_r15", "_r8", b"_r8", "_r9", b"_r9", "_rax", b"_rax", "_rbp", b"_rbp", "_rbx", b"_rbx", "_rcx", b"_rcx", "_rdi", b"_rdi", "_rdx", b"_rdx", "_rflags", b"_rflags", "_rip", b"_rip", "_rsi", b"_rsi", "_rsp", b"_rsp", "_ss", b"_ss", "cpl", b"cpl", "cr0", b"cr0", "cr2", b"cr2", "cr3", b"cr3", "cr4", b"cr4", "cr8", b"cr8", "cs", b"cs", "ds", b"ds", "efer", b"efer", "es", b"es", "fs", b"fs", "fs_base", b"fs_base", "gs", b"gs", "gs_base", b"gs_base", "pat", b"pat", "pkru", b"pkru", "r10", b"r10", "r11", b"r11", "r12", b"r12", "r13", b"r13", "r14", b"r14", "r15", b"r15", "r8", b"r8", "r9", b"r9", "rax", b"rax", "rbp", b"rbp", "rbx", b"rbx", "rcx", b"rcx", "rdi", b"rdi", "rdx", b"rdx", "rflags", b"rflags", "rip", b"rip", "rsi", b"rsi", "rsp", b"rsp", "ss", b"ss"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_cpl", b"_cpl", "_cr0", b"_cr0", "_cr2", b"_cr2", "_cr3", b"_cr3", "_cr4", b"_cr4", "_cr8", b"_cr8", "_cs", b"_cs", "_ds", b"_ds", "_efer", b"_efer", "_es", b"_es", "_fs", b"_fs", "_fs_base", b"_fs_base", "_gs", b"_gs", "_gs_base", b"_gs_base", "_pat", b"_pat", "_pkrs", b"_pkrs", "_pkru", b"_pkru", "_r10", b"_r10", "_r11", b"_r11", "_r12", b"_r12", "_r13", b"_r13", "_r14", b"_r14", "_r15", b"_r15", "_r8", b"_r8", "_r9", b"_r9", "_rax", b"_rax", "_rbp", b"_rbp", "_rbx", b"_rbx", "_rcx", b"_rcx", "_rdi", b"_rdi", "_rdx", b"_rdx", "_rflags", b"_rflags", "_rip", b"_rip", "_rsi", b"_rsi", "_rsp", b"_rsp", "_ss", b"_ss", "cpl", b"cpl", "cr0", b"cr0", "cr2", b"cr2", "cr3", b"cr3", "cr4", b"cr4", "cr8", b"cr8", "cs", b"cs", "ds", b"ds", "efer", b"efer", "es", b"es", "fs", b"fs", "fs_base", b"fs_base", "gs", b"gs", "gs_base", b"gs_base", "pat", b"pat", "pkrs", b"pkrs", "pkru", b"pkru", "r10", b"r10", "r11", b"r11", "r12", b"r12", "r13", b"r13", "r14", b"r14", "r15", b"r15", "r8", b"r8", "r9", b"r9", "rax", b"rax", "rbp", b"rbp", "rbx", b"rbx", "rcx", b"rcx", "rdi", b"rdi", "rdx", b"rdx", "rflags", b"rflags", "rip", b"rip", "rsi", b"rsi", "rsp", b"rsp", "ss", b"ss"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_cpl", b"_cpl", "_cr0", b"_cr0", "_cr2", b"_cr2", "_cr3", b"_cr3", "_cr4", b"_cr4", "_cr8", b"_cr8", "_cs", b"_cs", "_ds", b"_ds", "_efer", b"_efer", "_es", b"_es", "_fs", b"_fs", "_fs_base", b"_fs_base", "_gs", b"_gs", "_gs_base", b"_gs_base", "_pat", b"_pat", "_pkrs", b"_pkrs", "_pkru", b"_pkru", "_r10", b"_r10", "_r11", b"_r11", "_r12", b"_r12", "_r13", b"_r13", "_r14", b"_r14", "_r15", b"_r15", "_r8", b"_r8", "_r9", b"_r9", "_rax", b"_rax", "_rbp", b"_rbp", "_rbx", b"_rbx", "_rcx", b"_rcx", "_rdi", b"_rdi", "_rdx", b"_rdx", "_rflags", b"_rflags", "_rip", b"_rip", "_rsi", b"_rsi", "_rsp", b"_rsp", "_ss", b"_ss", "cpl", b"cpl", "cr0", b"cr0", "cr2", b"cr2", "cr3", b"cr3", "cr4", b"cr4", "cr8", b"cr8", "cs", b"cs", "ds", b"ds", "efer", b"efer", "es", b"es", "fs", b"fs", "fs_base", b"fs_base", "gs", b"gs", "gs_base", b"gs_base", "pat", b"pat", "pkrs", b"pkrs", "pkru", b"pkru", "r10", b"r10", "r11", b"r11", "r12", b"r12", "r13", b"r13", "r14", b"r14", "r15", b"r15", "r8", b"r8", "r9", b"r9", "rax", b"rax", "rbp", b"rbp", "rbx", b"rbx", "rcx", b"rcx", "rdi", b"rdi", "rdx", b"rdx", "rflags", b"rflags", "rip", b"rip", "rsi", b"rsi", "rsp", b"rsp", "ss", b"ss"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_cpl", b"_cpl"]) -> typing.Literal["cpl"] | None: ...
     @typing.overload
@@ -918,6 +926,8 @@ class Registers(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_gs_base", b"_gs_base"]) -> typing.Literal["gs_base"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_pat", b"_pat"]) -> typing.Literal["pat"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_pkrs", b"_pkrs"]) -> typing.Literal["pkrs"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_pkru", b"_pkru"]) -> typing.Literal["pkru"] | None: ...
     @typing.overload
@@ -1141,7 +1151,9 @@ class Fault(google.protobuf.message.Message):
     kind: Global___FaultKind.ValueType
     """What happens."""
     address: builtins.int
-    """The GVA asked for; what CR2 would hold for a page fault."""
+    """The GVA asked for; what CR2 would hold for a page fault: without the bits that linear-address masking or upper address
+    ignore takes from a pointer.
+    """
     level: builtins.int
     """Level of the entry that refused, 1 to 5; of several that withhold a right, the one nearest to the leaf. 0 where no
     entry did, as with a non-canonical address.
@@ -1334,8 +1346,8 @@ class PageFormat(google.protobuf.message.Message):
     protection_key_mask: builtins.int
     """Sixteen fields of 2 bits for protection keys; 0 where keys are off. The field's number is formed as for
     `permissions`, with RSVD's place taken by the page's U: W + 2 * user + 4 * page's U + 8 * fetch. The field is AND-ed
-    with the key's two bits in PKRU (bit 0: AD, access disabled; bit 1: WD, writes disabled); the access is refused when
-    the result is not 0.
+    with the key's two bits in PKRU, or in IA32_PKRS where the page's U is 0 (bit 0: AD, access disabled; bit 1: WD,
+    writes disabled); the access is refused when the result is not 0.
     """
     bad_memory_type_xwr: builtins.int
     """EPT only: entries that are misconfigured by memory type and XWR bits; bit number = bits 5:0 of the entry. 0 otherwise."""
@@ -1364,7 +1376,7 @@ class PageFormat(google.protobuf.message.Message):
     @property
     def permissions(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Permission words: sixteen words of 16 bits, without meaning where paging is off. A set bit means that the access is
-        refused.
+        refused. Shadow-stack accesses are decided by other rules.
 
         Which word: bits 4:1 of the #PF error code that the access would have (W, U, RSVD, fetch), with RSVD's place (error
         code bit 3, index bit 2) taken by "RFLAGS.AC is set and the access is not implicit"; the fetch bit is set for

@@ -11,6 +11,9 @@
 //! Modelled so far: no paging, 32-bit, PAE, 4-level and 5-level paging, and EPT or NPT in every host format as a second
 //! dimension. Not modelled: SMM's address space, encrypted guests' private memory, enclave mode, the APIC-access page, HLAT,
 //! CR4.LASS, EFER.LMSLE, segmentation.
+//!
+//! The module [`rules`] lists every rule with the manual's section, what shows that it is kept, and every known difference
+//! between CPUs, the Linux kernel, emulators and this walker.
 #![no_std]
 
 #[cfg(test)]
@@ -33,6 +36,8 @@ mod nested;
 mod npt;
 mod permission;
 mod reserved;
+#[doc = include_str!("../RULES.md")]
+pub mod rules {}
 mod shadow_stack;
 mod trace;
 mod translation;

@@ -468,11 +468,16 @@ fn pointers_with_metadata() {
     assert_eq!(page(&supervisor, &ram, six, read), gp(six));
     assert_eq!(page(&lam57, &ram, tagged, read), gp(tagged));
 
-    // Five levels: LAM48 ignores bits that translate, even of a canonical address.
+    // Five levels: LAM48 ignores bits that translate, even of a canonical address, and even where they lead to a page.
     ram.put(0x9000, PML4 | P | W | U);
+    ram.put(0x9000 + 8 * 0x54, 0xb000 | P | W | U);
+    ram.put(0xb000, 0xc000 | P | W | U);
+    ram.put(0xc000, LARGE | P | W | U);
     let five = |cr3, cr4| with(cr3 | 0x9000 ^ PML4, CR4_LA57 | cr4, 0, &INTEL);
     assert_eq!(page(&five(LAM_U48, 0), &ram, 0x55 << 48 | GVA, read), Ok(FRAME | 0x123));
     assert_eq!(page(&five(LAM_U48, 0), &ram, fifteen, read), Ok(FRAME | 0x123));
+    assert_eq!(page(&five(LAM_U48, 0), &ram, 0x54 << 48 | GVA, read), Ok(FRAME | 0x123));
+    assert_eq!(page(&five(LAM_U48, 0), &ram, 0x54 << 48 | GVA, fetch), Ok(GVA));
     let translated = 0x55 << 48 | GVA;
     assert_eq!(
         page(&five(LAM_U48, 0), &ram, translated, fetch),
@@ -539,6 +544,9 @@ fn the_encryption_bit_is_no_address_bit() {
     assert_eq!(encrypted.gva_walk().root(), PML4);
     let page = ask(&encrypted, &ram, GVA, &read).unwrap();
     assert_eq!((page.gpa, page.entry), (Gpa(FRAME | 0x123), FRAME | P | W | U | C));
+    // At the leaf alone.
+    let leaf = ask(&walker(&long_mode(0, 0), &sev), &Ram::new(W | U, P | U | C), GVA, &read).unwrap();
+    assert_eq!(leaf.gpa, Gpa(FRAME | 0x123));
     // Without the bit it is reserved, and so is every other one above MAXPHYADDR.
     assert!(PageWalk::new(&registers, &AMD).is_err());
     let fault = ask(&walker(&long_mode(0, 0), &AMD), &ram, GVA, &read).unwrap_err();

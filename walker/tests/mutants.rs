@@ -5,10 +5,15 @@
 //! disagrees with is a disagreement here. The unmutated copy runs first and has to pass under the same counts.
 //!
 //! The kernel's walker on this backend has no 5-level, 32-bit or PAE paging, no PKRU and no second dimension. The mutants of
-//! those are put before `properties` and `legacy_modes`, whose tests say what the manual does, and before `judge_oracle`.
+//! those are put before `properties`, `legacy_modes` and `access_checks`, whose tests say what the manual does, and before
+//! `judge_oracle`.
+//!
+//! `PAGEWALK_MUTANTS=WORDS,WORDS` takes those mutants alone whose slip contains one of the texts.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that reports on standard output")]
 
+#[path = "mutants/access_checks.rs"]
+mod access_checks;
 mod bed;
 
 use std::fs;
@@ -21,7 +26,8 @@ use libtest_mimic::{Arguments, Failed, Trial};
 
 const CASES: &str = "10000";
 const KERNEL: &[&str] = &["judge_translate", "judge_execution"];
-const RULES: &[&str] = &["properties", "legacy_modes", "judge_oracle"];
+const RULES: &[&str] = &["properties", "legacy_modes", "access_checks", "judge_oracle"];
+const CHECKS: &[&str] = &["access_checks"];
 const ORACLE: &[&str] = &["judge_oracle"];
 
 struct Mutant {
@@ -88,7 +94,7 @@ const MUTANTS: &[Mutant] = &[
     ),
     mutant(
         "address bits above MAXPHYADDR are free",
-        &[("reserved.rs", "let everywhere = cpu.address_reserved() |", "let everywhere =")],
+        &[("reserved.rs", "let everywhere = cpu.address_reserved(51) |", "let everywhere =")],
     ),
     mutant(
         "bit 8 of an AMD PML4E is free",
@@ -139,7 +145,14 @@ const MUTANTS: &[Mutant] = &[
         "CR0.WP is taken to be clear",
         &[("format.rs", "write_protect: registers.cr0 & CR0_WP != 0,", "write_protect: false,")],
     ),
-    mutant("U/S is ignored", &[("permission.rs", "if user_access && !rights.user() {", "if false {")]),
+    mutant(
+        "U/S is ignored",
+        &[(
+            "permission.rs",
+            "if user_access && !rights.user() && !self.supervisor_pages_open {",
+            "if false {",
+        )],
+    ),
     mutant("SMEP is ignored", &[("format.rs", "smep: registers.cr4 & CR4_SMEP != 0,", "smep: false,")]),
     mutant("SMAP is ignored", &[("format.rs", "smap: registers.cr4 & CR4_SMAP != 0,", "smap: false,")]),
     mutant("SMAP ignores AC", &[("permission.rs", "&& index & SMAP_SUSPENDED == 0", "")]),
@@ -195,16 +208,16 @@ const MUTANTS: &[Mutant] = &[
         "reads set the dirty bit",
         &[(
             "descent.rs",
-            "verdict == Verdict::Leaf && purpose.access.is_write();",
-            "verdict == Verdict::Leaf;",
+            "verdict == Verdict::Leaf && purpose.access.is_write() &&",
+            "verdict == Verdict::Leaf &&",
         )],
     ),
     mutant(
         "writes set the dirty bit above the leaf",
         &[(
             "descent.rs",
-            "verdict == Verdict::Leaf && purpose.access.is_write();",
-            "purpose.access.is_write();",
+            "verdict == Verdict::Leaf && purpose.access.is_write() &&",
+            "purpose.access.is_write() &&",
         )],
     ),
     mutant("the accessed bit is not set", &[("entry.rs", "Self::ACCESSED | if dirties", "if dirties")]),
@@ -231,15 +244,15 @@ const MUTANTS: &[Mutant] = &[
     Mutant {
         slip: "the PAE root is cut to 4 KiB",
         judges: RULES,
-        changes: &[("walk.rs", "PagingMode::Pae => (32, !0x1f)", "PagingMode::Pae => (32, !0xfff)")],
+        changes: &[("walk.rs", "(bits(32, 63), !0x1f)", "(bits(32, 63), !0xfff)")],
     },
     Mutant {
         slip: "PAE 2 MiB frames are cut to 32 bits",
         judges: RULES,
         changes: &[(
             "entry.rs",
-            "LongMode::page(level, entry)",
-            "LongMode::page(level, entry) & 0xffff_ffff",
+            "LongMode::page(level, entry)\n    }\n\n    fn sets(",
+            "LongMode::page(level, entry) & 0xffff_ffff\n    }\n\n    fn sets(",
         )],
     },
     Mutant {
@@ -267,21 +280,21 @@ const MUTANTS: &[Mutant] = &[
         judges: RULES,
         changes: &[("format.rs", "(nxe && mode != PagingMode::TwoLevel) || smep", "nxe || smep")],
     },
-    unseen("PKRU is ignored", &[("permission.rs", "& decides & 0b11", "& decides & 0")]),
+    unseen("PKRU is ignored", &[("permission.rs", "& decides) as u8", "& decides & 0) as u8")]),
     unseen(
         "keys guard supervisor pages",
-        &[("permission.rs", "self.protection_keys && index & page_user != 0 &&", "self.protection_keys &&")],
+        &[("permission.rs", "else { self.supervisor_keys };", "else { self.user_keys };")],
     ),
     unseen(
         "keys guard instruction fetches",
-        &[("permission.rs", "index & page_user != 0 && index & FETCH == 0", "index & page_user != 0")],
+        &[("permission.rs", "if keys && index & FETCH == 0 {", "if keys {")],
     ),
     unseen(
         "a key's write-disable binds supervisors without CR0.WP",
         &[(
             "permission.rs",
-            "index & WRITE != 0 && (index & USER != 0 || self.write_protect)",
-            "index & WRITE != 0",
+            "index & WRITE != 0 && (user_write || self.write_protect)",
+            "index & WRITE != 0 && (true || user_write)",
         )],
     ),
     unseen(
@@ -290,7 +303,7 @@ const MUTANTS: &[Mutant] = &[
     ),
     unseen(
         "the entry nearest to the root is blamed",
-        &[("descent.rs", "(level..=format.levels()).find(", "(level..=format.levels()).rev().find(")],
+        &[("descent.rs", "(from..=format.levels()).find(", "(from..=format.levels()).rev().find(")],
     ),
     unseen(
         "an absent entry grants rights",
@@ -299,60 +312,87 @@ const MUTANTS: &[Mutant] = &[
     unseen(
         "a guest's table is read, not written, in the nested walk",
         &[(
-            "nested.rs",
-            "Access::new(AccessKind::Write, privilege)",
-            "Access::new(AccessKind::Read, privilege)",
+            "npt.rs",
+            "if table { AccessKind::Write } else { access.kind() }",
+            "if table { AccessKind::Read } else { access.kind() }",
         )],
     ),
     unseen(
         "the phase does not decide how the second dimension alone is walked",
-        &[("nested.rs", "NestedPhase::Table => AccessKind::Write,", "NestedPhase::Table => access.kind(),")],
+        &[("npt.rs", "if table { AccessKind::Write } else { access.kind() }", "access.kind()")],
     ),
     unseen(
         "EXITINFO1 takes guest tables for final addresses",
-        &[("nested.rs", "Self::Table => EXIT_INFO_1_TABLE,", "Self::Table => EXIT_INFO_1_FINAL,")],
+        &[("npt.rs", "if table { EXIT_INFO_1_TABLE }", "if table { EXIT_INFO_1_FINAL }")],
     ),
     unseen(
         "an nGPA's bits above the width are dropped",
-        &[("nested.rs", "if ngpa.0 >> (format.linear_width() & 63) != 0 {", "if false {")],
+        &[("npt.rs", "if ngpa.0 >> (format.linear_width() & 63) != 0 {", "if false {")],
     ),
     unseen(
         "the second dimension's rights do not count in the answer",
-        &[("walk.rs", "rights: page.rights.and(nested.rights),", "rights: page.rights,")],
+        &[("walk.rs", "rights: nested.rights,", "rights: page.rights,")],
     ),
     unseen(
         "a guest's table is read by the supervisor in the nested walk",
-        &[(
-            "nested.rs",
-            "if walking_for.is_exempt() { Privilege::Exempt } else { Privilege::User }",
-            "if walking_for.is_exempt() { Privilege::Exempt } else { Privilege::Supervisor }",
-        )],
+        &[("npt.rs", "_ => Privilege::User,", "_ => Privilege::Supervisor,")],
     ),
 ];
 
 fn main() {
     let arguments = Arguments::from_args();
-    let trials = vec![Trial::test("mutants_are_caught", || match Machine::new(bed::PAGE) {
-        Ok(_) => judge(),
-        Err(reason) => skipped("kvm", &reason),
-    })];
+    let trials = vec![
+        Trial::test("each_mutant_changes_the_walker_in_one_place", places),
+        Trial::test("mutants_are_caught", || match Machine::new(bed::PAGE) {
+            Ok(_) => judge(),
+            Err(reason) => skipped("kvm", &reason),
+        }),
+    ];
     libtest_mimic::run(&arguments, trials).exit();
+}
+
+/// All mutants, or those that are asked for.
+fn mutants() -> Result<Vec<&'static Mutant>, Failed> {
+    let wanted = std::env::var("PAGEWALK_MUTANTS").unwrap_or_default();
+    let wanted = |mutant: &&Mutant| wanted.split(',').any(|words| mutant.slip.contains(words));
+    let mutants: Vec<_> = MUTANTS.iter().chain(access_checks::MUTANTS).filter(wanted).collect();
+    if mutants.is_empty() { Err("PAGEWALK_MUTANTS: there is no such mutant".into()) } else { Ok(mutants) }
+}
+
+/// A rule that is written in another way now breaks its mutants: without a build, this says which.
+fn places() -> Result<(), Failed> {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut wrong = String::new();
+    for mutant in mutants()? {
+        for (file, from, _) in mutant.changes {
+            let occurrences = fs::read_to_string(source.join(file))?.matches(from).count();
+            if occurrences != 1 {
+                wrong += &format!("\n\"{}\": {file} has {occurrences} of `{from}`", mutant.slip);
+            }
+        }
+    }
+    if wrong.is_empty() { Ok(()) } else { Err(format!("say how the rules are written now:{wrong}").into()) }
 }
 
 fn judge() -> Result<(), Failed> {
     let mut judge = Judge::new("mutants")?;
     let copy = Copy::new()?;
     let seed = judge.seed();
-    let all = [KERNEL, RULES].concat();
+    let mutants = mutants()?;
+    let all: Vec<_> = [KERNEL, RULES]
+        .concat()
+        .into_iter()
+        .filter(|it| mutants.iter().any(|of| of.judges.contains(it)))
+        .collect();
     let verdicts = copy.verdicts(&all, seed)?;
     if !verdicts.iter().all(|verdict| verdict.passed) {
         return Err(format!("the walker itself does not pass: {verdicts:?}").into());
     }
     println!(
-        "  {:<66} {:>14} {:>14} {:>12} {:>12} {:>12}",
-        "mutant", "kvm-translate", "kvm-execution", "properties", "legacy modes", "oracle"
+        "  {:<82} {:>14} {:>14} {:>12} {:>12} {:>12} {:>12}",
+        "mutant", "kvm-translate", "kvm-execution", "properties", "legacy modes", "checks", "oracle"
     );
-    for mutant in MUTANTS {
+    for mutant in mutants {
         copy.mutate(mutant)?;
         let verdicts = copy.verdicts(mutant.judges, seed)?;
         copy.restore(mutant)?;
@@ -361,12 +401,13 @@ fn judge() -> Result<(), Failed> {
             at.map_or_else(|| "-".to_owned(), |at| verdicts[at].to_string())
         };
         println!(
-            "  {:<66} {:>14} {:>14} {:>12} {:>12} {:>12}",
+            "  {:<82} {:>14} {:>14} {:>12} {:>12} {:>12} {:>12}",
             mutant.slip,
             column("judge_translate"),
             column("judge_execution"),
             column("properties"),
             column("legacy_modes"),
+            column("access_checks"),
             column("judge_oracle")
         );
         judge.case();
@@ -424,6 +465,8 @@ impl Copy {
             let file = format!("tests/{judge}.rs");
             fs::copy(walker.join(&file), copy.root.join(&file))?;
         }
+        // Part of the walker's documentation.
+        fs::copy(walker.join("RULES.md"), copy.root.join("RULES.md"))?;
         // The lock file has the versions.
         fs::copy(walker.join("../Cargo.lock"), copy.root.join("Cargo.lock"))?;
         fs::write(copy.root.join("Cargo.toml"), MANIFEST)?;

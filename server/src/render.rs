@@ -308,12 +308,56 @@ fn backing(backing: Backing) -> &'static str {
 
 #[cfg(test)]
 mod tests {
-    use super::bit_list;
+    use std::sync::atomic::AtomicU64;
+
+    use pagewalk::{
+        Access, AccessKind, AdPolicy, ControlRegisters, CpuProfile, EptCapabilities, EptControls, Gva,
+        NgpaWalk, PageWalk, Privilege, Trace, Vendor, Walker, Window,
+    };
+
+    use super::{Ladder, bit_list};
 
     #[test]
     fn bit_lists() {
         assert_eq!(bit_list(1 << 63), "bit 63");
         assert_eq!(bit_list(0xf << 48), "bits 51:48");
         assert_eq!(bit_list(1 << 13 | 1 << 20), "bits 13, 20");
+    }
+
+    /// An unpaged guest over EPT that maps a page which users may execute and nobody write.
+    #[test]
+    fn ept_has_words_of_its_own() {
+        let words: Vec<AtomicU64> = (0..0x5000 / 8).map(|_| AtomicU64::new(0)).collect();
+        let put = |gpa: usize, entry| words[gpa / 8].store(entry, std::sync::atomic::Ordering::Relaxed);
+        put(0x1000, 0x2407);
+        put(0x2000, 0x3407);
+        put(0x3000, 0x4407);
+        put(0x4000, 0x0571 | 1 << 60);
+        let cpu = CpuProfile { vendor: Vendor::Intel, maxphyaddr: 40, gib_pages: true, encryption_bit: None };
+        let controls = EptControls { mode_based_execute: true, ..EptControls::default() };
+        let ept = NgpaWalk::ept(0x105e, &controls, &EptCapabilities::all(), &cpu).unwrap();
+        let walker = Walker::nested(PageWalk::new(&ControlRegisters::default(), &cpu).unwrap(), ept);
+        let ladder = |kind| {
+            let mut trace = Trace::new();
+            let access = Access::new(kind, Privilege::User);
+            let memory = Window::new(&words);
+            let outcome = walker.translate_with(&memory, Gva(8), &access, AdPolicy::Observe, &mut trace);
+            Ladder { title: "T", walker: &walker, steps: trace.steps(), outcome: &outcome }.to_string()
+        };
+        let read = ladder(AccessKind::Read);
+        let leaf = read.lines().find(|line| line.contains("EPT PTE")).unwrap();
+        assert!(leaf.contains("R XU IPAT A SSS type 6"), "{read}");
+        assert!(leaf.contains("r--u"), "{read}");
+        assert!(read.contains("in an EPT page of 4 KiB"), "{read}");
+        assert!(read.contains("r-x user, WB (PAT WB, EPT WB, which ignores the PAT), RAM"), "{read}");
+        let write = ladder(AccessKind::Write);
+        let expected = "=> EPT violation, exit qualification 0x7ca (WRITE R XU GVA FINAL USER RW), nGPA 0x8: \
+                        write, and R/W is clear in the entry: EPT PTE at GPA 0x4000 is 0x1000000000000571, bit 1 clear";
+        assert!(write.contains(expected), "{write}");
+        put(0x4000, 0x407 | 7 << 3);
+        let broken = ladder(AccessKind::Read);
+        let expected = "=> EPT misconfiguration, nGPA 0x8: the memory type in the entry does not exist: \
+                        EPT PTE at GPA 0x4000 is 0x43f, bits 5:3 set";
+        assert!(broken.contains(expected), "{broken}");
     }
 }

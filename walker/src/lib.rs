@@ -12,6 +12,9 @@
 //! dimension. Not modelled: SMM's address space, encrypted guests' private memory, enclave mode, the APIC-access page, HLAT,
 //! CR4.LASS, EFER.LMSLE, segmentation.
 //!
+//! No machine at hand judges 5-level EPT, mode-based execute control, supervisor shadow-stack control and GMET: they rest on
+//! an independent implementation, written from the manuals for tests, alone.
+//!
 //! The module [`rules`] lists every rule with the manual's section, what shows that it is kept, and every known difference
 //! between CPUs, the Linux kernel, emulators and this walker.
 #![no_std]

@@ -7,7 +7,9 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use pagewalk::mode::{CR0_CD, CR0_PE, CR0_PG, CR0_WP, CR4_PAE, CR4_SMEP, EFER_LMA, EFER_LME, EFER_NXE};
+use pagewalk::mode::{
+    CR0_CD, CR0_PE, CR0_PG, CR0_WP, CR4_CET, CR4_PAE, CR4_SMEP, EFER_LMA, EFER_LME, EFER_NXE,
+};
 use pagewalk::*;
 
 const CPU: CpuProfile =
@@ -294,38 +296,41 @@ fn misconfigurations() {
 #[test]
 fn qualifications_of_the_final_access() {
     let walker = walker(EPTP, PLAIN);
-    let (gva, advanced) = (0x180, 0x600);
-    for (kind, bit, right) in [(AccessKind::Read, 1, R), (AccessKind::Write, 2, W), (AccessKind::Fetch, 4, X)]
-    {
+    // Bits 8:7: a linear address and its translation. Bits 11:9: a user page, writable, executable.
+    let told = 0x780;
+    for (kind, bit) in [(AccessKind::Read, 1), (AccessKind::Write, 2), (AccessKind::Fetch, 4)] {
         let memory = Memory::new();
         memory.forbid(PAGE, RWX);
         let fault = translate(&memory, &walker, &access(kind)).unwrap_err();
         assert_eq!((fault.address, fault.nested_gpa), (0x123, Some(NestedGpa(0x5123))));
         assert_eq!((fault.reason, fault.level, fault.bits), (Reason::NotPresent, 1, 7));
-        assert_eq!(qualification(Err(fault)), bit | gva | advanced);
-
-        // A write needs W alone; one that may not be read is execute-only.
-        let (left, all) = if right == R { (X, 0x20) } else { (RWX & !right, 0x38 & !(bit << 3)) };
+        assert_eq!(qualification(Err(fault)), bit | told);
+    }
+    // What the page's entry leaves, and what bits 5:3 tell of it.
+    for (kind, bit, left, rights, missing) in [
+        (AccessKind::Read, 1, X, 0x20, R),
+        (AccessKind::Write, 2, R, 0x08, W),
+        (AccessKind::Write, 2, R | X, 0x28, W),
+        (AccessKind::Fetch, 4, R, 0x08, X),
+        (AccessKind::Fetch, 4, R | W, 0x18, X),
+    ] {
         let memory = Memory::new();
         memory.forbid(PAGE, RWX & !left);
-        assert_eq!(qualification(translate(&memory, &walker, &access(kind))), bit | all | gva | advanced);
-
-        // The rights of all levels count together.
-        let memory = Memory::new();
-        memory.set(EPT[2], 0xa000 | left);
-        memory.set(EPT[3], 0x9000 | R | X);
-        let all = all & !0x10;
-        if right != R {
-            let outcome = walker.ngpa_walk().unwrap().translate(
-                &memory.window(),
-                NestedGpa(PAGE),
-                &access(kind),
-                NestedPhase::Final,
-                &mut NoTrace,
-            );
-            assert_eq!(qualification(outcome), bit | all | gva | advanced);
-        }
+        let fault = translate(&memory, &walker, &access(kind)).unwrap_err();
+        assert_eq!((fault.level, fault.bits), (1, missing));
+        assert_eq!(qualification(Err(fault)), bit | rights | told);
     }
+    // The rights of all levels count together, and the entry nearest to the leaf is to blame.
+    let memory = Memory::new();
+    memory.set(EPT[2], 0xa000 | R);
+    memory.set(EPT[3], 0x9000 | R | W);
+    let fetch = access(AccessKind::Fetch);
+    let walk = walker.ngpa_walk().unwrap();
+    let fault = walk
+        .translate(&memory.window(), NestedGpa(PAGE), &fetch, NestedPhase::Final, &mut NoTrace)
+        .unwrap_err();
+    assert_eq!((fault.level, fault.entry_gpa, fault.bits), (3, Gpa(EPT[2]), X));
+    assert_eq!(qualification(Err(fault)), 0x4 | 0x08 | told);
 }
 
 #[test]
@@ -538,6 +543,55 @@ fn rights_stay_the_guests_where_ept_has_none() {
     let page = translate(&memory, &walker(EPTP, PLAIN), &access(AccessKind::Read)).unwrap();
     let rights = page.rights;
     assert_eq!((rights.read(), rights.write(), rights.user(), rights.execute()), (true, false, true, true));
+}
+
+/// A supervisor's shadow-stack access wants bit 60 of the leaf, reading at every level and writing above the leaf; a user's wants
+/// what data accesses do.
+#[test]
+fn supervisor_shadow_stacks_are_marked_by_bit_60() {
+    let memory = Memory::new();
+    let cet = ControlRegisters { cr4: CR4_PAE | CR4_CET, ..long_mode() };
+    let under = |eptp: u64| Walker::nested(PageWalk::new(&cet, &CPU).unwrap(), ept(eptp, PLAIN));
+    let (with, without) = (under(EPTP | 1 << 7), under(EPTP));
+    let (load, store) = (AccessKind::ShadowStackRead, AccessKind::ShadowStackWrite);
+    let by = |kind, privilege| Access::new(kind, privilege);
+    // The guest's page is a supervisor's shadow stack.
+    memory.set(0x14000, PAGE | 0x61);
+    let marked = 0x15000 | R | WB | 1 << 60;
+    memory.ept(PAGE, marked);
+    for kind in [load, store] {
+        assert!(translate(&memory, &with, &by(kind, Privilege::Supervisor)).is_ok());
+    }
+    assert!(translate(&memory, &with, &access(AccessKind::Write)).is_err());
+    let fault = translate(&memory, &without, &by(store, Privilege::Supervisor)).unwrap_err();
+    assert_eq!((fault.reason, fault.bits), (Reason::ReadOnly, W));
+    assert_eq!(qualification(Err(fault)), 0x218a);
+
+    memory.ept(PAGE, marked & !(1 << 60) | W);
+    let fault = translate(&memory, &with, &by(load, Privilege::Supervisor)).unwrap_err();
+    assert_eq!((fault.reason, fault.level, fault.bits), (Reason::NotShadowStack, 1, 1 << 60));
+    assert_eq!(qualification(Err(fault)), 0x2199);
+    assert!(translate(&memory, &without, &by(store, Privilege::Supervisor)).is_ok());
+
+    memory.ept(PAGE, marked);
+    memory.set(EPT[2], 0xa000 | R | X);
+    let fault = with.ngpa_walk().unwrap().translate(
+        &memory.window(),
+        NestedGpa(PAGE),
+        &by(load, Privilege::Supervisor),
+        NestedPhase::Final,
+        &mut NoTrace,
+    );
+    let fault = fault.unwrap_err();
+    assert_eq!((fault.reason, fault.level, fault.bits), (Reason::ReadOnly, 3, W));
+    memory.set(EPT[2], 0xa000 | RWX);
+
+    // A user's shadow stack.
+    memory.set(0x14000, PAGE | 0x65);
+    assert!(translate(&memory, &with, &by(load, Privilege::User)).is_ok());
+    assert!(translate(&memory, &with, &by(store, Privilege::User)).is_err());
+    memory.ept(PAGE, marked & !(1 << 60) | W);
+    assert!(translate(&memory, &with, &by(store, Privilege::User)).is_ok());
 }
 
 #[test]

@@ -307,6 +307,7 @@ fn backing(backing: Backing) -> &'static str {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test")]
 mod tests {
     use std::sync::atomic::AtomicU64;
 

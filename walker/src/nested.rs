@@ -1,7 +1,7 @@
 //! The second dimension: from an L2 guest-physical address to a GPA of the machine.
 //!
-//! AMD's NPT ([`NptWalk`](crate::NptWalk)) or Intel's EPT ([`EptWalk`](crate::EptWalk)), behind one out-of-line call, so that
-//! guest and host formats do not multiply.
+//! AMD's NPT ([`NptWalk`]) or Intel's EPT ([`EptWalk`]), behind one out-of-line call, so that guest and host formats do not
+//! multiply.
 
 use crate::access::Access;
 use crate::addr::{Gpa, NestedGpa};

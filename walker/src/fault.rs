@@ -160,7 +160,8 @@ pub struct Fault {
     pub entry_gpa: Gpa,
     /// The entry as the walk loaded it; 0 where it could not be.
     pub entry: u64,
-    /// The bits of the entry that are responsible; for an absent entry, the present bit.
+    /// The bits of the entry that are responsible; for an absent entry, the present bit, or under EPT those of which one
+    /// would make it present.
     pub bits: u64,
     /// The nGPA whose translation failed, where the second dimension refused: EXITINFO2 of an NPF.
     pub nested_gpa: Option<NestedGpa>,

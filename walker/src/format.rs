@@ -224,7 +224,8 @@ impl PageFormat {
     }
 
     /// The permission words. Word index: [`Access::permission_index`](crate::Access::permission_index); bit number:
-    /// [`Rights::bits`](crate::Rights::bits); a set bit refuses the access.
+    /// [`Rights::bits`](crate::Rights::bits); a set bit refuses the access. Under EPT the access's privilege is that of the
+    /// linear address, which its page decides, and [`Rights::USER`] is its right to be fetched from.
     #[must_use]
     pub fn permissions(&self) -> &[u16] {
         self.permissions.get(..16).unwrap_or_default()

@@ -38,8 +38,8 @@ use oracle::trial::classes::{MINIMA, MINIMA_FOR, classify};
 use oracle::trial::ground::Ground;
 use oracle::trial::odometer::{Odometer, Reading};
 use oracle::trial::setup::Setup;
-use oracle::trial::{sheets, soup};
-use oracle::{Purpose, Request};
+use oracle::trial::{race, sheets, soup};
+use oracle::{Answer, Purpose, Request};
 use pagewalk::{AdPolicy, Fault, Gva, NestedGpa, NestedPhase, NoTrace, Recorder, Trace, Translation};
 
 fn main() {
@@ -85,6 +85,8 @@ fn memory_types() -> Result<(), Failed> {
 
 /// Cases of a default run.
 const CASES: u64 = 5_000_000;
+/// After one in so many cases, its access loses a race.
+const RACES: u64 = 16;
 /// One in so many cases of a default run is soup.
 const SOUP: u64 = 5;
 
@@ -201,6 +203,25 @@ impl Bench {
             });
         }
         classify(judge, setup, &request, &answer);
+        if judge.cases() % RACES == 0 && !answer.overlap {
+            self.put_race(setup, request, &answer);
+        }
+    }
+
+    /// The same access again, while the guest changes an entry.
+    fn put_race(&mut self, setup: &Setup, request: Request, answer: &Answer) {
+        let Bench { judge, ground, rng, .. } = self;
+        let Some(race) = race::lose(setup, ground, request, answer, rng) else { return };
+        judge.case();
+        judge.count(if race.allowed { "lost race, then allowed" } else { "lost race, then refused" }, 0);
+        if !race.agrees {
+            judge.disagree(|| {
+                format!(
+                    "in a race for {:x?}\n  {request:x?}\n  {:x?}\n  oracle {:x?}, writes {:x?}\n  Set    {:x?}",
+                    race.changed, setup.system, race.answer.outcome, race.answer.written, race.outcome
+                )
+            });
+        }
     }
 
     /// The second dimension alone.

@@ -32,12 +32,14 @@ pub(crate) struct Ground {
     log: RefCell<Vec<Exchange>>,
     /// Addresses that a case put something at.
     placed: Vec<u64>,
+    /// The word that the next exchange at its address finds instead of the one that is there.
+    interference: Cell<Option<(u64, u64)>>,
 }
 
 impl Ground {
     pub(crate) fn new() -> Ground {
         let stretches = STRETCHES.map(|it| vec![Cell::new(0); (it.pages * PAGE / 8) as usize]);
-        Ground { stretches, log: RefCell::default(), placed: Vec::new() }
+        Ground { stretches, log: RefCell::default(), placed: Vec::new(), interference: Cell::new(None) }
     }
 
     fn word(&self, address: u64) -> Option<(&Cell<u64>, bool)> {
@@ -54,6 +56,21 @@ impl Ground {
             word.set(replaced(word.get(), address, bytes, entry));
             self.placed.push(aligned);
         }
+    }
+
+    /// Replaces an entry for good.
+    pub(crate) fn replace(&self, address: u64, bytes: u64, entry: u64) {
+        let aligned = address & !7;
+        if let Some((word, _)) = self.word(aligned) {
+            word.set(replaced(word.get(), address, bytes, entry));
+        }
+    }
+
+    /// Has the next exchange at this entry's word find the entry changed.
+    pub(crate) fn interfere(&self, address: u64, bytes: u64, entry: u64) {
+        let aligned = address & !7;
+        let now = self.word(aligned).map_or(0, |(word, _)| word.get());
+        self.interference.set(Some((aligned, replaced(now, address, bytes, entry))));
     }
 
     /// Puts a word somewhere for good.
@@ -119,6 +136,11 @@ impl Memory for Ground {
         let (word, rom) = self.word(gpa.0).ok_or(ExchangeError::Unbacked)?;
         if rom {
             return Err(ExchangeError::ReadOnly);
+        }
+        if let Some((address, changed)) = self.interference.get().filter(|it| it.0 == gpa.0) {
+            self.interference.set(None);
+            self.log.borrow_mut().push((address, word.get(), changed));
+            word.set(changed);
         }
         if word.get() != current {
             return Err(ExchangeError::Changed(word.get()));

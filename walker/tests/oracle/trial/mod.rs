@@ -8,6 +8,7 @@ mod host;
 mod nested;
 pub(crate) mod odometer;
 mod path;
+pub(crate) mod race;
 pub(crate) mod setup;
 pub(crate) mod sheets;
 pub(crate) mod soup;

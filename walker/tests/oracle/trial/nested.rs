@@ -144,6 +144,8 @@ pub(crate) fn nested(guest: Shape, host: Host, turn: Turn, rng: &mut Rng) -> She
                 turned_at = at;
             }
         }
+        // Few combinations make a supervisor shadow stack: now and then it is one, or nearly.
+        let marked = rng.u32(..4) == 0;
         for (level, at) in turned_at.into_iter().enumerate().skip(1).take(host.levels() as usize) {
             let rights = (turn == Turn::EptRights).then(|| EPT_RIGHTS_ALLOWED[reading.take() as usize]);
             if at == 0 || (rights.is_none() && level != turned_level) {
@@ -151,6 +153,7 @@ pub(crate) fn nested(guest: Shape, host: Host, turn: Turn, rng: &mut Rng) -> She
             }
             let entry = building.ground.entry(at, host.entry_bytes());
             let turned = match (rights, turn) {
+                (Some(_), _) if marked => supervisor_shadow_stack(entry, level == turned_leaf as usize, rng),
                 (Some(rights), _) => entry & !EPT_RIGHTS | rights,
                 (None, Turn::EptEntry) => ept_entry(entry, digits, rng),
                 (None, _) => defect(host, entry, state, rng),
@@ -222,6 +225,21 @@ fn largest_leaf(setup: &Setup, host: Host) -> u32 {
             (false, false) => 1,
         },
         _ => host.shape().largest_leaf(),
+    }
+}
+
+/// Of a supervisor shadow stack: W above the leaf, which itself has bit 60 and need not have W; or now and then one of these wrong.
+fn supervisor_shadow_stack(entry: u64, leaf: bool, rng: &mut Rng) -> u64 {
+    const MARK: u64 = 1 << 60;
+    let sound = match leaf {
+        true => entry & !EPT_RIGHTS | MARK | [0x405, 0x407, 0x001][rng.usize(..3)],
+        false => entry | EPT_RIGHTS,
+    };
+    match (leaf, rng.u32(..16)) {
+        (true, 0) => sound & !MARK,
+        (_, 1) => sound & !0b11,
+        (false, 2) => sound & !0b10,
+        _ => sound,
     }
 }
 

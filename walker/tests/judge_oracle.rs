@@ -3,10 +3,11 @@
 //! An odometer in the manner of kvm-unit-tests' `access.c`, in sheets ([`oracle::trial::sheets`] says what each turns and why
 //! it leaves the rest alone), and random tables. For each case the complete outcome must be equal: every field of the
 //! translation or of the fault, with policy `Observe` untraced and traced, and with `Set`; every step of the trace; and
-//! memory after `Set`, which may have changed in the oracle's bits and nowhere else.
+//! memory after `Set`, which may have changed in the oracle's bits and nowhere else. After one in so many cases the guest changes
+//! an entry between the walk and the setting of its bits, and the access has to come out as on the changed memory.
 //!
 //! A case is one access to one set of tables under one set of registers. The default is five million of them, spread over
-//! each sheet; `PAGEWALK_FULL=1` turns every sheet through, 1.2 thousand million cases, in half an hour to an hour.
+//! each sheet; `PAGEWALK_FULL=1` turns every sheet through, six thousand million cases, in two to three hours.
 //!
 //! # What is the project's and not the manuals'
 //! Here the oracle follows the walker's documentation, so agreement says that the walker does what it documents:
@@ -16,12 +17,16 @@
 //! - a shadow-stack access where CR4.CET is clear, which no CPU makes, is an ordinary one;
 //! - a step's rights where an entry is absent (none) or has reserved bits (its own included), a step for a PDPTE register;
 //! - a fault tells the GVA as it was asked for, even with bits above the 32 that count outside long mode;
-//! - accessed and dirty bits after success only, and not in read-only memory.
+//! - accessed and dirty bits after success only, and not in read-only memory;
+//! - bits of an EPT violation's exit qualification that the manual leaves undefined are 0; where EPT lets a table be read only and a
+//!   flag is to be set in it, the violation comes as soon as the entry is known to be used, and tells a read and a write;
+//! - GMET as KVM reads the manual: U/S keeps nobody out, EXITINFO1 tells the CPL of a final access, and a fetch always;
+//! - LAM masks the addresses of implicit accesses, which the manual does not except and which are canonical anyhow.
 //!
 //! # Not judged
 //! - What `Set` leaves where a walk meets one word as an entry of four bytes and of eight, or as the guest's and as EPT's: the dirty
 //!   bit of the one is another bit of the other, and the order in which a CPU notices is its own. Counted, as compared by rule.
-//! - Memory that changes under the walk, PDPTE registers with reserved bits (no CPU loads them), registers that no CPU accepts.
+//! - Memory that changes while it is walked, PDPTE registers with reserved bits (no CPU loads them), registers that no CPU accepts.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that reports on standard output")]
 

@@ -5,8 +5,11 @@
 //! nested page, the host's and the guest's controls, and the access. What else an entry holds is drawn: no rule looks at two
 //! nested entries at once but the accumulation of rights, which the sheet `rights` turns in one dimension.
 //!
-//! EPT has entries of its own: `EPT entry` turns the bits of one of them, and `EPT rights` the rights of all that lead to one address,
-//! where W without R is left out as that ends the walk.
+//! EPT has entries of its own. `EPT entry` turns the bits of one of them. What an entry means depends on what is translated for, not on
+//! the guest's mode: a guest without paging has final addresses alone, one of 4-level paging tables, and one of PAE paging PDPTEs;
+//! the accessed and dirty bits are drawn. `EPT rights` turns the rights of all entries that lead to one address, for a guest without
+//! paging; they accumulate by AND, so that for a guest with paging, whose own rights turn as well, those of the leaf and of one
+//! other level have to do. W without R is left out as that ends the walk.
 
 use fastrand::Rng;
 
@@ -50,16 +53,24 @@ pub(crate) enum Turn {
 pub(crate) fn nested(guest: Shape, host: Host, turn: Turn, rng: &mut Rng) -> Sheet {
     let apart = apart(guest, host.shape());
     let setups: Vec<Setup> = (0..32).map(|number| setup(guest, host, apart, number, rng)).collect();
-    let levels = u64::from(host.levels());
     let targets = u64::from(guest.0) + 1;
-    let guest_leaves = u64::from(if guest.0 == 0 { 1 } else { guest.largest_leaf() });
     let nested_leaves = u64::from(host.shape().largest_leaf());
-    let mut wheels = vec![setups.len() as u64, targets, levels, nested_leaves, guest_leaves, 8];
+    let rights = EPT_RIGHTS_ALLOWED.len() as u64;
+    let paged = guest.0 > 0;
+    // One level that turns; of the guest, the size of the page and its rights. What a sheet does not turn is drawn.
+    let one_level = if turn == Turn::EptRights && !paged { 1 } else { u64::from(host.levels()) };
+    let (guest_leaves, guest_rights) = match turn {
+        _ if !paged => (1, 1),
+        Turn::EptEntry => (1, 1),
+        _ => (u64::from(guest.largest_leaf()), 8),
+    };
+    let mut wheels = vec![setups.len() as u64, targets, one_level, nested_leaves, guest_leaves, guest_rights];
     match turn {
         Turn::Defect => wheels.push(states(host)),
-        // Rights; memory type; bits 6, 7, 8, 9 and 60; one reserved bit.
-        Turn::EptEntry => wheels.extend([16, 8, 2, 2, 2, 2, 2, 6]),
-        Turn::EptRights => wheels.extend(vec![EPT_RIGHTS_ALLOWED.len() as u64; levels as usize]),
+        // Rights; memory type; bits 6, 7 and 60; one reserved bit.
+        Turn::EptEntry => wheels.extend([16, 8, 2, 2, 2, 6]),
+        Turn::EptRights if paged => wheels.extend([rights, rights]),
+        Turn::EptRights => wheels.extend(vec![rights; host.levels() as usize]),
     }
     wheels.extend(ACCESS_WHEELS);
     let lay = move |reading: &mut Reading, setups: &[Setup], ground: &mut Ground, rng: &mut Rng| {
@@ -68,8 +79,12 @@ pub(crate) fn nested(guest: Shape, host: Host, turn: Turn, rng: &mut Rng) -> She
         let target = reading.take() as usize;
         let turned_level = reading.take() as usize + 1;
         let turned_leaf = reading.take() as u32 + 1;
-        let leaf = reading.take() as u32 + if guest.0 == 0 { 0 } else { 1 };
-        let guest_rights = reading.take();
+        let (leaf, guest_rights) = (reading.take() as u32, reading.take());
+        let (leaf, guest_rights) = match turn {
+            _ if !paged => (0, guest_rights),
+            Turn::EptEntry => (rng.u32(1..=guest.largest_leaf()), rng.u64(..8)),
+            _ => (leaf + 1, guest_rights),
+        };
 
         // Each address the second dimension meets: its nGPA, and the page it stands for. First the guest's tables, but for one
         // that registers stand for.
@@ -130,9 +145,20 @@ pub(crate) fn nested(guest: Shape, host: Host, turn: Turn, rng: &mut Rng) -> She
             path.lay(ground);
         }
 
-        let mut digits = [0; 8];
-        if turn == Turn::EptEntry {
-            digits = std::array::from_fn(|_| reading.take());
+        let mut digits = [0; 6];
+        let mut turned_rights = [EPT_RIGHTS; 6];
+        match turn {
+            Turn::Defect => {}
+            Turn::EptEntry => digits = std::array::from_fn(|_| reading.take()),
+            Turn::EptRights if paged => {
+                turned_rights[turned_level] = EPT_RIGHTS_ALLOWED[reading.take() as usize];
+                turned_rights[turned_leaf as usize] &= EPT_RIGHTS_ALLOWED[reading.take() as usize];
+            }
+            Turn::EptRights => {
+                for rights in turned_rights.iter_mut().skip(1).take(host.levels() as usize) {
+                    *rights = EPT_RIGHTS_ALLOWED[reading.take() as usize];
+                }
+            }
         }
         let root = host_root(host);
         let mut building = Building { ground, host, root, free: NESTED_ROOT + PAGE };
@@ -147,7 +173,7 @@ pub(crate) fn nested(guest: Shape, host: Host, turn: Turn, rng: &mut Rng) -> She
         // Few combinations make a supervisor shadow stack: now and then it is one, or nearly.
         let marked = rng.u32(..4) == 0;
         for (level, at) in turned_at.into_iter().enumerate().skip(1).take(host.levels() as usize) {
-            let rights = (turn == Turn::EptRights).then(|| EPT_RIGHTS_ALLOWED[reading.take() as usize]);
+            let rights = (turn == Turn::EptRights).then_some(turned_rights[level]);
             if at == 0 || (rights.is_none() && level != turned_level) {
                 continue;
             }
@@ -244,11 +270,11 @@ fn supervisor_shadow_stack(entry: u64, leaf: bool, rng: &mut Rng) -> u64 {
 }
 
 /// An EPT entry that refers to the same address, with bits turned.
-fn ept_entry(entry: u64, digits: [u64; 8], rng: &mut Rng) -> u64 {
+fn ept_entry(entry: u64, digits: [u64; 6], rng: &mut Rng) -> u64 {
     let [rights, memory_type, flags @ .., reserved] = digits;
-    let mut turned = entry & !(EPT_RIGHTS | 0x3f8 | 1 << 60) | rights & 7 | (rights >> 3) << 10;
+    let mut turned = entry & !(EPT_RIGHTS | 0xf8 | 1 << 60) | rights & 7 | (rights >> 3) << 10;
     turned |= memory_type << 3;
-    for (bit, flag) in [6, 7, 8, 9, 60].into_iter().zip(flags) {
+    for (bit, flag) in [6, 7, 60].into_iter().zip(flags) {
         turned |= flag << bit;
     }
     turned | [0, 0, 1 << 12, 1 << 20, 1 << 29, 1 << rng.u32(48..52)][reserved as usize]

@@ -19,8 +19,8 @@
 //! - Outside long mode, addresses are of 32 bits: KVM does not cut longer ones, which a vCPU cannot form.
 //! - EXITINFO1 is not seen: the ioctl has no error code.
 //!
-//! # `nested-amd-vmrun-execution`: accesses that an L2 executes
-//! An L1 enters L2 by VMRUN, over NPT: see `nested/vmrun.rs`. One case for ten of the other judges.
+//! # `nested-amd-vmrun-*`: accesses that an L2 executes
+//! An L1 enters L2 by VMRUN, over NPT, both in every paging mode: see `nested/vmrun`. Few cases, which take a millisecond each.
 //!
 //! # `nested-amd-kvm-execution-*`, `nested-amd-keys-execution-*`: accesses that a vCPU executes
 //! In every paging mode, with `npt=0`, where KVM shadows the guest's tables; and under protection keys, with `npt=1`: see
@@ -38,6 +38,7 @@ use std::process::{Command, Stdio};
 use bed::judge::skipped;
 use libtest_mimic::{Arguments, Failed, Trial};
 use nested::translate::{Bed, Modes, judge};
+use pagewalk::PagingMode;
 
 /// Name, the guest's levels, NPT's levels.
 const MODES: [(&str, u32, Option<u32>); 15] = [
@@ -58,7 +59,29 @@ const MODES: [(&str, u32, Option<u32>); 15] = [
     ("npt-5x5", 5, Some(5)),
 ];
 
-const VMRUN: &str = "vmrun-execution";
+/// Name, the mode of L2, and L1's, which is NPT's format.
+const VMRUN: [(&str, PagingMode, PagingMode); 20] = [
+    ("vmrun-unpagedx2", PagingMode::None, PagingMode::TwoLevel),
+    ("vmrun-unpagedxpae", PagingMode::None, PagingMode::Pae),
+    ("vmrun-unpagedx4", PagingMode::None, PagingMode::FourLevel),
+    ("vmrun-unpagedx5", PagingMode::None, PagingMode::FiveLevel),
+    ("vmrun-2x2", PagingMode::TwoLevel, PagingMode::TwoLevel),
+    ("vmrun-2xpae", PagingMode::TwoLevel, PagingMode::Pae),
+    ("vmrun-2x4", PagingMode::TwoLevel, PagingMode::FourLevel),
+    ("vmrun-2x5", PagingMode::TwoLevel, PagingMode::FiveLevel),
+    ("vmrun-paex2", PagingMode::Pae, PagingMode::TwoLevel),
+    ("vmrun-paexpae", PagingMode::Pae, PagingMode::Pae),
+    ("vmrun-paex4", PagingMode::Pae, PagingMode::FourLevel),
+    ("vmrun-paex5", PagingMode::Pae, PagingMode::FiveLevel),
+    ("vmrun-4x2", PagingMode::FourLevel, PagingMode::TwoLevel),
+    ("vmrun-4xpae", PagingMode::FourLevel, PagingMode::Pae),
+    ("vmrun-4x4", PagingMode::FourLevel, PagingMode::FourLevel),
+    ("vmrun-4x5", PagingMode::FourLevel, PagingMode::FiveLevel),
+    ("vmrun-5x2", PagingMode::FiveLevel, PagingMode::TwoLevel),
+    ("vmrun-5xpae", PagingMode::FiveLevel, PagingMode::Pae),
+    ("vmrun-5x4", PagingMode::FiveLevel, PagingMode::FourLevel),
+    ("vmrun-5x5", PagingMode::FiveLevel, PagingMode::FiveLevel),
+];
 
 const SHADOWS: [&str; 5] =
     ["kvm-execution-unpaged", "kvm-execution-2", "kvm-execution-pae", "kvm-execution-4", "kvm-execution-5"];
@@ -82,12 +105,13 @@ fn judges() -> Vec<Trial> {
         Trial::test(name, move || judge(&Bed::new()?, Modes { name, levels, npt_levels }))
     };
     let mut trials: Vec<Trial> = MODES.into_iter().map(trial).collect();
-    trials.push(Trial::test(VMRUN, nested::vmrun::judge));
+    trials
+        .extend(VMRUN.map(|(name, l2, npt)| Trial::test(name, move || nested::vmrun::judge(name, l2, npt))));
     trials
 }
 
 fn boots() -> Vec<Trial> {
-    let names = MODES.iter().map(|(name, ..)| *name).chain([VMRUN]);
+    let names = MODES.iter().map(|(name, ..)| *name).chain(VMRUN.iter().map(|(name, ..)| *name));
     let in_bed = |name: &str| format!("{BED}-{name}");
     let translations: Vec<String> = names.map(in_bed).collect();
     let shadows = SHADOWS.map(in_bed);

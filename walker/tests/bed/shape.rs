@@ -29,6 +29,12 @@ impl Shape {
         Shape { mode, levels }
     }
 
+    /// The shape of tables that lie in memory to the last, as PDPTEs do under NPT.
+    pub(crate) fn in_memory(mode: PagingMode) -> Shape {
+        let levels = if mode == PagingMode::Pae { 3 } else { Shape::new(mode).levels };
+        Shape { mode, levels }
+    }
+
     pub(crate) fn is_long(self) -> bool {
         self.mode.is_long()
     }

@@ -74,6 +74,8 @@ impl Client {
     unary! {
         /// Translates one guest virtual address. A fault is an answer.
         translate: TranslationServiceClient, TranslateRequest -> TranslateResponse;
+        /// Translates one guest physical address of an L2. A fault is an answer.
+        translate_nested_gpa: TranslationServiceClient, TranslateNestedGpaRequest -> TranslateNestedGpaResponse;
         /// Explains a fault that somebody saw.
         explain_fault: TranslationServiceClient, ExplainFaultRequest -> ExplainFaultResponse;
         /// Gives the whole of both walkers.

@@ -12,10 +12,11 @@ use std::{
 use daemon::Daemon;
 use serde_json::Value;
 
-const VERBS: [&str; 11] = [
+const VERBS: [&str; 12] = [
     "translate",
     "walker",
     "nested",
+    "nested-gpa",
     "vcpus",
     "regs",
     "pause",
@@ -101,6 +102,11 @@ fn faults_explained() {
 #[test]
 fn walkers_and_nested_mode() {
     golden("walker");
+}
+
+#[test]
+fn nested_physical_addresses() {
+    golden("nested-gpa");
 }
 
 #[test]

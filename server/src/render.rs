@@ -5,8 +5,8 @@
 use std::fmt::{self, Write as _};
 
 use pagewalk::{
-    Backing, Dimension, Fault, FaultKind, MemoryType, NgpaWalk, PageFormat, PageSize, Reason, Rights, Step,
-    Translation, Verdict, Walker,
+    Backing, Dimension, Fault, FaultKind, MemoryType, NestedPage, NgpaWalk, PageFormat, PageSize, Reason,
+    Rights, Step, Translation, Verdict, Walker,
 };
 
 use crate::convert::fault::{Code, decode};
@@ -19,6 +19,8 @@ pub(crate) struct Ladder<'a> {
     pub(crate) walker: &'a Walker,
     pub(crate) steps: &'a [Step],
     pub(crate) outcome: &'a Result<Translation, Fault>,
+    /// Only the second dimension was walked: there is no guest page.
+    pub(crate) nested_alone: bool,
 }
 
 impl fmt::Display for Ladder<'_> {
@@ -115,7 +117,28 @@ impl Ladder<'_> {
         if refuses { format!("{what} <- refuses") } else { what.to_owned() }
     }
 
+    fn nested_page(&self, page: &Translation, nested: NestedPage) -> String {
+        let ept = nested.ept_memory_type.map_or_else(String::new, |said| {
+            let ignores = if said.ignore_pat { ", which ignores the PAT" } else { "" };
+            format!(", EPT type {}{ignores}", memory_type(said.memory_type))
+        });
+        format!(
+            "GPA {:#x}: an {} page of {}, {}{ept}, {}",
+            page.gpa,
+            self.second(),
+            size_name(nested.page_size),
+            match self.walker.ngpa_walk() {
+                Some(NgpaWalk::Ept(_)) => read_write_execute(page.rights),
+                _ => rights(page.rights),
+            },
+            backing(page.backing),
+        )
+    }
+
     fn page(&self, page: &Translation) -> String {
+        if let (true, Some(nested)) = (self.nested_alone, page.nested) {
+            return self.nested_page(page, nested);
+        }
         let through =
             page.nested.map(|nested| format!(" through nGPA {:#x}", nested.ngpa)).unwrap_or_default();
         let nested_size = page
@@ -298,7 +321,7 @@ fn memory_type(memory_type: MemoryType) -> &'static str {
     }
 }
 
-fn backing(backing: Backing) -> &'static str {
+pub(crate) fn backing(backing: Backing) -> &'static str {
     match backing {
         Backing::Ram => "RAM",
         Backing::ReadOnly => "read-only memory",
@@ -343,7 +366,14 @@ mod tests {
             let access = Access::new(kind, Privilege::User);
             let memory = Window::new(&words);
             let outcome = walker.translate_with(&memory, Gva(8), &access, AdPolicy::Observe, &mut trace);
-            Ladder { title: "T", walker: &walker, steps: trace.steps(), outcome: &outcome }.to_string()
+            Ladder {
+                title: "T",
+                walker: &walker,
+                steps: trace.steps(),
+                outcome: &outcome,
+                nested_alone: false,
+            }
+            .to_string()
         };
         let read = ladder(AccessKind::Read);
         let leaf = read.lines().find(|line| line.contains("EPT PTE")).unwrap();

@@ -27,6 +27,9 @@ pub(crate) enum Error {
     /// The request's own walker state selects no walk.
     #[error("the walker state in the request is not usable: {0}")]
     RequestState(StateError),
+    /// The second dimension that the request brings is none.
+    #[error("{field}: {error}")]
+    SecondDimension { field: &'static str, error: StateError },
     /// The vCPU's registers select no walk.
     #[error("the vCPU's registers select no walk: {0}; bring your own walker state in `override`")]
     VcpuState(StateError),
@@ -77,9 +80,9 @@ impl Error {
         match self {
             Self::Invalid { .. } => (InvalidArgument, "INVALID_FIELD"),
             Self::Unimplemented { .. } => (Unimplemented, "NOT_SERVED_YET"),
-            Self::RequestState(_) | Self::Vcpu(VcpuError::InvalidNested(_)) => {
-                (InvalidArgument, "INVALID_WALKER_STATE")
-            }
+            Self::RequestState(_)
+            | Self::SecondDimension { .. }
+            | Self::Vcpu(VcpuError::InvalidNested(_)) => (InvalidArgument, "INVALID_WALKER_STATE"),
             Self::VcpuState(_) => (FailedPrecondition, "VCPU_HAS_NO_WALK"),
             Self::Precondition(_) => (FailedPrecondition, "PRECONDITION"),
             Self::Lookup(LookupError::Unnamed { .. }) => (InvalidArgument, "MACHINE_NOT_NAMED"),
@@ -121,8 +124,14 @@ impl From<Error> for Status {
         let (code, reason) = error.code();
         let message = bounded(error.to_string());
         let mut details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::<String, String>::new());
-        if let Error::Invalid { field, problem } | Error::Unimplemented { field, problem } = &error {
-            details.add_bad_request_violation(*field, bounded(problem.clone()));
+        match &error {
+            Error::Invalid { field, problem } | Error::Unimplemented { field, problem } => {
+                details.add_bad_request_violation(*field, bounded(problem.clone()));
+            }
+            Error::SecondDimension { field, error } => {
+                details.add_bad_request_violation(*field, bounded(error.to_string()));
+            }
+            _ => {}
         }
         Self::with_error_details(code, message, details)
     }

@@ -58,6 +58,9 @@ class Scripted(TranslationServiceServicer, WalkerServiceServicer, MachineService
     def SetNestedMode(self, request: Any, context: Any) -> Any:  # noqa: N802
         return self._reply(request, context)
 
+    def TranslateNestedGpa(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return self._reply(request, context)
+
     def WatchWalkerState(self, request: Any, context: Any) -> Any:  # noqa: N802
         yield from self._reply(request, context)
 
@@ -100,6 +103,59 @@ MAPPED = types_pb2.Translation(
     backing=types_pb2.BACKING_READ_ONLY,
     pat_type=types_pb2.MEMORY_TYPE_UC_MINUS,
 )
+
+
+def test_nested_gpa_sends_what_was_asked(local: pagewalk.Client, scripted: Scripted) -> None:
+    page = types_pb2.Translation(
+        gpa=0x61_1000,
+        page_size=types_pb2.PAGE_SIZE_UNPAGED,
+        nested_gpa=0x1_1000,
+        nested_page_size=types_pb2.PAGE_SIZE_4K,
+        effective=types_pb2.Rights(read=True),
+        backing=types_pb2.BACKING_RAM,
+        ept_type=types_pb2.EptMemoryType(memory_type=types_pb2.MEMORY_TYPE_WB, ignore_pat=True),
+        effective_type=types_pb2.MEMORY_TYPE_WB,
+    )
+    scripted.answer = translation_pb2.TranslateNestedGpaResponse(translation=page)
+    second = pagewalk.Ept(eptp=0x5_001E, mode_based_execute=True, capabilities=0, tables_written=True)
+    found = local.translate_nested_gpa(
+        "0x11000",
+        "write",
+        privilege="user",
+        phase="table",
+        freshness="sync",
+        override=pagewalk.WalkerOverride(second_dimension=second),
+        trace=True,
+        explain=True,
+        validate=True,
+    )
+    assert scripted.request == translation_pb2.TranslateNestedGpaRequest(
+        vcpu=types_pb2.VcpuRef(),
+        address=types_pb2.Address(text="0x11000"),
+        access=types_pb2.Access(kind=types_pb2.ACCESS_KIND_WRITE, privilege=types_pb2.PRIVILEGE_USER),
+        phase=translation_pb2.NESTED_PHASE_TABLE,
+        freshness=types_pb2.FRESHNESS_SYNC,
+        override=types_pb2.WalkerOverride(
+            ept=types_pb2.Ept(eptp=0x5_001E, mode_based_execute=True, capabilities=0, tables_written=True)
+        ),
+        trace=True,
+        explain=True,
+        validate=True,
+    )
+    assert found.ok
+    assert (found.gpa, found.page_size, found.identity) == (0x61_1000, 4096, False)
+    assert found.ept_type == pagewalk.EptMemoryType(memory_type="wb", ignore_pat=True)
+    assert found.effective_type == "wb"
+    assert str(found).startswith("nGPA 0x11000 -> 0x611000 (4 KiB")
+
+
+def test_nested_gpa_without_a_second_dimension(local: pagewalk.Client, scripted: Scripted) -> None:
+    page = types_pb2.Translation(gpa=0x5000, page_size=types_pb2.PAGE_SIZE_UNPAGED, backing=types_pb2.BACKING_RAM)
+    scripted.answer = translation_pb2.TranslateNestedGpaResponse(translation=page, identity=True)
+    found = local.translate_nested_gpa(0x5000)
+    assert found.ok
+    assert (found.gpa, found.page_size, found.identity, found.ept_type) == (0x5000, None, True, None)
+    assert str(found) == "nGPA 0x5000 -> 0x5000 (no second dimension)"
 
 
 def test_translate_sends_what_was_asked(local: pagewalk.Client, scripted: Scripted) -> None:

@@ -23,7 +23,7 @@ pub(super) const PAGEWALK: &str = concat!(
         "pagewalk translate 0xffff800000010000 --explain",
         "pagewalk --json walker"
     ),
-    exit_codes!("  1  `translate`: the access would fault; `doctor`: a check failed\n")
+    exit_codes!("  1  `translate`, `nested-gpa`: the access would fault; `doctor`: a check failed\n")
 );
 
 pub(super) const TRANSLATE: &str = concat!(
@@ -43,6 +43,15 @@ pub(super) const WALKER: &str =
 pub(super) const NESTED: &str = concat!(
     examples!("pagewalk nested npt --ncr3 0x50000 --l2-cr3 0x1000", "pagewalk nested off"),
     exit_codes!()
+);
+
+pub(super) const NESTED_GPA: &str = concat!(
+    examples!(
+        "pagewalk nested-gpa 0x11000 --ncr3 0x50000 --explain",
+        "pagewalk nested-gpa 0x11000 --access write --eptp 0x5001e --trace"
+    ),
+    "\n\nWithout a second dimension an L2's addresses are its L1's, and the answer says so.",
+    exit_codes!("  1  answered, and the access would fault\n")
 );
 
 pub(super) const VCPUS: &str = concat!(examples!("pagewalk vcpus"), exit_codes!());

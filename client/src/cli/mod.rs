@@ -2,6 +2,7 @@
 //!
 //! Data flows one way: arguments -> request -> [`crate::Client`] -> response -> `render` or `json` -> `output`.
 
+mod access;
 mod connection;
 mod doctor;
 mod examples;
@@ -10,6 +11,7 @@ mod explain_fault;
 mod json;
 mod machines;
 mod nested;
+mod nested_gpa;
 mod number;
 mod output;
 mod regs;
@@ -54,6 +56,9 @@ enum Verb {
     /// Switch nested mode on or off
     #[command(after_help = examples::NESTED)]
     Nested(nested::Args),
+    /// Translate a guest physical address of an L2
+    #[command(after_help = examples::NESTED_GPA)]
+    NestedGpa(nested_gpa::Args),
     /// List the vCPUs of a machine
     #[command(after_help = examples::VCPUS)]
     Vcpus,
@@ -117,6 +122,7 @@ async fn dispatch(cli: Cli, output: Output) -> Result<ExitCode, Failure> {
         Verb::Translate(args) => translate::run(&context, &args).await,
         Verb::Walker(args) => walker::run(&context, &args).await,
         Verb::Nested(args) => nested::run(&context, &args).await,
+        Verb::NestedGpa(args) => nested_gpa::run(&context, &args).await,
         Verb::Vcpus => vcpus::run(&context).await,
         Verb::Regs(args) => regs::run(&context, &args).await,
         Verb::Pause => run_control::pause(&context).await,

@@ -107,6 +107,7 @@ pub(super) async fn run(context: &Context, args: &Args) -> Result<ExitCode, Fail
                 host_cr4: npt.host_cr4,
                 host_efer: npt.host_efer,
                 host_cr0: npt.host_cr0,
+                ..Npt::default()
             })),
             l2: npt.l2.registers(),
             walker_only: npt.walker_only,

@@ -2,42 +2,19 @@
 
 use std::process::ExitCode;
 
-use clap::{ArgAction, ValueEnum, builder::BoolishValueParser};
+use clap::{ArgAction, builder::BoolishValueParser};
 
 use super::{
     Context,
+    access::AccessArgs,
     exit::{Failure, NEGATIVE},
     json, number, render,
     vcpu::FreshnessArgs,
     walker_override::OverrideArgs,
 };
 use crate::v1::{
-    Access, AccessKind, AdPolicy, Address, Privilege, TranslateRequest, TranslateResponse, address,
-    translate_response::Outcome,
+    Access, AdPolicy, Address, TranslateRequest, TranslateResponse, address, translate_response::Outcome,
 };
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum KindArg {
-    Read,
-    Write,
-    Fetch,
-    ShadowStackRead,
-    ShadowStackWrite,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum PrivilegeArg {
-    /// As the vCPU would now: user if its CPL is 3, else supervisor
-    Cpl,
-    /// User mode: CPL 3
-    User,
-    /// Explicit supervisor access: RFLAGS.AC suspends SMAP
-    Supervisor,
-    /// Implicit supervisor access, to a descriptor table or TSS
-    Implicit,
-    /// Check no rights: only whether and where it is mapped
-    Exempt,
-}
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -55,12 +32,8 @@ pub(super) struct Args {
     /// Set the accessed and dirty bits that the access would set; needs the control role
     #[arg(long)]
     set: bool,
-    /// What the access does
-    #[arg(long, value_name = "KIND", default_value = "read", help_heading = "Access")]
-    access: KindArg,
-    /// On whose behalf
-    #[arg(long = "as", value_name = "WHO", default_value = "cpl", help_heading = "Access")]
-    privilege: PrivilegeArg,
+    #[command(flatten)]
+    access: AccessArgs,
     /// RFLAGS.AC [default: the vCPU's]
     #[arg(long, value_name = "BOOL", action = ArgAction::Set, value_parser = BoolishValueParser::new(), help_heading = "Access")]
     ac: Option<bool>,
@@ -79,30 +52,15 @@ pub(super) struct Args {
 
 impl Args {
     fn request(&self, context: &Context, address: u64) -> TranslateRequest {
-        let kind = match self.access {
-            KindArg::Read => AccessKind::Read,
-            KindArg::Write => AccessKind::Write,
-            KindArg::Fetch => AccessKind::Fetch,
-            KindArg::ShadowStackRead => AccessKind::ShadowStackRead,
-            KindArg::ShadowStackWrite => AccessKind::ShadowStackWrite,
-        };
-        let privilege = match self.privilege {
-            PrivilegeArg::Cpl => Privilege::AsCpl,
-            PrivilegeArg::User => Privilege::User,
-            PrivilegeArg::Supervisor => Privilege::Supervisor,
-            PrivilegeArg::Implicit => Privilege::ImplicitSupervisor,
-            PrivilegeArg::Exempt => Privilege::Exempt,
-        };
         TranslateRequest {
             vcpu: context.vcpu.reference(),
             address: Some(Address { value: Some(address::Value::Number(address)) }),
             access: Some(Access {
-                kind: kind.into(),
-                privilege: privilege.into(),
                 ac: self.ac,
                 pkru: self.pkru,
                 pkrs: self.pkrs,
                 stack: self.stack,
+                ..self.access.message()
             }),
             ad_policy: if self.set { AdPolicy::Set } else { AdPolicy::Observe }.into(),
             freshness: self.freshness.freshness().into(),

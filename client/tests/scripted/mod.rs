@@ -167,6 +167,27 @@ impl translation::TranslationService for Scripted {
         Ok(Response::new(answer))
     }
 
+    async fn translate_nested_gpa(
+        &self,
+        request: Request<v1::TranslateNestedGpaRequest>,
+    ) -> Result<Response<v1::TranslateNestedGpaResponse>, Status> {
+        let request = request.into_inner();
+        known(request.vcpu.as_ref())?;
+        Ok(Response::new(v1::TranslateNestedGpaResponse {
+            outcome: Some(v1::translate_nested_gpa_response::Outcome::Translation(v1::Translation {
+                gpa: 0x0010_5000,
+                nested_gpa: Some(0x5000),
+                nested_page_size: Some(v1::PageSize::PageSize4k.into()),
+                effective: Some(v1::Rights { read: true, ..v1::Rights::default() }),
+                backing: v1::Backing::Ram.into(),
+                ..v1::Translation::default()
+            })),
+            explanation: if request.explain { format!("{request:?}") } else { String::new() },
+            provenance: Some(provenance()),
+            ..v1::TranslateNestedGpaResponse::default()
+        }))
+    }
+
     async fn explain_fault(
         &self,
         request: Request<v1::ExplainFaultRequest>,

@@ -1,6 +1,6 @@
 //! Accesses. What a request leaves open is the vCPU's.
 
-use pagewalk::{Access, AccessKind, Privilege, Walker};
+use pagewalk::{Access, AccessKind, NestedPhase, Privilege, Walker};
 use pagewalk_proto::v1;
 
 use crate::status::Error;
@@ -38,6 +38,39 @@ pub(crate) fn check(access: &Access, walker: &Walker) -> Result<(), Error> {
         return Err(Error::invalid("access.kind", problem));
     }
     Ok(())
+}
+
+/// The access behind an nGPA: kind and privilege. What belongs to a GVA would be dropped silently, so it is refused.
+pub(crate) fn nested(request: Option<v1::Access>, registers: &Registers) -> Result<Access, Error> {
+    let given = request.unwrap_or_default();
+    let foreign = [
+        ("access.ac", given.ac.is_some()),
+        ("access.pkru", given.pkru.is_some()),
+        ("access.pkrs", given.pkrs.is_some()),
+        ("access.stack", given.stack),
+    ];
+    match foreign.into_iter().find(|(_, given)| *given) {
+        Some((field, _)) => Err(Error::invalid(field, "has no say over an nGPA: leave it out")),
+        None => access(request, registers),
+    }
+}
+
+pub(crate) fn phase(phase: i32) -> Result<NestedPhase, Error> {
+    match v1::NestedPhase::try_from(phase) {
+        Ok(v1::NestedPhase::Unspecified | v1::NestedPhase::Final) => Ok(NestedPhase::Final),
+        Ok(v1::NestedPhase::Table) => Ok(NestedPhase::Table),
+        Ok(v1::NestedPhase::Pdpte) => Ok(NestedPhase::Pdpte),
+        Err(_) => Err(Error::invalid("phase", format!("{phase} is no phase"))),
+    }
+}
+
+/// What the address is for, as a person says it.
+pub(crate) fn describe_phase(phase: NestedPhase) -> &'static str {
+    match phase {
+        NestedPhase::Final => "final address",
+        NestedPhase::Table => "guest table",
+        NestedPhase::Pdpte => "guest PDPTE",
+    }
 }
 
 fn kind(kind: i32) -> Result<AccessKind, Error> {

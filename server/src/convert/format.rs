@@ -21,15 +21,18 @@ pub(crate) fn mode(mode: PagingMode) -> v1::PagingMode {
     }
 }
 
+pub(crate) fn paging_mode(format: &PageFormat) -> v1::PagingMode {
+    match (format.is_ept(), format.mode()) {
+        (true, PagingMode::FiveLevel) => v1::PagingMode::EptFiveLevel,
+        (true, _) => v1::PagingMode::EptFourLevel,
+        (false, by_registers) => mode(by_registers),
+    }
+}
+
 fn page_format(format: &PageFormat) -> v1::PageFormat {
     let paged = format.levels() != 0;
     v1::PageFormat {
-        mode: match (format.is_ept(), format.mode()) {
-            (true, PagingMode::FiveLevel) => v1::PagingMode::EptFiveLevel,
-            (true, _) => v1::PagingMode::EptFourLevel,
-            (false, by_registers) => mode(by_registers),
-        }
-        .into(),
+        mode: paging_mode(format).into(),
         levels: format.levels(),
         reserved_leaf: format.reserved_leaf().to_vec(),
         reserved_table: format.reserved_table().to_vec(),

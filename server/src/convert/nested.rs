@@ -1,6 +1,8 @@
 //! Nested mode and the second dimension.
 
-use pagewalk::ControlRegisters;
+use pagewalk::{
+    ControlRegisters, CpuProfile, EptCapabilities, EptControls, NgpaWalk, NptControls, StateError,
+};
 use pagewalk_proto::v1;
 
 use crate::vcpu::{NestedMode, NptOverlay};
@@ -22,6 +24,37 @@ pub(crate) fn npt_host(npt: &v1::Npt) -> ControlRegisters {
     }
 }
 
+/// `ngpa_walk` by NPT, as a request describes it.
+pub(crate) fn npt_walk(npt: &v1::Npt, cpu: &CpuProfile) -> Result<NgpaWalk, StateError> {
+    let controls = NptControls { guest_mode_execute_trap: npt.guest_mode_execute_trap };
+    NgpaWalk::npt_with(npt.ncr3, &npt_host(npt), &controls, cpu)
+}
+
+/// `ngpa_walk` by EPT, as a request describes it.
+pub(crate) fn ept_walk(ept: &v1::Ept, cpu: &CpuProfile) -> Result<NgpaWalk, StateError> {
+    let controls =
+        EptControls { mode_based_execute: ept.mode_based_execute, tables_written: ept.tables_written };
+    let capabilities = ept.capabilities.map_or(EptCapabilities::all(), EptCapabilities::from_msr);
+    NgpaWalk::ept(ept.eptp, &controls, &capabilities, cpu)
+}
+
+/// The field of `override` that `error`, met in its second dimension, is about.
+pub(crate) fn override_field(ept: bool, error: &StateError) -> &'static str {
+    let register = match error {
+        StateError::ReservedBits { register, .. } | StateError::Contradiction { register, .. } => *register,
+        StateError::MaxPhyAddr(_) => return "override.maxphyaddr",
+        StateError::EncryptionBit(_) => return "override",
+    };
+    match (ept, register) {
+        (true, _) => "override.ept.eptp",
+        (false, "nCR3") => "override.npt.ncr3",
+        (false, "CR0") => "override.npt.host_cr0",
+        (false, "CR4") => "override.npt.host_cr4",
+        (false, "EFER") => "override.npt.host_efer",
+        (false, _) => "override.npt",
+    }
+}
+
 pub(crate) fn nested_mode(mode: &NestedMode) -> v1::NestedMode {
     match mode {
         NestedMode::Off => v1::NestedMode { kind: v1::NestedModeKind::Off.into(), ..Default::default() },
@@ -34,6 +67,7 @@ pub(crate) fn nested_mode(mode: &NestedMode) -> v1::NestedMode {
                 host_cr4: Some(host.cr4),
                 host_efer: Some(host.efer),
                 host_cr0: Some(host.cr0),
+                guest_mode_execute_trap: false,
             })),
         },
     }

@@ -1,6 +1,6 @@
 //! Rights, backing, page sizes and memory types.
 
-use pagewalk::{Backing, MemoryType, PageSize, Rights};
+use pagewalk::{Backing, EptMemoryType, MemoryType, PageSize, Rights};
 use pagewalk_proto::v1;
 
 pub(crate) fn rights(rights: Rights) -> v1::Rights {
@@ -34,4 +34,8 @@ pub(crate) fn memory_type(memory_type: MemoryType) -> v1::MemoryType {
         MemoryType::WriteBack => v1::MemoryType::Wb,
         MemoryType::UncacheableMinus => v1::MemoryType::UcMinus,
     }
+}
+
+pub(crate) fn ept_type(said: EptMemoryType) -> v1::EptMemoryType {
+    v1::EptMemoryType { memory_type: memory_type(said.memory_type).into(), ignore_pat: said.ignore_pat }
 }

@@ -1,12 +1,18 @@
 //! Steps.
 
-use pagewalk::{Step, Verdict};
+use pagewalk::{Dimension, Step, Verdict, Walker};
 use pagewalk_proto::v1;
 
 use super::fault::dimension;
+use super::format::paging_mode;
 use super::rights::rights;
 
-pub(crate) fn step(step: &Step) -> v1::Step {
+/// A step of `walker`.
+pub(crate) fn step(step: &Step, walker: &Walker) -> v1::Step {
+    let walk = match (step.dimension, walker.ngpa_walk()) {
+        (Dimension::Nested, Some(second)) => second.page_walk(),
+        _ => walker.gva_walk(),
+    };
     v1::Step {
         dimension: dimension(step.dimension).into(),
         level: step.level,
@@ -18,6 +24,7 @@ pub(crate) fn step(step: &Step) -> v1::Step {
         verdict: verdict(step.verdict).to_owned(),
         input: Some(step.input),
         leaf: step.verdict == Verdict::Leaf,
+        mode: paging_mode(walk.format()).into(),
     }
 }
 

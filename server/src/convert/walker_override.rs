@@ -5,7 +5,7 @@ use pagewalk::{CpuProfile, NgpaWalk, PageWalk, Vendor, Walker};
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::walker_override::SecondDimension;
 
-use super::nested::npt_host;
+use super::nested::{ept_walk, npt_walk, override_field};
 use crate::status::Error;
 use crate::vcpu::{NestedMode, NptOverlay, Snapshot};
 
@@ -33,19 +33,19 @@ pub(crate) fn walker(request: &v1::WalkerOverride, snapshot: &Snapshot) -> Resul
         Err(_) => return Err(Error::invalid("override.pdptrs", "give all four, or none")),
     }
     .map_err(Error::RequestState)?;
-    let npt = |ncr3, host| NgpaWalk::npt(ncr3, host, &cpu).map_err(Error::RequestState);
+    let refused = |ept| move |error| Error::SecondDimension { field: override_field(ept, &error), error };
     let second = match &request.second_dimension {
-        Some(SecondDimension::Npt(request)) => Some(npt(request.ncr3, &npt_host(request))?),
-        Some(SecondDimension::Ept(_)) => {
-            return Err(Error::unimplemented("override.ept", "EPT is not served yet; NPT is"));
-        }
+        Some(SecondDimension::Npt(request)) => Some(npt_walk(request, &cpu).map_err(refused(false))?),
+        Some(SecondDimension::Ept(request)) => Some(ept_walk(request, &cpu).map_err(refused(true))?),
         Some(SecondDimension::None(true)) => None,
         Some(SecondDimension::None(false)) => {
             return Err(Error::invalid("override.none", "must be true, or be left out"));
         }
         None => match snapshot.nested {
             NestedMode::Off => None,
-            NestedMode::Npt(NptOverlay { ncr3, host, .. }) => Some(npt(ncr3, &host)?),
+            NestedMode::Npt(NptOverlay { ncr3, host, .. }) => {
+                Some(NgpaWalk::npt(ncr3, &host, &cpu).map_err(Error::RequestState)?)
+            }
         },
     };
     Ok(match second {

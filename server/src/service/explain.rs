@@ -45,7 +45,7 @@ pub(super) fn fault(
         matches: again.matches,
         explanation: again.explanation,
         decoded: again.decoded,
-        steps: again.trace.steps().iter().map(convert::step::step).collect(),
+        steps: again.trace.steps().iter().map(|step| convert::step::step(step, &walker)).collect(),
         fault: again.outcome.as_ref().err().map(convert::fault::fault),
         translation: again
             .outcome
@@ -155,7 +155,7 @@ fn nested_page_fault(target: &Target, walker: &Walker, seen: v1::NestedPageFault
         &format!("#VMEXIT(NPF), EXITINFO1 {info:#x}, EXITINFO2 {ngpa:#x}"),
         &decoded,
         matches,
-        &ladder(&title, walker, trace.steps(), &outcome),
+        &Ladder { nested_alone: true, ..ladder(&title, walker, trace.steps(), &outcome) },
     );
     Ok(Again { outcome, trace, matches, decoded, explanation })
 }

@@ -2,6 +2,7 @@
 
 mod explain;
 mod machine;
+mod nested_gpa;
 mod resolve;
 mod translation;
 mod vcpu;

@@ -11,7 +11,7 @@ use pagewalk_proto::v1::translation_service_server::TranslationService;
 use tonic::{Request, Response, Status};
 
 use super::resolve::{Target, deadline};
-use super::{Daemon, explain};
+use super::{Daemon, explain, nested_gpa};
 use crate::convert;
 use crate::render::Ladder;
 use crate::status::Error;
@@ -62,10 +62,21 @@ impl TranslationService for Daemon {
                 }
                 Err(fault) => Outcome::Fault(convert::fault::fault(fault)),
             }),
-            steps: steps.iter().map(convert::step::step).collect(),
+            steps: steps.iter().map(|step| convert::step::step(step, &walker)).collect(),
             explanation,
             provenance: Some(provenance),
         }))
+    }
+
+    async fn translate_nested_gpa(
+        &self,
+        request: Request<v1::TranslateNestedGpaRequest>,
+    ) -> Result<Response<v1::TranslateNestedGpaResponse>, Status> {
+        let deadline = deadline(&request);
+        let request = request.into_inner();
+        let target = self.target(request.vcpu.clone())?;
+        let snapshot = target.snapshot(request.freshness, deadline).await?;
+        Ok(Response::new(nested_gpa::translate(self, &target, &snapshot, request)?))
     }
 
     async fn explain_fault(
@@ -100,11 +111,23 @@ pub(super) fn check_width(walker: &Walker, gva: u64, field: &'static str) -> Res
     Err(Error::invalid(field, problem))
 }
 
-fn ad_policy(policy: i32) -> Result<AdPolicy, Error> {
+pub(super) fn ad_policy(policy: i32) -> Result<AdPolicy, Error> {
     match v1::AdPolicy::try_from(policy) {
         Ok(v1::AdPolicy::Unspecified | v1::AdPolicy::Observe) => Ok(AdPolicy::Observe),
         Ok(v1::AdPolicy::Set) => Ok(AdPolicy::Set),
         Err(_) => Err(Error::invalid("ad_policy", format!("{policy} is no policy"))),
+    }
+}
+
+/// The second dimension, by its registers.
+pub(super) fn second(walk: &NgpaWalk) -> String {
+    match walk {
+        NgpaWalk::Npt(npt) => {
+            format!("{} NPT, nCR3 {:#x}", npt.page_walk().format().mode(), npt.page_walk().root())
+        }
+        NgpaWalk::Ept(ept) => {
+            format!("{} EPT, EPTP {:#x}", ept.page_walk().format().mode(), ept.eptp())
+        }
     }
 }
 
@@ -122,16 +145,7 @@ pub(super) fn title(
         PagingMode::None => String::new(),
         _ => format!(", root {:#x}", walk.root()),
     };
-    let second = match walker.ngpa_walk() {
-        None => String::new(),
-        Some(NgpaWalk::Npt(npt)) => {
-            let walk = npt.page_walk();
-            format!(", under {} NPT, nCR3 {:#x}", walk.format().mode(), walk.root())
-        }
-        Some(NgpaWalk::Ept(ept)) => {
-            format!(", under {} EPT, EPTP {:#x}", ept.page_walk().format().mode(), ept.eptp())
-        }
-    };
+    let second = walker.ngpa_walk().map_or_else(String::new, |walk| format!(", under {}", second(walk)));
     format!(
         "GVA {gva:#x}, {}: {mode}{root}{second} (vCPU {} of {}, generation {})",
         convert::access::describe(access),
@@ -147,5 +161,5 @@ pub(super) fn ladder<'a>(
     steps: &'a [Step],
     outcome: &'a Result<Translation, Fault>,
 ) -> Ladder<'a> {
-    Ladder { title, walker, steps, outcome }
+    Ladder { title, walker, steps, outcome, nested_alone: false }
 }

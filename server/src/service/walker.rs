@@ -56,6 +56,10 @@ impl WalkerService for Daemon {
         let target = self.target(request.vcpu)?;
         let before = target.vcpu.latest();
         let mode = match request.mode {
+            Some(Mode::Npt(npt)) if npt.guest_mode_execute_trap => {
+                let problem = "GMET is not served here yet; `override.npt` knows it";
+                return Err(Error::unimplemented("npt.guest_mode_execute_trap", problem).into());
+            }
             Some(Mode::Npt(npt)) => NestedMode::Npt(NptOverlay {
                 ncr3: npt.ncr3,
                 host: convert::nested::npt_host(&npt),
@@ -69,7 +73,9 @@ impl WalkerService for Daemon {
             Some(Mode::Off(true)) => NestedMode::Off,
             Some(Mode::Off(false)) => return Err(Error::invalid("off", "must be true").into()),
             Some(Mode::Ept(_)) => {
-                return Err(Error::unimplemented("ept", "EPT is not served yet; NPT is").into());
+                return Err(
+                    Error::unimplemented("ept", "EPT is not served here yet; `override.ept` is").into()
+                );
             }
             None => return Err(Error::invalid("mode", "required: npt or off").into()),
         };

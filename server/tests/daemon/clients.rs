@@ -11,6 +11,7 @@ use crate::process::{Daemon, output, pagewalk, run};
 pub(crate) const TESTS: &[Test] = &[
     ("clients_grpcurl_lists_and_describes", &[Bed::Grpcurl], grpcurl_lists_and_describes),
     ("clients_give_equal_answers", &[Bed::Grpcurl, Bed::Python], give_equal_answers),
+    ("clients_give_equal_nested_answers", &[Bed::Grpcurl, Bed::Python], give_equal_nested_answers),
 ];
 
 fn grpcurl(daemon: &Daemon, arguments: &[&str]) -> Command {
@@ -41,7 +42,11 @@ fn grpcurl_lists_and_describes() -> Result<(), Failed> {
     let methods = output(&mut grpcurl(&daemon, &["list", "pagewalk.v1.TranslationService"]));
     assert_eq!(
         methods.lines().collect::<Vec<_>>(),
-        ["pagewalk.v1.TranslationService.ExplainFault", "pagewalk.v1.TranslationService.Translate"]
+        [
+            "pagewalk.v1.TranslationService.ExplainFault",
+            "pagewalk.v1.TranslationService.Translate",
+            "pagewalk.v1.TranslationService.TranslateNestedGpa",
+        ]
     );
     let request = output(&mut grpcurl(&daemon, &["describe", "pagewalk.v1.TranslateRequest"]));
     assert!(request.contains("What to translate, and how.") && request.contains("ad_policy"), "{request}");
@@ -162,5 +167,114 @@ fn give_equal_answers() -> Result<(), Failed> {
         "grpcurl, pagewalk and Python: {} equal answers, {mapped} translations, {faults} faults",
         questions.len()
     );
+    Ok(())
+}
+
+/// What Python makes of an nGPA, in the names of the contract's JSON.
+const PYTHON_NESTED: &str = r#"
+import json, sys
+import pagewalk
+
+SIZES = {1 << 12: "4K", 1 << 21: "2M", 1 << 30: "1G"}
+
+def rights(of):
+    return {name: True for name in ("read", "write", "user", "execute") if getattr(of, name)}
+
+def document(found):
+    if found.ok:
+        answer = {"gpa": str(found.gpa), "pageSize": "PAGE_SIZE_UNPAGED", "effective": rights(found.rights),
+                  "backing": "BACKING_" + found.backing.upper()}
+        if found.page_size is not None:
+            answer |= {"nestedGpa": str(found.address), "nestedPageSize": "PAGE_SIZE_" + SIZES[found.page_size]}
+        if found.ept_type is not None:
+            said = {"memoryType": "MEMORY_TYPE_" + found.ept_type.memory_type.upper()}
+            answer["eptType"] = said | ({"ignorePat": True} if found.ept_type.ignore_pat else {})
+        return {"translation": answer} | ({"identity": True} if found.identity else {})
+    answer = {"kind": "FAULT_KIND_" + found.kind.upper(), "dimension": "DIMENSION_NESTED", "reason": found.reason}
+    numbers = {"entryGpa": found.entry_gpa, "entry": found.entry, "nestedGpa": found.nested_gpa, "bits": found.bits}
+    answer |= {name: str(value) for name, value in numbers.items() if value}
+    answer |= {"level": found.level} if found.level else {}
+    answer |= {} if found.exit_qualification is None else {"exitQualification": str(found.exit_qualification)}
+    answer |= {} if found.exit_info_1 is None else {"exitInfo1": str(found.exit_info_1)}
+    return {"fault": answer}
+
+SECONDS = {"npt": pagewalk.Npt(ncr3=0x50000), "ept": pagewalk.Ept(eptp=0x5001e), "none": "none"}
+
+with pagewalk.connect(sys.argv[1]) as client:
+    for question in json.load(sys.stdin):
+        state = pagewalk.WalkerOverride(second_dimension=SECONDS[question["second"]])
+        found = client.translate_nested_gpa(
+            question["address"], question["access"], phase=question["phase"], override=state, explain=True)
+        print(json.dumps(document(found) | {"explanation": found.explanation}))
+"#;
+
+fn give_equal_nested_answers() -> Result<(), Failed> {
+    let pagewalk = pagewalk();
+    let daemon = Daemon::serve(&["--machine", "demo:plain"]);
+    let mut questions = Vec::new();
+    for second in ["npt", "ept", "none"] {
+        for (ngpa, access, phase) in [
+            (0x1_1000_u64, "write", "final"),
+            (0x1_2000, "read", "final"),  // a hole
+            (0x1_3000, "fetch", "final"), // read-only
+            (0x1_3000, "write", "final"),
+            (0x1_3000, "read", "table"),
+            (0x20_0000, "read", "final"),          // huge
+            (0x1_0000_0000_0000, "read", "final"), // too wide
+        ] {
+            questions.push((second, ngpa, access, phase));
+        }
+    }
+    let asked: Vec<Value> = questions
+        .iter()
+        .map(|(second, ngpa, access, phase)| {
+            json!({"second": second, "address": ngpa, "access": access, "phase": phase})
+        })
+        .collect();
+    let folder = tempfile::tempdir()?;
+    let input = folder.path().join("questions");
+    std::fs::write(&input, serde_json::to_string(&asked)?)?;
+    let mut python = Command::new("python3");
+    python.args(["-c", PYTHON_NESTED, &daemon.address]).stdin(std::fs::File::open(input)?);
+    python.env("PYTHONPATH", concat!(env!("CARGO_MANIFEST_DIR"), "/../client/python/src"));
+    let by_python = output(&mut python);
+    assert_eq!(by_python.lines().count(), questions.len());
+
+    let (mut mapped, mut faults, mut identities) = (0, 0, 0);
+    for ((second, ngpa, access, phase), by_python) in questions.iter().zip(by_python.lines()) {
+        let (state, options): (Value, &[&str]) = match *second {
+            "npt" => (json!({"npt": {"ncr3": "327680"}}), &["--ncr3", "0x50000"]),
+            "ept" => (json!({"ept": {"eptp": "327710"}}), &["--eptp", "0x5001e"]),
+            _ => (json!({"none": true}), &["--one-dimension"]),
+        };
+        let request = json!({
+            "address": {"text": format!("{ngpa:#x}")},
+            "access": {"kind": format!("ACCESS_KIND_{}", access.to_uppercase())},
+            "phase": format!("NESTED_PHASE_{}", phase.to_uppercase()),
+            "override": state,
+            "explain": true,
+        });
+        let method = "pagewalk.v1.TranslationService/TranslateNestedGpa";
+        let by_grpcurl = output(&mut grpcurl(&daemon, &["-d", &request.to_string(), method]));
+        let mut by_command = Command::new(&pagewalk);
+        by_command.args(["--addr", &daemon.address, "--json", "nested-gpa", "--explain", "--access", access]);
+        let by_command = run(by_command.args(["--phase", phase]).args(options).arg(format!("{ngpa:#x}")));
+        let answers = [&by_grpcurl, &by_command.out, by_python].map(|text| -> Value {
+            let mut answer: Value = serde_json::from_str(text)
+                .unwrap_or_else(|error| panic!("{error}: {text} {}", by_command.err));
+            answer.as_object_mut().unwrap().remove("provenance");
+            answer
+        });
+        assert_eq!(answers[0], answers[1], "grpcurl and the command: {second} {ngpa:#x} {access} {phase}");
+        assert_eq!(answers[0], answers[2], "grpcurl and Python: {second} {ngpa:#x} {access} {phase}");
+        match (answers[0]["identity"].is_boolean(), answers[0]["fault"].is_object()) {
+            (true, _) => identities += 1,
+            (_, true) => faults += 1,
+            (..) => mapped += 1,
+        }
+    }
+    // EPT without accessed and dirty bits reads a guest's tables, and NPT writes them.
+    assert_eq!((mapped, faults, identities), (7, 7, 7));
+    println!("grpcurl, pagewalk and Python: {} equal nested answers", questions.len());
     Ok(())
 }

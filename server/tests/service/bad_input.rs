@@ -127,11 +127,14 @@ async fn translate() {
         // Later.
         (
             with(Over {
-                second_dimension: Some(SecondDimension::Ept(v1::Ept { eptp: 0x5_001e })),
+                second_dimension: Some(SecondDimension::Ept(v1::Ept {
+                    eptp: 0x5_0016,
+                    ..Default::default()
+                })),
                 ..Over::default()
             }),
-            LATER,
-            "EPT",
+            STATE,
+            "override.ept.eptp",
         ),
         (with(Over { cr4: Some(1 << 27 | 0x20), ..Over::default() }), LATER, "LASS"),
     ];
@@ -252,7 +255,7 @@ async fn set_nested_mode() {
             "NOT_SERVED_YET",
         ),
         (
-            v1::SetNestedModeRequest { mode: Some(Mode::Ept(v1::Ept { eptp: 0 })), ..Default::default() },
+            v1::SetNestedModeRequest { mode: Some(Mode::Ept(v1::Ept::default())), ..Default::default() },
             Code::Unimplemented,
             "NOT_SERVED_YET",
         ),

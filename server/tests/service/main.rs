@@ -10,6 +10,7 @@ mod bed;
 mod demo_landmarks;
 mod explain;
 mod nested;
+mod nested_gpa;
 mod property;
 mod raw;
 mod registers;

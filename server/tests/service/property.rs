@@ -59,14 +59,30 @@ fn address() -> impl Strategy<Value = Option<v1::Address>> {
 
 prop_compose! {
     fn npt()(ncr3 in cr3(), host_cr4 in of(cr4()), host_efer in of(efer()), host_cr0 in of(cr0())) -> v1::Npt {
-        v1::Npt { ncr3, host_cr4, host_efer, host_cr0 }
+        v1::Npt { ncr3, host_cr4, host_efer, host_cr0, ..Default::default() }
+    }
+}
+
+prop_compose! {
+    /// Half of them sound: memory type 6, walk length 4 or 5, a root in or out of memory.
+    fn ept()(
+        eptp in prop_oneof![
+            1 => word(),
+            1 => (0..0x900_u64, 3..=4_u64, 0..2_u64)
+                .prop_map(|(frame, length, bits)| frame << 12 | bits << 6 | length << 3 | 6),
+        ],
+        mode_based_execute in any::<bool>(),
+        capabilities in of(word()),
+        tables_written in any::<bool>(),
+    ) -> v1::Ept {
+        v1::Ept { eptp, mode_based_execute, capabilities, tables_written }
     }
 }
 
 fn second_dimension() -> impl Strategy<Value = SecondDimension> {
     prop_oneof![
         6 => npt().prop_map(SecondDimension::Npt),
-        1 => word().prop_map(|eptp| SecondDimension::Ept(v1::Ept { eptp })),
+        2 => ept().prop_map(SecondDimension::Ept),
         2 => any::<bool>().prop_map(SecondDimension::None),
     ]
 }
@@ -142,7 +158,7 @@ prop_compose! {
         vcpu in vcpu(),
         mode in weighted(0.97, prop_oneof![
             6 => npt().prop_map(Mode::Npt),
-            1 => word().prop_map(|eptp| Mode::Ept(v1::Ept { eptp })),
+            1 => ept().prop_map(Mode::Ept),
             1 => any::<bool>().prop_map(Mode::Off),
         ]),
         l2 in of((of(cr0()), of(cr3()), of(cr4()), of(efer()), of(word()), prop_oneof![9 => Just(None), 1 => of(word())])

@@ -143,6 +143,7 @@ async fn nested_and_back_is_as_before() {
         host_cr0: Some(0x8001_0001),
         host_cr4: Some(0x20),
         host_efer: Some(0x1d00),
+        guest_mode_execute_trap: false,
     };
     assert_eq!(nested.second_dimension, Some(v1::nested_mode::SecondDimension::Npt(npt)));
     let got = state(&bed, v1::Freshness::Sync).await;

@@ -27,6 +27,7 @@ FaultKind = Literal[
     "unbacked",
     "contended",
 ]
+NestedPhase = Literal["final", "table", "pdpte"]
 Dimension = Literal["guest", "nested"]
 PagingMode = Literal["none", "two_level", "pae", "four_level", "five_level", "ept_four_level", "ept_five_level"]
 NestedModeKind = Literal["off", "walker_only", "real_vcpu", "observed"]
@@ -87,12 +88,22 @@ class Step:
     #: The address being translated: the GVA in dimension `guest`, the nGPA in `nested`.
     input: int | None
     leaf: bool
+    #: How to read the entry: way of paging of its dimension.
+    mode: PagingMode
 
     def __str__(self) -> str:
         return (
             f"{self.dimension} level {self.level}: [{self.entry_gpa:#x}] = {self.entry:#018x} "
             f"{self.rights_so_far} {self.verdict}"
         )
+
+
+@dataclass(frozen=True)
+class EptMemoryType:
+    """What an EPT leaf says of a page's memory type."""
+
+    memory_type: MemoryType
+    ignore_pat: bool
 
 
 @dataclass(frozen=True)
@@ -119,6 +130,10 @@ class Translation:
     nested_page_size: int | None
     ad_skipped: bool
     global_page: bool
+    #: What the EPT leaf says; None but under EPT.
+    ept_type: EptMemoryType | None
+    #: The memory type of accesses to the page; None where it is not known, as without EPT.
+    effective_type: MemoryType | None
     #: The entries read; empty unless asked for by `trace`.
     steps: tuple[Step, ...]
     #: The walk for a person; empty unless asked for by `explain`.
@@ -135,6 +150,39 @@ class Translation:
             self.backing, [self.backing]
         )
         return f"{_hex(self.address)} -> {self.gpa:#x}{through} ({', '.join(marks)})"
+
+
+@dataclass(frozen=True)
+class NestedTranslation:
+    """What a guest physical address of an L2 means to its L1."""
+
+    ok: ClassVar[Literal[True]] = True
+
+    #: The address that was asked for, as it was given.
+    address: int | str
+    gpa: int
+    #: There is no second dimension: `gpa` is the address itself.
+    identity: bool
+    #: Bytes of the page in `ngpa_walk`; None with `identity`.
+    page_size: int | None
+    rights: Rights
+    backing: Backing
+    #: What the EPT leaf says; None but under EPT.
+    ept_type: EptMemoryType | None
+    #: The memory type of accesses to the page; None where the guest's PAT, too, has a say.
+    effective_type: MemoryType | None
+    #: The entries read; empty unless asked for by `trace`.
+    steps: tuple[Step, ...]
+    #: The walk for a person; empty unless asked for by `explain`.
+    explanation: str
+    provenance: Provenance
+
+    def __str__(self) -> str:
+        marks = ["no second dimension"] if self.page_size is None else [size_name(self.page_size), str(self.rights)]
+        marks += {"ram": [], "read_only": ["read-only memory"], "none": ["no memory behind"]}.get(
+            self.backing, [self.backing]
+        )
+        return f"nGPA {_hex(self.address)} -> {self.gpa:#x} ({', '.join(marks)})"
 
 
 @dataclass(frozen=True)
@@ -234,13 +282,19 @@ class Npt:
     host_cr4: int | None = None
     host_efer: int | None = None
     host_cr0: int | None = None
+    guest_mode_execute_trap: bool = False
 
 
 @dataclass(frozen=True)
 class Ept:
-    """A second dimension by Intel's extended page tables. Daemons do not serve it yet."""
+    """A second dimension by Intel's extended page tables. Absent capabilities are all that there are."""
 
     eptp: int
+    mode_based_execute: bool = False
+    #: IA32_VMX_EPT_VPID_CAP (MSR 0x48c).
+    capabilities: int | None = None
+    #: Access guest paging structures as writes always, as KVM does.
+    tables_written: bool = False
 
 
 @dataclass(frozen=True)

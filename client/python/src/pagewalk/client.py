@@ -21,6 +21,8 @@ from pagewalk.answers import (
     Freshness,
     Machine,
     NestedChange,
+    NestedPhase,
+    NestedTranslation,
     Npt,
     Privilege,
     Registers,
@@ -162,6 +164,41 @@ class Client:
             validate=validate,
         )
         return convert.outcome(address, self._call(self._translation.Translate, request))
+
+    def translate_nested_gpa(
+        self,
+        address: int | str,
+        access: AccessKind = "read",
+        *,
+        privilege: Privilege = "as_cpl",
+        phase: NestedPhase = "final",
+        freshness: Freshness = "latest",
+        override: WalkerOverride | None = None,
+        trace: bool = False,
+        explain: bool = False,
+        validate: bool = False,
+        vcpu: int = 0,
+        machine: str = "",
+    ) -> NestedTranslation | Fault:
+        """Ask what a guest physical address of an L2 means to its L1, for an access that is intended.
+
+        Without a second dimension it is the same address, and `identity` says so.
+        """
+        request = translation_pb2.TranslateNestedGpaRequest(
+            vcpu=convert.to_vcpu(machine, vcpu),
+            address=convert.to_address(address),
+            access=types_pb2.Access(
+                kind=convert.number(types_pb2.AccessKind.DESCRIPTOR, access, "access"),
+                privilege=convert.number(types_pb2.Privilege.DESCRIPTOR, privilege, "privilege"),
+            ),
+            phase=convert.number(translation_pb2.NestedPhase.DESCRIPTOR, phase, "phase"),
+            freshness=convert.number(types_pb2.Freshness.DESCRIPTOR, freshness, "freshness"),
+            override=convert.to_override(override),
+            trace=trace,
+            explain=explain,
+            validate=validate,
+        )
+        return convert.nested_outcome(address, self._call(self._translation.TranslateNestedGpa, request))
 
     def explain_fault(
         self,

@@ -64,11 +64,22 @@ def to_address(address: int | str, what: str = "address") -> types_pb2.Address:
 
 
 def _to_npt(npt: answers.Npt) -> types_pb2.Npt:
-    return types_pb2.Npt(ncr3=npt.ncr3, host_cr4=npt.host_cr4, host_efer=npt.host_efer, host_cr0=npt.host_cr0)
+    return types_pb2.Npt(
+        ncr3=npt.ncr3,
+        host_cr4=npt.host_cr4,
+        host_efer=npt.host_efer,
+        host_cr0=npt.host_cr0,
+        guest_mode_execute_trap=npt.guest_mode_execute_trap,
+    )
 
 
 def _to_ept(ept: answers.Ept) -> types_pb2.Ept:
-    return types_pb2.Ept(eptp=ept.eptp)
+    return types_pb2.Ept(
+        eptp=to_word(ept.eptp, "eptp"),
+        mode_based_execute=ept.mode_based_execute,
+        capabilities=None if ept.capabilities is None else to_word(ept.capabilities, "capabilities"),
+        tables_written=ept.tables_written,
+    )
 
 
 def to_override(override: answers.WalkerOverride | None) -> types_pb2.WalkerOverride | None:
@@ -196,8 +207,50 @@ def _translation(
         nested_page_size=_PAGE_BYTES.get(message.nested_page_size, 0) if nested else None,
         ad_skipped=message.ad_skipped,
         global_page=getattr(message, "global"),
+        ept_type=_ept_type(message),
+        effective_type=_effective_type(message),
         steps=steps,
         explanation=explanation,
+        provenance=source,
+    )
+
+
+def _ept_type(message: types_pb2.Translation) -> answers.EptMemoryType | None:
+    if not message.HasField("ept_type"):
+        return None
+    said = message.ept_type
+    return answers.EptMemoryType(
+        memory_type=_name(types_pb2.MemoryType.DESCRIPTOR, said.memory_type), ignore_pat=said.ignore_pat
+    )
+
+
+def _effective_type(message: types_pb2.Translation) -> answers.MemoryType | None:
+    if not message.HasField("effective_type"):
+        return None
+    name: answers.MemoryType = _name(types_pb2.MemoryType.DESCRIPTOR, message.effective_type)
+    return name
+
+
+def nested_outcome(
+    address: int | str, message: translation_pb2.TranslateNestedGpaResponse
+) -> answers.NestedTranslation | answers.Fault:
+    """Convert."""
+    steps = tuple(map(_step, message.steps))
+    source = provenance(message.provenance)
+    if message.HasField("fault"):
+        return _fault(message.fault, steps, message.explanation, source)
+    page = message.translation
+    return answers.NestedTranslation(
+        address=address,
+        gpa=page.gpa,
+        identity=message.identity,
+        page_size=None if message.identity else _PAGE_BYTES.get(page.nested_page_size, 0),
+        rights=_rights(page.effective),
+        backing=_name(types_pb2.Backing.DESCRIPTOR, page.backing),
+        ept_type=_ept_type(page),
+        effective_type=_effective_type(page),
+        steps=steps,
+        explanation=message.explanation,
         provenance=source,
     )
 
@@ -239,6 +292,7 @@ def _step(message: types_pb2.Step) -> answers.Step:
         verdict=message.verdict,
         input=message.input if message.HasField("input") else None,
         leaf=message.leaf,
+        mode=_name(types_pb2.PagingMode.DESCRIPTOR, message.mode),
     )
 
 
@@ -312,9 +366,16 @@ def _nested_mode(message: types_pb2.NestedMode) -> answers.NestedMode:
             host_cr4=npt.host_cr4 if npt.HasField("host_cr4") else None,
             host_efer=npt.host_efer if npt.HasField("host_efer") else None,
             host_cr0=npt.host_cr0 if npt.HasField("host_cr0") else None,
+            guest_mode_execute_trap=npt.guest_mode_execute_trap,
         )
     elif message.HasField("ept"):
-        second = answers.Ept(eptp=message.ept.eptp)
+        ept = message.ept
+        second = answers.Ept(
+            eptp=ept.eptp,
+            mode_based_execute=ept.mode_based_execute,
+            capabilities=ept.capabilities if ept.HasField("capabilities") else None,
+            tables_written=ept.tables_written,
+        )
     return answers.NestedMode(
         kind=_name(types_pb2.NestedModeKind.DESCRIPTOR, message.kind), reason=message.reason, second_dimension=second
     )

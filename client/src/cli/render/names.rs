@@ -166,6 +166,44 @@ pub(super) fn entry_bits(mask: u64, entry: u64) -> String {
     words.join(" ")
 }
 
+/// The same for an EPT entry: `W=0`, `X=0`, `bit 51=1`.
+pub(super) fn ept_entry_bits(mask: u64, entry: u64) -> String {
+    let names = [(0, "R"), (1, "W"), (2, "X"), (10, "XU"), (60, "SSS")];
+    let words: Vec<String> = (0..64)
+        .filter(|bit| mask >> bit & 1 != 0)
+        .map(|bit| {
+            let value = entry >> bit & 1;
+            match names.iter().find(|(known, _)| *known == bit) {
+                Some((_, name)) => format!("{name}={value}"),
+                None => format!("bit {bit}={value}"),
+            }
+        })
+        .collect();
+    words.join(" ")
+}
+
+/// An EPT violation's exit qualification in words (Intel SDM volume 3, "Exit Qualification for EPT Violations").
+pub(super) fn exit_qualification(qualification: u64) -> String {
+    let has = |bit: u32| qualification >> bit & 1 != 0;
+    let mut words: Vec<String> = [(0, "read"), (1, "write"), (2, "fetch"), (13, "shadow stack")]
+        .into_iter()
+        .filter(|(bit, _)| has(*bit))
+        .map(|(_, word)| word.to_owned())
+        .collect();
+    let letter = |bit, letter| if has(bit) { letter } else { '-' };
+    let granted: String = [letter(3, 'r'), letter(4, 'w'), letter(5, 'x')].iter().collect();
+    words.push(format!("entries allow {granted}{}", if has(6) { "u" } else { "" }));
+    words.push(
+        match (has(7), has(8)) {
+            (false, _) => "no linear address",
+            (true, false) => "guest table",
+            (true, true) => "final address",
+        }
+        .to_owned(),
+    );
+    words.join(", ")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -182,6 +220,24 @@ mod tests {
         ] {
             assert_eq!(error_code(code), words, "{code:#x}");
         }
+    }
+
+    #[test]
+    fn exit_qualifications_in_words() {
+        for (qualification, words) in [
+            (0x182, "write, entries allow ---, final address"),
+            (0x18a, "write, entries allow r--, final address"),
+            (0x9b, "read, write, entries allow rw-, guest table"),
+            (0x74, "fetch, entries allow -wxu, no linear address"),
+        ] {
+            assert_eq!(exit_qualification(qualification), words, "{qualification:#x}");
+        }
+    }
+
+    #[test]
+    fn responsible_bits_of_ept_by_name() {
+        assert_eq!(ept_entry_bits(0b10, 0b101), "W=0");
+        assert_eq!(ept_entry_bits(1 << 51 | 1 << 10, 1 << 51), "XU=0 bit 51=1");
     }
 
     #[test]

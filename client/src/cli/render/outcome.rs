@@ -1,7 +1,10 @@
 //! One line for one address: what it means, or why nothing.
 
 use super::{hex, names, paint, provenance};
-use crate::v1::{Backing, Fault, FaultKind, TranslateResponse, Translation, translate_response::Outcome};
+use crate::v1::{
+    Backing, Fault, FaultKind, TranslateNestedGpaResponse, TranslateResponse, Translation,
+    translate_nested_gpa_response, translate_response::Outcome,
+};
 
 /// `GVA -> GPA  size  rights  A/D  type  backing  (provenance)`, or `GVA -> fault  entry  bits  reason  (provenance)`.
 pub(in crate::cli) fn line(address: u64, answer: &TranslateResponse) -> String {
@@ -11,6 +14,42 @@ pub(in crate::cli) fn line(address: u64, answer: &TranslateResponse) -> String {
         None => paint::bad("unknown outcome"),
     };
     format!("{} -> {outcome}  {}", hex(address), provenance::short(answer.provenance.as_ref()))
+}
+
+/// `nGPA -> GPA  size  rights  type  backing  (provenance)`, or a fault as [`line`] shows it.
+pub(in crate::cli) fn nested_line(address: u64, answer: &TranslateNestedGpaResponse) -> String {
+    use translate_nested_gpa_response::Outcome;
+    let outcome = match &answer.outcome {
+        Some(Outcome::Translation(found)) if answer.identity => {
+            format!("{}  the same: no second dimension  {}", paint::address(hex(found.gpa)), behind(found))
+        }
+        Some(Outcome::Translation(found)) => nested_page(found),
+        Some(Outcome::Fault(refused)) => fault(refused),
+        None => paint::bad("unknown outcome"),
+    };
+    format!("nGPA {} -> {outcome}  {}", hex(address), provenance::short(answer.provenance.as_ref()))
+}
+
+fn nested_page(found: &Translation) -> String {
+    let rights = match (&found.effective, &found.ept_type) {
+        (None, _) => "unknown rights".into(),
+        (Some(rights), None) => names::rights(rights),
+        // EPT has no U/S.
+        (Some(rights), Some(_)) => names::rwx(rights),
+    };
+    let ept = found.ept_type.map_or_else(String::new, |said| {
+        let ignores = if said.ignore_pat { ", ignores the PAT" } else { "" };
+        format!("  EPT type {}{ignores}", names::memory_type(said.memory_type()))
+    });
+    let size = names::page_size(found.nested_page_size());
+    format!("{}  {size}  {rights}{ept}  {}", paint::address(hex(found.gpa)), behind(found))
+}
+
+fn behind(found: &Translation) -> String {
+    match found.backing() {
+        Backing::Ram => paint::good(names::backing(Backing::Ram)),
+        other => paint::warning(names::backing(other)),
+    }
 }
 
 fn translation(found: &Translation) -> String {
@@ -24,9 +63,10 @@ fn translation(found: &Translation) -> String {
         ),
     };
     let nested = found.nested_gpa.map(|nested| format!("nGPA {} -> ", hex(nested))).unwrap_or_default();
-    let backing = match found.backing() {
-        Backing::Ram => paint::good(names::backing(Backing::Ram)),
-        other => paint::warning(names::backing(other)),
+    let backing = behind(found);
+    let memory_type = match found.effective_type {
+        Some(_) => found.effective_type(),
+        None => found.pat_type(),
     };
     let letter = |set, letter| if set { letter } else { '-' };
     let mut line = format!(
@@ -34,7 +74,7 @@ fn translation(found: &Translation) -> String {
         paint::address(hex(found.gpa)),
         letter(found.accessed, 'A'),
         letter(found.dirty, 'D'),
-        names::memory_type(found.pat_type()),
+        names::memory_type(memory_type),
     );
     if found.global {
         line += "  global";
@@ -60,7 +100,12 @@ fn fault(refused: &Fault) -> String {
             _ => format!("{name} {} at {at}", hex(refused.entry)),
         }
     };
-    let bits = names::entry_bits(refused.bits, refused.entry);
+    let bits = match refused.kind() {
+        FaultKind::EptViolation | FaultKind::EptMisconfiguration => {
+            names::ept_entry_bits(refused.bits, refused.entry)
+        }
+        _ => names::entry_bits(refused.bits, refused.entry),
+    };
     let parts = [what(refused), entry, bits, paint::plain(&refused.reason)];
     parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("  ")
 }
@@ -72,9 +117,14 @@ fn what(refused: &Fault) -> String {
         words.push(format!("{code:#x} ({})", names::error_code(code)));
     }
     if let Some(qualification) = refused.exit_qualification {
-        words.push(format!("qualification {qualification:#x}"));
+        words.push(format!("{qualification:#x} ({})", names::exit_qualification(qualification)));
     }
-    if refused.nested_gpa != 0 || refused.kind() == FaultKind::NestedPageFault {
+    if refused.nested_gpa != 0
+        || matches!(
+            refused.kind(),
+            FaultKind::NestedPageFault | FaultKind::EptViolation | FaultKind::EptMisconfiguration
+        )
+    {
         words.push(format!("for nGPA {}", hex(refused.nested_gpa)));
     }
     words.join(" ")

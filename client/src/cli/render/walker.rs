@@ -73,9 +73,24 @@ fn nested(mode: &NestedMode) -> String {
     let mut text = format!("{} {}", paint::heading("nested mode:"), names::nested_kind(mode.kind()));
     match &mode.second_dimension {
         None => {}
-        Some(SecondDimension::Ept(ept)) => text += &format!(", EPT, EPTP {}", hex(ept.eptp)),
+        Some(SecondDimension::Ept(ept)) => {
+            text += &format!(", EPT, EPTP {}", hex(ept.eptp));
+            for (name, on) in
+                [("MBEC", ept.mode_based_execute), ("tables accessed as writes", ept.tables_written)]
+            {
+                if on {
+                    text += &format!(", {name}");
+                }
+            }
+            if let Some(value) = ept.capabilities {
+                text += &format!(", capabilities {value:#x}");
+            }
+        }
         Some(SecondDimension::Npt(npt)) => {
             text += &format!(", NPT, nCR3 {}", paint::address(hex(npt.ncr3)));
+            if npt.guest_mode_execute_trap {
+                text += ", GMET";
+            }
             for (name, value) in [("CR0", npt.host_cr0), ("CR4", npt.host_cr4), ("EFER", npt.host_efer)] {
                 if let Some(value) = value {
                     text += &format!(", L1's {name} {value:#x}");

@@ -7,6 +7,7 @@ import builtins
 import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
+import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import pagewalk.v1.types_pb2
 import sys
@@ -18,6 +19,38 @@ else:
     import typing_extensions
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
+
+class _NestedPhase:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _NestedPhaseEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_NestedPhase.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    NESTED_PHASE_UNSPECIFIED: _NestedPhase.ValueType  # 0
+    """Means NESTED_PHASE_FINAL."""
+    NESTED_PHASE_FINAL: _NestedPhase.ValueType  # 1
+    """The final address of an access."""
+    NESTED_PHASE_TABLE: _NestedPhase.ValueType  # 2
+    """An entry of the guest's paging structures. NPT writes it, whatever the access; EPT reads it, and writes it where EPT has
+    accessed and dirty bits, or where the access is a write: to set the guest's own.
+    """
+    NESTED_PHASE_PDPTE: _NestedPhase.ValueType  # 3
+    """A PDPTE of PAE paging, which a CPU with EPT loads, by a read, when CR3 is written. Under NPT as NESTED_PHASE_TABLE."""
+
+class NestedPhase(_NestedPhase, metaclass=_NestedPhaseEnumTypeWrapper):
+    """What an nGPA is accessed for: the second dimension treats a guest's paging structures unlike its data."""
+
+NESTED_PHASE_UNSPECIFIED: NestedPhase.ValueType  # 0
+"""Means NESTED_PHASE_FINAL."""
+NESTED_PHASE_FINAL: NestedPhase.ValueType  # 1
+"""The final address of an access."""
+NESTED_PHASE_TABLE: NestedPhase.ValueType  # 2
+"""An entry of the guest's paging structures. NPT writes it, whatever the access; EPT reads it, and writes it where EPT has
+accessed and dirty bits, or where the access is a write: to set the guest's own.
+"""
+NESTED_PHASE_PDPTE: NestedPhase.ValueType  # 3
+"""A PDPTE of PAE paging, which a CPU with EPT loads, by a read, when CR3 is written. Under NPT as NESTED_PHASE_TABLE."""
+Global___NestedPhase: typing_extensions.TypeAlias = NestedPhase
 
 @typing.final
 class TranslateRequest(google.protobuf.message.Message):
@@ -127,6 +160,126 @@ class TranslateResponse(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["outcome", b"outcome"]) -> typing.Literal["translation", "fault"] | None: ...
 
 Global___TranslateResponse: typing_extensions.TypeAlias = TranslateResponse
+
+@typing.final
+class TranslateNestedGpaRequest(google.protobuf.message.Message):
+    """Which nGPA to translate, and how."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VCPU_FIELD_NUMBER: builtins.int
+    ADDRESS_FIELD_NUMBER: builtins.int
+    ACCESS_FIELD_NUMBER: builtins.int
+    PHASE_FIELD_NUMBER: builtins.int
+    AD_POLICY_FIELD_NUMBER: builtins.int
+    FRESHNESS_FIELD_NUMBER: builtins.int
+    OVERRIDE_FIELD_NUMBER: builtins.int
+    TRACE_FIELD_NUMBER: builtins.int
+    EXPLAIN_FIELD_NUMBER: builtins.int
+    VALIDATE_FIELD_NUMBER: builtins.int
+    phase: Global___NestedPhase.ValueType
+    """What the address is accessed for. Default: NESTED_PHASE_FINAL."""
+    ad_policy: pagewalk.v1.types_pb2.AdPolicy.ValueType
+    """What to do to accessed and dirty bits. Default: AD_POLICY_OBSERVE. AD_POLICY_SET is not served yet: UNIMPLEMENTED."""
+    freshness: pagewalk.v1.types_pb2.Freshness.ValueType
+    """How recent the registers must be. Default: FRESHNESS_LATEST."""
+    trace: builtins.bool
+    """Fill `TranslateNestedGpaResponse.steps`. Default: false."""
+    explain: builtins.bool
+    """Fill `TranslateNestedGpaResponse.explanation`. Default: false."""
+    validate: builtins.bool
+    """Read the entries again at the end of the walk, and report in `Provenance.torn` whether one has changed, accessed and
+    dirty bits aside. Default: false.
+    """
+    @property
+    def vcpu(self) -> pagewalk.v1.types_pb2.VcpuRef:
+        """The vCPU whose second dimension and memory to use. Default: the only machine, vCPU 0."""
+
+    @property
+    def address(self) -> pagewalk.v1.types_pb2.Address:
+        """The nGPA. Required. Where it is wider than `ngpa_walk` translates, that is a fault, not an error."""
+
+    @property
+    def access(self) -> pagewalk.v1.types_pb2.Access:
+        """The access: its kind, required, and its privilege. Under NPT every access is a user access, except final ones under
+        GMET; under EPT the privilege stands for the linear address's, and matters to fetches under mode-based execute control.
+        `ac`, `pkru`, `pkrs` and `stack` belong to GVAs: INVALID_ARGUMENT.
+        """
+
+    @property
+    def override(self) -> pagewalk.v1.types_pb2.WalkerOverride:
+        """The caller's own walker state, of which only the second dimension and the CPU's properties matter. Default: the vCPU's."""
+
+    def __init__(
+        self,
+        *,
+        vcpu: pagewalk.v1.types_pb2.VcpuRef | None = ...,
+        address: pagewalk.v1.types_pb2.Address | None = ...,
+        access: pagewalk.v1.types_pb2.Access | None = ...,
+        phase: Global___NestedPhase.ValueType = ...,
+        ad_policy: pagewalk.v1.types_pb2.AdPolicy.ValueType = ...,
+        freshness: pagewalk.v1.types_pb2.Freshness.ValueType = ...,
+        override: pagewalk.v1.types_pb2.WalkerOverride | None = ...,
+        trace: builtins.bool = ...,
+        explain: builtins.bool = ...,
+        validate: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["access", b"access", "address", b"address", "override", b"override", "vcpu", b"vcpu"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["access", b"access", "ad_policy", b"ad_policy", "address", b"address", "explain", b"explain", "freshness", b"freshness", "override", b"override", "phase", b"phase", "trace", b"trace", "validate", b"validate", "vcpu", b"vcpu"]) -> None: ...
+
+Global___TranslateNestedGpaRequest: typing_extensions.TypeAlias = TranslateNestedGpaRequest
+
+@typing.final
+class TranslateNestedGpaResponse(google.protobuf.message.Message):
+    """What an nGPA means."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TRANSLATION_FIELD_NUMBER: builtins.int
+    FAULT_FIELD_NUMBER: builtins.int
+    STEPS_FIELD_NUMBER: builtins.int
+    EXPLANATION_FIELD_NUMBER: builtins.int
+    PROVENANCE_FIELD_NUMBER: builtins.int
+    IDENTITY_FIELD_NUMBER: builtins.int
+    explanation: builtins.str
+    """The walk as text for a person, one line an entry, addresses in hex. Empty unless asked for by `explain`. Its layout
+    is no part of the contract.
+    """
+    identity: builtins.bool
+    """There is no second dimension: the translation is the address itself, and nothing was walked."""
+    @property
+    def translation(self) -> pagewalk.v1.types_pb2.Translation:
+        """The address is mapped, and the access allowed. Its page is `ngpa_walk`'s: it has no `page_size`, key or `pat_type`, and
+        `accessed` and `dirty` are false.
+        """
+
+    @property
+    def fault(self) -> pagewalk.v1.types_pb2.Fault:
+        """The access is refused, or the walk cannot end."""
+
+    @property
+    def steps(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[pagewalk.v1.types_pb2.Step]:
+        """The entries read, in order, at most 5. Empty unless asked for by `trace`."""
+
+    @property
+    def provenance(self) -> pagewalk.v1.types_pb2.Provenance:
+        """Where the answer comes from."""
+
+    def __init__(
+        self,
+        *,
+        translation: pagewalk.v1.types_pb2.Translation | None = ...,
+        fault: pagewalk.v1.types_pb2.Fault | None = ...,
+        steps: collections.abc.Iterable[pagewalk.v1.types_pb2.Step] | None = ...,
+        explanation: builtins.str = ...,
+        provenance: pagewalk.v1.types_pb2.Provenance | None = ...,
+        identity: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["fault", b"fault", "outcome", b"outcome", "provenance", b"provenance", "translation", b"translation"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["explanation", b"explanation", "fault", b"fault", "identity", b"identity", "outcome", b"outcome", "provenance", b"provenance", "steps", b"steps", "translation", b"translation"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["outcome", b"outcome"]) -> typing.Literal["translation", "fault"] | None: ...
+
+Global___TranslateNestedGpaResponse: typing_extensions.TypeAlias = TranslateNestedGpaResponse
 
 @typing.final
 class PageFault(google.protobuf.message.Message):

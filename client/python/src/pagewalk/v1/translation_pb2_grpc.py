@@ -40,6 +40,11 @@ class TranslationServiceStub(object):
                 request_serializer=pagewalk_dot_v1_dot_translation__pb2.TranslateRequest.SerializeToString,
                 response_deserializer=pagewalk_dot_v1_dot_translation__pb2.TranslateResponse.FromString,
                 _registered_method=True)
+        self.TranslateNestedGpa = channel.unary_unary(
+                '/pagewalk.v1.TranslationService/TranslateNestedGpa',
+                request_serializer=pagewalk_dot_v1_dot_translation__pb2.TranslateNestedGpaRequest.SerializeToString,
+                response_deserializer=pagewalk_dot_v1_dot_translation__pb2.TranslateNestedGpaResponse.FromString,
+                _registered_method=True)
         self.ExplainFault = channel.unary_unary(
                 '/pagewalk.v1.TranslationService/ExplainFault',
                 request_serializer=pagewalk_dot_v1_dot_translation__pb2.ExplainFaultRequest.SerializeToString,
@@ -58,7 +63,25 @@ class TranslationServiceServicer(object):
         Role: `read`; `control` with AD_POLICY_SET.
         Errors: INVALID_ARGUMENT for a missing address or access kind, an address that does not parse, or registers that no
         CPU accepts; NOT_FOUND for an unknown machine or vCPU; FAILED_PRECONDITION for AD_POLICY_SET where the source does
-        not allow it; UNIMPLEMENTED for EPT, which is not served yet; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the vCPU does not come out in time.
+        not allow it; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the vCPU does not come out in time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TranslateNestedGpa(self, request, context):
+        """Translates one guest physical address of an L2 (nGPA) to one of its L1, for an access that the caller intends: what a
+        hypervisor does with an address that its guest's guest hands to it, as in a hypercall's input page. `ngpa_walk` alone
+        is walked, no GVA is known. A fault is an answer: it is the one that L1 would see.
+
+        Where there is no second dimension, an L2's addresses are its L1's: the answer is the address itself, and `identity`
+        says that nothing was walked.
+
+        Role: `read`.
+        Errors: INVALID_ARGUMENT for a missing address or access kind, an address that does not parse, an access with more
+        than kind and privilege, or registers that no CPU accepts; NOT_FOUND for an unknown machine or vCPU; UNIMPLEMENTED for
+        AD_POLICY_SET or an access kind that is not served yet; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the vCPU does not
+        come out in time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -85,6 +108,11 @@ def add_TranslationServiceServicer_to_server(servicer, server):
                     servicer.Translate,
                     request_deserializer=pagewalk_dot_v1_dot_translation__pb2.TranslateRequest.FromString,
                     response_serializer=pagewalk_dot_v1_dot_translation__pb2.TranslateResponse.SerializeToString,
+            ),
+            'TranslateNestedGpa': grpc.unary_unary_rpc_method_handler(
+                    servicer.TranslateNestedGpa,
+                    request_deserializer=pagewalk_dot_v1_dot_translation__pb2.TranslateNestedGpaRequest.FromString,
+                    response_serializer=pagewalk_dot_v1_dot_translation__pb2.TranslateNestedGpaResponse.SerializeToString,
             ),
             'ExplainFault': grpc.unary_unary_rpc_method_handler(
                     servicer.ExplainFault,
@@ -120,6 +148,33 @@ class TranslationService(object):
             '/pagewalk.v1.TranslationService/Translate',
             pagewalk_dot_v1_dot_translation__pb2.TranslateRequest.SerializeToString,
             pagewalk_dot_v1_dot_translation__pb2.TranslateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TranslateNestedGpa(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pagewalk.v1.TranslationService/TranslateNestedGpa',
+            pagewalk_dot_v1_dot_translation__pb2.TranslateNestedGpaRequest.SerializeToString,
+            pagewalk_dot_v1_dot_translation__pb2.TranslateNestedGpaResponse.FromString,
             options,
             channel_credentials,
             insecure,

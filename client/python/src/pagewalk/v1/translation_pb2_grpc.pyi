@@ -41,6 +41,22 @@ _TranslationServiceTranslateType = typing_extensions.TypeVar(
     ],
 )
 
+_TranslationServiceTranslateNestedGpaType = typing_extensions.TypeVar(
+    '_TranslationServiceTranslateNestedGpaType',
+    grpc.UnaryUnaryMultiCallable[
+        pagewalk.v1.translation_pb2.TranslateNestedGpaRequest,
+        pagewalk.v1.translation_pb2.TranslateNestedGpaResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        pagewalk.v1.translation_pb2.TranslateNestedGpaRequest,
+        pagewalk.v1.translation_pb2.TranslateNestedGpaResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        pagewalk.v1.translation_pb2.TranslateNestedGpaRequest,
+        pagewalk.v1.translation_pb2.TranslateNestedGpaResponse,
+    ],
+)
+
 _TranslationServiceExplainFaultType = typing_extensions.TypeVar(
     '_TranslationServiceExplainFaultType',
     grpc.UnaryUnaryMultiCallable[
@@ -57,7 +73,7 @@ _TranslationServiceExplainFaultType = typing_extensions.TypeVar(
     ],
 )
 
-class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _TranslationServiceExplainFaultType]):
+class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _TranslationServiceTranslateNestedGpaType, _TranslationServiceExplainFaultType]):
     """Answers what guest virtual addresses mean, and why they mean nothing."""
 
     @typing.overload
@@ -65,6 +81,10 @@ class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _T
         grpc.UnaryUnaryMultiCallable[
             pagewalk.v1.translation_pb2.TranslateRequest,
             pagewalk.v1.translation_pb2.TranslateResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            pagewalk.v1.translation_pb2.TranslateNestedGpaRequest,
+            pagewalk.v1.translation_pb2.TranslateNestedGpaResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             pagewalk.v1.translation_pb2.ExplainFaultRequest,
@@ -79,6 +99,10 @@ class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _T
             pagewalk.v1.translation_pb2.TranslateResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            pagewalk.v1.translation_pb2.TranslateNestedGpaRequest,
+            pagewalk.v1.translation_pb2.TranslateNestedGpaResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             pagewalk.v1.translation_pb2.ExplainFaultRequest,
             pagewalk.v1.translation_pb2.ExplainFaultResponse,
         ],
@@ -91,7 +115,22 @@ class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _T
     Role: `read`; `control` with AD_POLICY_SET.
     Errors: INVALID_ARGUMENT for a missing address or access kind, an address that does not parse, or registers that no
     CPU accepts; NOT_FOUND for an unknown machine or vCPU; FAILED_PRECONDITION for AD_POLICY_SET where the source does
-    not allow it; UNIMPLEMENTED for EPT, which is not served yet; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the vCPU does not come out in time.
+    not allow it; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the vCPU does not come out in time.
+    """
+
+    TranslateNestedGpa: _TranslationServiceTranslateNestedGpaType
+    """Translates one guest physical address of an L2 (nGPA) to one of its L1, for an access that the caller intends: what a
+    hypervisor does with an address that its guest's guest hands to it, as in a hypercall's input page. `ngpa_walk` alone
+    is walked, no GVA is known. A fault is an answer: it is the one that L1 would see.
+
+    Where there is no second dimension, an L2's addresses are its L1's: the answer is the address itself, and `identity`
+    says that nothing was walked.
+
+    Role: `read`.
+    Errors: INVALID_ARGUMENT for a missing address or access kind, an address that does not parse, an access with more
+    than kind and privilege, or registers that no CPU accepts; NOT_FOUND for an unknown machine or vCPU; UNIMPLEMENTED for
+    AD_POLICY_SET or an access kind that is not served yet; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the vCPU does not
+    come out in time.
     """
 
     ExplainFault: _TranslationServiceExplainFaultType
@@ -109,6 +148,10 @@ TranslationServiceAsyncStub: typing_extensions.TypeAlias = TranslationServiceStu
     grpc.aio.UnaryUnaryMultiCallable[
         pagewalk.v1.translation_pb2.TranslateRequest,
         pagewalk.v1.translation_pb2.TranslateResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        pagewalk.v1.translation_pb2.TranslateNestedGpaRequest,
+        pagewalk.v1.translation_pb2.TranslateNestedGpaResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         pagewalk.v1.translation_pb2.ExplainFaultRequest,
@@ -131,7 +174,27 @@ class TranslationServiceServicer(metaclass=abc.ABCMeta):
         Role: `read`; `control` with AD_POLICY_SET.
         Errors: INVALID_ARGUMENT for a missing address or access kind, an address that does not parse, or registers that no
         CPU accepts; NOT_FOUND for an unknown machine or vCPU; FAILED_PRECONDITION for AD_POLICY_SET where the source does
-        not allow it; UNIMPLEMENTED for EPT, which is not served yet; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the vCPU does not come out in time.
+        not allow it; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the vCPU does not come out in time.
+        """
+
+    @abc.abstractmethod
+    def TranslateNestedGpa(
+        self,
+        request: pagewalk.v1.translation_pb2.TranslateNestedGpaRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[pagewalk.v1.translation_pb2.TranslateNestedGpaResponse, collections.abc.Awaitable[pagewalk.v1.translation_pb2.TranslateNestedGpaResponse]]:
+        """Translates one guest physical address of an L2 (nGPA) to one of its L1, for an access that the caller intends: what a
+        hypervisor does with an address that its guest's guest hands to it, as in a hypercall's input page. `ngpa_walk` alone
+        is walked, no GVA is known. A fault is an answer: it is the one that L1 would see.
+
+        Where there is no second dimension, an L2's addresses are its L1's: the answer is the address itself, and `identity`
+        says that nothing was walked.
+
+        Role: `read`.
+        Errors: INVALID_ARGUMENT for a missing address or access kind, an address that does not parse, an access with more
+        than kind and privilege, or registers that no CPU accepts; NOT_FOUND for an unknown machine or vCPU; UNIMPLEMENTED for
+        AD_POLICY_SET or an access kind that is not served yet; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the vCPU does not
+        come out in time.
         """
 
     @abc.abstractmethod

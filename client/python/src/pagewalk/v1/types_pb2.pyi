@@ -305,7 +305,7 @@ class _MemoryType:
 class _MemoryTypeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_MemoryType.ValueType], builtins.type):
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     MEMORY_TYPE_UNSPECIFIED: _MemoryType.ValueType  # 0
-    """Never in an answer."""
+    """Nobody can tell: see `Translation.pat_type`."""
     MEMORY_TYPE_UC: _MemoryType.ValueType  # 1
     """Uncacheable, UC."""
     MEMORY_TYPE_WC: _MemoryType.ValueType  # 2
@@ -323,7 +323,7 @@ class MemoryType(_MemoryType, metaclass=_MemoryTypeEnumTypeWrapper):
     """Memory type, as the manuals name it."""
 
 MEMORY_TYPE_UNSPECIFIED: MemoryType.ValueType  # 0
-"""Never in an answer."""
+"""Nobody can tell: see `Translation.pat_type`."""
 MEMORY_TYPE_UC: MemoryType.ValueType  # 1
 """Uncacheable, UC."""
 MEMORY_TYPE_WC: MemoryType.ValueType  # 2
@@ -353,9 +353,9 @@ class _FaultKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     FAULT_KIND_STACK_FAULT: _FaultKind.ValueType  # 3
     """#SS: the address is not canonical, and the access a stack access."""
     FAULT_KIND_EPT_VIOLATION: _FaultKind.ValueType  # 4
-    """An EPT violation, with `exit_qualification`. Not produced yet."""
+    """An EPT violation of `ngpa_walk`, with `exit_qualification`."""
     FAULT_KIND_EPT_MISCONFIGURATION: _FaultKind.ValueType  # 5
-    """An EPT misconfiguration. Not produced yet."""
+    """An EPT misconfiguration: `entry` is one that no CPU takes. It has no qualification."""
     FAULT_KIND_NESTED_PAGE_FAULT: _FaultKind.ValueType  # 6
     """A nested page fault of `ngpa_walk` under NPT, with `exit_info_1`."""
     FAULT_KIND_UNBACKED: _FaultKind.ValueType  # 7
@@ -375,9 +375,9 @@ FAULT_KIND_GENERAL_PROTECTION: FaultKind.ValueType  # 2
 FAULT_KIND_STACK_FAULT: FaultKind.ValueType  # 3
 """#SS: the address is not canonical, and the access a stack access."""
 FAULT_KIND_EPT_VIOLATION: FaultKind.ValueType  # 4
-"""An EPT violation, with `exit_qualification`. Not produced yet."""
+"""An EPT violation of `ngpa_walk`, with `exit_qualification`."""
 FAULT_KIND_EPT_MISCONFIGURATION: FaultKind.ValueType  # 5
-"""An EPT misconfiguration. Not produced yet."""
+"""An EPT misconfiguration: `entry` is one that no CPU takes. It has no qualification."""
 FAULT_KIND_NESTED_PAGE_FAULT: FaultKind.ValueType  # 6
 """A nested page fault of `ngpa_walk` under NPT, with `exit_info_1`."""
 FAULT_KIND_UNBACKED: FaultKind.ValueType  # 7
@@ -429,9 +429,9 @@ class _PagingModeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     PAGING_MODE_FIVE_LEVEL: _PagingMode.ValueType  # 5
     """5-level paging, 57-bit linear addresses."""
     PAGING_MODE_EPT_FOUR_LEVEL: _PagingMode.ValueType  # 6
-    """EPT with a page-walk length of 4. Not served yet."""
+    """EPT with a page-walk length of 4."""
     PAGING_MODE_EPT_FIVE_LEVEL: _PagingMode.ValueType  # 7
-    """EPT with a page-walk length of 5. Not served yet."""
+    """EPT with a page-walk length of 5."""
 
 class PagingMode(_PagingMode, metaclass=_PagingModeEnumTypeWrapper):
     """A way of paging, by the number of its levels."""
@@ -449,9 +449,9 @@ PAGING_MODE_FOUR_LEVEL: PagingMode.ValueType  # 4
 PAGING_MODE_FIVE_LEVEL: PagingMode.ValueType  # 5
 """5-level paging, 57-bit linear addresses."""
 PAGING_MODE_EPT_FOUR_LEVEL: PagingMode.ValueType  # 6
-"""EPT with a page-walk length of 4. Not served yet."""
+"""EPT with a page-walk length of 4."""
 PAGING_MODE_EPT_FIVE_LEVEL: PagingMode.ValueType  # 7
-"""EPT with a page-walk length of 5. Not served yet."""
+"""EPT with a page-walk length of 5."""
 Global___PagingMode: typing_extensions.TypeAlias = PagingMode
 
 class _NestedModeKind:
@@ -632,7 +632,7 @@ class WalkerOverride(google.protobuf.message.Message):
 
     @property
     def ept(self) -> Global___Ept:
-        """The guest is an L2 under EPT. Not served yet: UNIMPLEMENTED."""
+        """The guest is an L2 under EPT."""
 
     @property
     def npt(self) -> Global___Npt:
@@ -679,19 +679,45 @@ Global___WalkerOverride: typing_extensions.TypeAlias = WalkerOverride
 
 @typing.final
 class Ept(google.protobuf.message.Message):
-    """The second dimension by Intel's extended page tables, as L1 set it up. Not served yet: UNIMPLEMENTED."""
+    """The second dimension by Intel's extended page tables, as L1 set it up in VMCS12."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     EPTP_FIELD_NUMBER: builtins.int
+    MODE_BASED_EXECUTE_FIELD_NUMBER: builtins.int
+    CAPABILITIES_FIELD_NUMBER: builtins.int
+    TABLES_WRITTEN_FIELD_NUMBER: builtins.int
     eptp: builtins.int
-    """EPTP, the VMCS12 field: root in bits 51:12, walk length minus 1 in 5:3, A/D enable in bit 6, memory type in 2:0."""
+    """EPTP, the VMCS12 field: memory type of the tables in bits 2:0 (0 or 6), walk length minus 1 in 5:3 (3 or 4), accessed
+    and dirty bits in 6, supervisor shadow-stack control in 7, the root from bit 12. Required. Fails with INVALID_ARGUMENT
+    for other memory types and walk lengths, for reserved bits, among them those at and above MAXPHYADDR, and for what
+    `capabilities` does not have.
+    """
+    mode_based_execute: builtins.bool
+    """Mode-based execute control for EPT (MBEC), bit 22 of the secondary processor-based VM-execution controls: bit 2 of an
+    entry allows fetches by supervisor-mode linear addresses, bit 10 by user-mode ones. Default: false, bit 2 allows both.
+    """
+    capabilities: builtins.int
+    """What the CPU's EPT can do: the value of IA32_VMX_EPT_VPID_CAP (MSR 0x48c). A walk depends on its bits 0 (execute-only
+    pages), 6 and 7 (walk length 4, 5), 8 and 14 (memory types 0 and 6 in EPTP), 16 and 17 (2 MiB and 1 GiB pages), 21
+    (accessed and dirty bits), 22 (advanced information in exit qualifications) and 23 (supervisor shadow-stack control);
+    other bits are ignored. Default: all of them, whatever the host's CPU has.
+    """
+    tables_written: builtins.bool
+    """Access every guest paging structure as a write, even with EPTP's bit 6 clear: so does KVM for its L1s. Default: false,
+    what a CPU does, which then only reads them, until a walk has to set a guest's accessed or dirty bit.
+    """
     def __init__(
         self,
         *,
         eptp: builtins.int = ...,
+        mode_based_execute: builtins.bool = ...,
+        capabilities: builtins.int | None = ...,
+        tables_written: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["eptp", b"eptp"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_capabilities", b"_capabilities", "capabilities", b"capabilities"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_capabilities", b"_capabilities", "capabilities", b"capabilities", "eptp", b"eptp", "mode_based_execute", b"mode_based_execute", "tables_written", b"tables_written"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_capabilities", b"_capabilities"]) -> typing.Literal["capabilities"] | None: ...
 
 Global___Ept: typing_extensions.TypeAlias = Ept
 
@@ -705,6 +731,7 @@ class Npt(google.protobuf.message.Message):
     HOST_CR4_FIELD_NUMBER: builtins.int
     HOST_EFER_FIELD_NUMBER: builtins.int
     HOST_CR0_FIELD_NUMBER: builtins.int
+    GUEST_MODE_EXECUTE_TRAP_FIELD_NUMBER: builtins.int
     ncr3: builtins.int
     """nCR3, the VMCB12 field: an L1 GPA, 4 KiB-aligned (32 bytes in PAE format); bits below are ignored, as CR3's are. Fails
     with INVALID_ARGUMENT with bits at or above MAXPHYADDR.
@@ -717,6 +744,10 @@ class Npt(google.protobuf.message.Message):
     """
     host_cr0: builtins.int
     """L1's CR0 at VMRUN. Default: PE, WP and PG (0x80010001). Its WP has no say under NPT."""
+    guest_mode_execute_trap: builtins.bool
+    """Guest Mode Execute Trap (GMET), the VMCB12 control: a fetch below CPL 3 from a page that is a user page at every level
+    is refused, and U/S keeps nobody out otherwise. Default: false.
+    """
     def __init__(
         self,
         *,
@@ -724,9 +755,10 @@ class Npt(google.protobuf.message.Message):
         host_cr4: builtins.int | None = ...,
         host_efer: builtins.int | None = ...,
         host_cr0: builtins.int | None = ...,
+        guest_mode_execute_trap: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_host_cr0", b"_host_cr0", "_host_cr4", b"_host_cr4", "_host_efer", b"_host_efer", "host_cr0", b"host_cr0", "host_cr4", b"host_cr4", "host_efer", b"host_efer"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_host_cr0", b"_host_cr0", "_host_cr4", b"_host_cr4", "_host_efer", b"_host_efer", "host_cr0", b"host_cr0", "host_cr4", b"host_cr4", "host_efer", b"host_efer", "ncr3", b"ncr3"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_host_cr0", b"_host_cr0", "_host_cr4", b"_host_cr4", "_host_efer", b"_host_efer", "guest_mode_execute_trap", b"guest_mode_execute_trap", "host_cr0", b"host_cr0", "host_cr4", b"host_cr4", "host_efer", b"host_efer", "ncr3", b"ncr3"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_host_cr0", b"_host_cr0"]) -> typing.Literal["host_cr0"] | None: ...
     @typing.overload
@@ -1047,9 +1079,13 @@ class Rights(google.protobuf.message.Message):
     write: builtins.bool
     """Every entry allows writes. Whether a supervisor write without it is refused depends on CR0.WP."""
     user: builtins.bool
-    """Every entry allows user accesses."""
+    """Every entry allows user accesses. EPT has no such right: in a step of EPT, every entry allows instruction fetches by
+    user-mode linear addresses.
+    """
     execute: builtins.bool
-    """No entry forbids instruction fetches. Whether a supervisor fetch from a user page is refused depends on CR4.SMEP."""
+    """No entry forbids instruction fetches. Whether a supervisor fetch from a user page is refused depends on CR4.SMEP. In a
+    step of EPT with mode-based execute control, those by supervisor-mode linear addresses.
+    """
     def __init__(
         self,
         *,
@@ -1063,8 +1099,30 @@ class Rights(google.protobuf.message.Message):
 Global___Rights: typing_extensions.TypeAlias = Rights
 
 @typing.final
+class EptMemoryType(google.protobuf.message.Message):
+    """What an EPT leaf says of a page's memory type."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MEMORY_TYPE_FIELD_NUMBER: builtins.int
+    IGNORE_PAT_FIELD_NUMBER: builtins.int
+    memory_type: Global___MemoryType.ValueType
+    """Bits 5:3 of the leaf."""
+    ignore_pat: builtins.bool
+    """Bit 6 of the leaf (IPAT): the guest's PAT has no say."""
+    def __init__(
+        self,
+        *,
+        memory_type: Global___MemoryType.ValueType = ...,
+        ignore_pat: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["ignore_pat", b"ignore_pat", "memory_type", b"memory_type"]) -> None: ...
+
+Global___EptMemoryType: typing_extensions.TypeAlias = EptMemoryType
+
+@typing.final
 class Translation(google.protobuf.message.Message):
-    """What a guest virtual address means."""
+    """What a guest virtual address means, or a nested guest physical one in `TranslateNestedGpa`."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -1080,10 +1138,12 @@ class Translation(google.protobuf.message.Message):
     NESTED_PAGE_SIZE_FIELD_NUMBER: builtins.int
     AD_SKIPPED_FIELD_NUMBER: builtins.int
     GLOBAL_FIELD_NUMBER: builtins.int
+    EPT_TYPE_FIELD_NUMBER: builtins.int
+    EFFECTIVE_TYPE_FIELD_NUMBER: builtins.int
     gpa: builtins.int
     """The final guest physical address; L1's where a nested guest runs."""
     page_size: Global___PageSize.ValueType
-    """Size of the page in `gva_walk`."""
+    """Size of the page in `gva_walk`; PAGE_SIZE_UNPAGED in `TranslateNestedGpa`."""
     protection_key: builtins.int
     """Protection key in the leaf of `gva_walk`, 0 to 15. It counts for user pages under CR4.PKE only."""
     accessed: builtins.bool
@@ -1093,18 +1153,31 @@ class Translation(google.protobuf.message.Message):
     backing: Global___Backing.ValueType
     """What lies behind `gpa`."""
     pat_type: Global___MemoryType.ValueType
-    """Memory type that the leaf selects in IA32_PAT. Not the effective one: MTRRs and the second dimension also count."""
+    """Memory type that the leaf selects in IA32_PAT. Not the effective one: MTRRs and the second dimension also count.
+    MEMORY_TYPE_UNSPECIFIED in `TranslateNestedGpa`, which meets no such leaf.
+    """
     nested_gpa: builtins.int
-    """The nGPA that `gva_walk` gave, which `ngpa_walk` turned into `gpa`. Present with a second dimension only."""
+    """The nGPA that `gva_walk` gave, or that was asked for, which `ngpa_walk` turned into `gpa`. Present with a second
+    dimension only.
+    """
     nested_page_size: Global___PageSize.ValueType
     """Size of the page in `ngpa_walk`. Present with a second dimension only."""
     ad_skipped: builtins.bool
     """AD_POLICY_SET met a table in read-only memory, and did not set the bits there."""
+    effective_type: Global___MemoryType.ValueType
+    """Memory type that an access to the page has, where CR0.CD is clear: `pat_type` and `ept_type` combined as the manual
+    says, EPT's type acting as an MTRR's would. Present under EPT only, where MTRRs have no say; in `TranslateNestedGpa`
+    only where the leaf ignores the PAT.
+    """
     @property
     def effective(self) -> Global___Rights:
         """Rights of the page, AND-ed over all entries of both dimensions. A right of the page is not yet the permission of an
         access: the vCPU's control registers decide that.
         """
+
+    @property
+    def ept_type(self) -> Global___EptMemoryType:
+        """What the EPT leaf says of the page's memory type. Present under EPT only."""
 
     def __init__(
         self,
@@ -1120,9 +1193,15 @@ class Translation(google.protobuf.message.Message):
         nested_gpa: builtins.int | None = ...,
         nested_page_size: Global___PageSize.ValueType | None = ...,
         ad_skipped: builtins.bool = ...,
+        ept_type: Global___EptMemoryType | None = ...,
+        effective_type: Global___MemoryType.ValueType | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_nested_gpa", b"_nested_gpa", "_nested_page_size", b"_nested_page_size", "effective", b"effective", "nested_gpa", b"nested_gpa", "nested_page_size", b"nested_page_size"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_nested_gpa", b"_nested_gpa", "_nested_page_size", b"_nested_page_size", "accessed", b"accessed", "ad_skipped", b"ad_skipped", "backing", b"backing", "dirty", b"dirty", "effective", b"effective", "global", b"global", "gpa", b"gpa", "nested_gpa", b"nested_gpa", "nested_page_size", b"nested_page_size", "page_size", b"page_size", "pat_type", b"pat_type", "protection_key", b"protection_key"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_effective_type", b"_effective_type", "_ept_type", b"_ept_type", "_nested_gpa", b"_nested_gpa", "_nested_page_size", b"_nested_page_size", "effective", b"effective", "effective_type", b"effective_type", "ept_type", b"ept_type", "nested_gpa", b"nested_gpa", "nested_page_size", b"nested_page_size"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_effective_type", b"_effective_type", "_ept_type", b"_ept_type", "_nested_gpa", b"_nested_gpa", "_nested_page_size", b"_nested_page_size", "accessed", b"accessed", "ad_skipped", b"ad_skipped", "backing", b"backing", "dirty", b"dirty", "effective", b"effective", "effective_type", b"effective_type", "ept_type", b"ept_type", "global", b"global", "gpa", b"gpa", "nested_gpa", b"nested_gpa", "nested_page_size", b"nested_page_size", "page_size", b"page_size", "pat_type", b"pat_type", "protection_key", b"protection_key"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_effective_type", b"_effective_type"]) -> typing.Literal["effective_type"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ept_type", b"_ept_type"]) -> typing.Literal["ept_type"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_nested_gpa", b"_nested_gpa"]) -> typing.Literal["nested_gpa"] | None: ...
     @typing.overload
@@ -1152,7 +1231,7 @@ class Fault(google.protobuf.message.Message):
     """What happens."""
     address: builtins.int
     """The GVA asked for; what CR2 would hold for a page fault: without the bits that linear-address masking or upper address
-    ignore takes from a pointer.
+    ignore takes from a pointer. 0 in `TranslateNestedGpa`, which knows no GVA.
     """
     level: builtins.int
     """Level of the entry that refused, 1 to 5; of several that withhold a right, the one nearest to the leaf. 0 where no
@@ -1223,6 +1302,7 @@ class Step(google.protobuf.message.Message):
     VERDICT_FIELD_NUMBER: builtins.int
     INPUT_FIELD_NUMBER: builtins.int
     LEAF_FIELD_NUMBER: builtins.int
+    MODE_FIELD_NUMBER: builtins.int
     dimension: Global___Dimension.ValueType
     """Whose entry it is."""
     level: builtins.int
@@ -1241,6 +1321,8 @@ class Step(google.protobuf.message.Message):
     """The address being translated: the GVA in DIMENSION_GUEST, the nGPA in DIMENSION_NESTED."""
     leaf: builtins.bool
     """The entry maps a page."""
+    mode: Global___PagingMode.ValueType
+    """Way of paging of the entry's dimension, which says how to read the entry."""
     @property
     def rights_so_far(self) -> Global___Rights:
         """Rights accumulated in this dimension, this entry included."""
@@ -1258,9 +1340,10 @@ class Step(google.protobuf.message.Message):
         verdict: builtins.str = ...,
         input: builtins.int | None = ...,
         leaf: builtins.bool = ...,
+        mode: Global___PagingMode.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_input", b"_input", "input", b"input", "rights_so_far", b"rights_so_far"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_input", b"_input", "dimension", b"dimension", "entry", b"entry", "entry_gpa", b"entry_gpa", "index", b"index", "input", b"input", "leaf", b"leaf", "level", b"level", "rights_so_far", b"rights_so_far", "table_gpa", b"table_gpa", "verdict", b"verdict"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_input", b"_input", "dimension", b"dimension", "entry", b"entry", "entry_gpa", b"entry_gpa", "index", b"index", "input", b"input", "leaf", b"leaf", "level", b"level", "mode", b"mode", "rights_so_far", b"rights_so_far", "table_gpa", b"table_gpa", "verdict", b"verdict"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_input", b"_input"]) -> typing.Literal["input"] | None: ...
 
 Global___Step: typing_extensions.TypeAlias = Step
@@ -1283,11 +1366,11 @@ class EntryBits(google.protobuf.message.Message):
     PROTECTION_KEY_FIELD_NUMBER: builtins.int
     FRAME_FIELD_NUMBER: builtins.int
     present: builtins.int
-    """Present (P)."""
+    """Present (P). EPT has no such bit: an entry is present if any of these is set."""
     write: builtins.int
     """Allows writes (R/W)."""
     user: builtins.int
-    """Allows user accesses (U/S)."""
+    """Allows user accesses (U/S); under EPT with mode-based execute control, user-mode fetches (bit 10)."""
     no_execute: builtins.int
     """Forbids instruction fetches (NX, XD); 0 while EFER.NXE is clear, when the bit is reserved."""
     execute: builtins.int
@@ -1459,7 +1542,7 @@ class NestedMode(google.protobuf.message.Message):
     """Why it is so, in one sentence of English. May be empty with NESTED_MODE_KIND_OFF."""
     @property
     def ept(self) -> Global___Ept:
-        """By EPT."""
+        """By EPT, with every field filled in."""
 
     @property
     def npt(self) -> Global___Npt:

@@ -134,11 +134,11 @@ class SetNestedModeRequest(google.protobuf.message.Message):
 
     @property
     def ept(self) -> pagewalk.v1.types_pb2.Ept:
-        """L2 under EPT. Not served yet: UNIMPLEMENTED."""
+        """L2 under EPT. Not served here yet, but in overrides: UNIMPLEMENTED."""
 
     @property
     def npt(self) -> pagewalk.v1.types_pb2.Npt:
-        """L2 under NPT."""
+        """L2 under NPT. GMET is not served here yet, but in overrides: UNIMPLEMENTED."""
 
     @property
     def l2(self) -> pagewalk.v1.types_pb2.Registers:

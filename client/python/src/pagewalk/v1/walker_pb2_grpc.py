@@ -76,8 +76,8 @@ class WalkerServiceServicer(object):
 
         Role: `control`.
         Errors: INVALID_ARGUMENT for a missing mode, or for registers that no CPU accepts; NOT_FOUND for an unknown machine
-        or vCPU; FAILED_PRECONDITION where the source cannot do it, or the vCPU is shut down; UNIMPLEMENTED for EPT, not
-        served yet; DEADLINE_EXCEEDED when the vCPU does not come out in time.
+        or vCPU; FAILED_PRECONDITION where the source cannot do it, or the vCPU is shut down; UNIMPLEMENTED for
+        EPT and GMET, not served here yet; DEADLINE_EXCEEDED when the vCPU does not come out in time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -125,8 +125,8 @@ class WalkerServiceStub(typing.Generic[_WalkerServiceGetWalkerStateType, _Walker
 
     Role: `control`.
     Errors: INVALID_ARGUMENT for a missing mode, or for registers that no CPU accepts; NOT_FOUND for an unknown machine
-    or vCPU; FAILED_PRECONDITION where the source cannot do it, or the vCPU is shut down; UNIMPLEMENTED for EPT, not
-    served yet; DEADLINE_EXCEEDED when the vCPU does not come out in time.
+    or vCPU; FAILED_PRECONDITION where the source cannot do it, or the vCPU is shut down; UNIMPLEMENTED for
+    EPT and GMET, not served here yet; DEADLINE_EXCEEDED when the vCPU does not come out in time.
     """
 
     WatchWalkerState: _WalkerServiceWatchWalkerStateType
@@ -182,8 +182,8 @@ class WalkerServiceServicer(metaclass=abc.ABCMeta):
 
         Role: `control`.
         Errors: INVALID_ARGUMENT for a missing mode, or for registers that no CPU accepts; NOT_FOUND for an unknown machine
-        or vCPU; FAILED_PRECONDITION where the source cannot do it, or the vCPU is shut down; UNIMPLEMENTED for EPT, not
-        served yet; DEADLINE_EXCEEDED when the vCPU does not come out in time.
+        or vCPU; FAILED_PRECONDITION where the source cannot do it, or the vCPU is shut down; UNIMPLEMENTED for
+        EPT and GMET, not served here yet; DEADLINE_EXCEEDED when the vCPU does not come out in time.
         """
 
     @abc.abstractmethod

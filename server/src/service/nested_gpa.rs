@@ -1,0 +1,88 @@
+//! `TranslateNestedGpa`: an L2's physical address, by the second dimension alone.
+
+use std::sync::Arc;
+
+use pagewalk::{AdPolicy, Gpa, Memory as _, NestedGpa, NoTrace, Trace};
+use pagewalk_proto::v1;
+use pagewalk_proto::v1::translate_nested_gpa_response::Outcome;
+
+use super::Daemon;
+use super::resolve::Target;
+use super::translation::{ad_policy, ladder, second, walker};
+use crate::convert;
+use crate::render::{self, Ladder};
+use crate::status::Error;
+use crate::vcpu::Snapshot;
+
+pub(super) fn translate(
+    daemon: &Daemon,
+    target: &Target,
+    snapshot: &Arc<Snapshot>,
+    request: v1::TranslateNestedGpaRequest,
+) -> Result<v1::TranslateNestedGpaResponse, Error> {
+    let ngpa = convert::address::parse(request.address, "address")?;
+    let access = convert::access::nested(request.access, &snapshot.registers)?;
+    let phase = convert::access::phase(request.phase)?;
+    if ad_policy(request.ad_policy)? == AdPolicy::Set {
+        return Err(Error::unimplemented(
+            "ad_policy",
+            "AD_POLICY_SET is not served yet for nGPAs; `Translate` sets the bits of both dimensions",
+        ));
+    }
+    let walker = walker(request.r#override.as_ref(), snapshot)?;
+    convert::access::check(&access, &walker)?;
+    let mut provenance = daemon.provenance(target, snapshot);
+    provenance.validated = request.validate;
+
+    let asked = format!(
+        "nGPA {ngpa:#x}, {}, {}",
+        convert::access::describe(&access),
+        convert::access::describe_phase(phase)
+    );
+    let whose = format!(
+        "(vCPU {} of {}, generation {})",
+        target.vcpu.index(),
+        target.machine.id(),
+        snapshot.generation
+    );
+    let memory = target.machine.source().memory();
+    let Some(walk) = walker.ngpa_walk() else {
+        let backing = memory.backing(Gpa(ngpa));
+        let explanation = format!(
+            "{asked}: no second dimension {whose}\n  no entry was read\n=> GPA {ngpa:#x}: the nGPA itself, {}\n",
+            render::backing(backing)
+        );
+        return Ok(v1::TranslateNestedGpaResponse {
+            outcome: Some(Outcome::Translation(convert::translation::identity(ngpa, backing))),
+            steps: Vec::new(),
+            explanation: if request.explain { explanation } else { String::new() },
+            provenance: Some(provenance),
+            identity: true,
+        });
+    };
+
+    let mut trace = Trace::new();
+    let outcome = if request.trace || request.explain || request.validate {
+        walk.translate(memory.as_ref(), NestedGpa(ngpa), &access, phase, &mut trace)
+    } else {
+        walk.translate(memory.as_ref(), NestedGpa(ngpa), &access, phase, &mut NoTrace)
+    };
+    provenance.torn = request.validate && !trace.steps().iter().all(|step| step.is_current(memory.as_ref()));
+    let explanation = if request.explain {
+        let title = format!("{asked}: {} {whose}", second(walk));
+        Ladder { nested_alone: true, ..ladder(&title, &walker, trace.steps(), &outcome) }.to_string()
+    } else {
+        String::new()
+    };
+    let steps = if request.trace { trace.steps() } else { &[] };
+    Ok(v1::TranslateNestedGpaResponse {
+        outcome: Some(match &outcome {
+            Ok(page) => Outcome::Translation(convert::translation::nested(page, walker.gva_walk().format())),
+            Err(fault) => Outcome::Fault(convert::fault::fault(fault)),
+        }),
+        steps: steps.iter().map(|step| convert::step::step(step, &walker)).collect(),
+        explanation,
+        provenance: Some(provenance),
+        identity: false,
+    })
+}

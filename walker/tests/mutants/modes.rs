@@ -1,6 +1,6 @@
 //! Modes that the kernel's walker here does not have: 5-level, PAE and 32-bit paging.
 
-use crate::{Mutant, RULES};
+use crate::{Mutant, RULES, unseen};
 
 pub(crate) const MUTANTS: &[Mutant] = &[
     Mutant {
@@ -52,4 +52,29 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         judges: RULES,
         changes: &[("format.rs", "(nxe && mode != PagingMode::TwoLevel) || smep", "nxe || smep")],
     },
+    unseen(
+        "bits 62:52 of a PAE entry are free",
+        &[(
+            "reserved.rs",
+            "let everywhere = cpu.address_reserved(62) |",
+            "let everywhere = cpu.address_reserved(51) |",
+        )],
+    ),
+    unseen("the low bits of a PDPTE are free", &[("reserved.rs", "bits(1, 2) | bits(5, 8) |", "")]),
+    unseen(
+        "a 4 MiB page has no reserved bits",
+        &[("reserved.rs", "let large = if pse { bits(width - 19, 21) } else { 0 };", "let large = 0;")],
+    ),
+    unseen(
+        "PSE-36 has 40 bits whatever MAXPHYADDR is",
+        &[("reserved.rs", "if cpu.maxphyaddr < 40 { cpu.maxphyaddr as u32 } else { 40 }", "40")],
+    ),
+    unseen(
+        "linear addresses are wider than 32 bits without paging",
+        &[("walk.rs", "gpa: Gpa(gva & LINEAR_32),", "gpa: Gpa(gva),")],
+    ),
+    unseen(
+        "user pages have keys outside long mode",
+        &[("format.rs", "registers.cr4 & CR4_PKE != 0 && long,", "registers.cr4 & CR4_PKE != 0,")],
+    ),
 ];

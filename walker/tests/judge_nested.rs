@@ -31,12 +31,9 @@
 mod bed;
 mod nested;
 
-use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-
-use bed::judge::skipped;
-use libtest_mimic::{Arguments, Failed, Trial};
+use bed::boot::{Boot, boot, inside};
+use libtest_mimic::{Arguments, Trial};
+use nested::second::Second;
 use nested::translate::{Bed, Modes, judge};
 use pagewalk::PagingMode;
 
@@ -88,21 +85,18 @@ const SHADOWS: [&str; 5] =
 const KEYS: [&str; 2] = ["keys-execution-4", "keys-execution-5"];
 
 const BED: &str = "nested-amd";
-const TARGET: &str = "x86_64-unknown-linux-gnu";
-/// The bed gives up after this long.
-const SECONDS: &str = "600";
 
 fn main() {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
-    let inside = std::env::var("PAGEWALK_BED").is_ok_and(|bed| bed == BED);
-    let trials = if inside { judges() } else { boots() };
+    let trials = if inside(BED) { judges() } else { boots() };
     libtest_mimic::run(&arguments, trials).exit();
 }
 
 fn judges() -> Vec<Trial> {
-    let trial = |(name, levels, npt_levels)| {
-        Trial::test(name, move || judge(&Bed::new()?, Modes { name, levels, npt_levels }))
+    let trial = |(name, levels, npt_levels): (_, _, Option<u32>)| {
+        let second = npt_levels.map(Second::Npt);
+        Trial::test(name, move || judge(&Bed::of_amd()?, Modes { name, levels, second }))
     };
     let mut trials: Vec<Trial> = MODES.into_iter().map(trial).collect();
     trials
@@ -111,85 +105,15 @@ fn judges() -> Vec<Trial> {
 }
 
 fn boots() -> Vec<Trial> {
-    let names = MODES.iter().map(|(name, ..)| *name).chain(VMRUN.iter().map(|(name, ..)| *name));
-    let in_bed = |name: &str| format!("{BED}-{name}");
-    let translations: Vec<String> = names.map(in_bed).collect();
-    let shadows = SHADOWS.map(in_bed);
-    let keys = KEYS.map(in_bed);
+    let run = |trial: &str, program, kvm_amd, cases, judges: Vec<&'static str>| {
+        let parameters = ("PAGEWALK_KVM_AMD", kvm_amd);
+        Trial::test(trial, move || boot(&Boot { bed: BED, program, parameters, cases, judges: &judges }))
+    };
+    let translations =
+        MODES.iter().map(|(name, ..)| *name).chain(VMRUN.iter().map(|(name, ..)| *name)).collect();
     vec![
-        Trial::test("kvm_amd_translates_as_we_do", move || {
-            boot("judge_nested", "nested=1 npt=1", 50_000, &translations)
-        }),
-        Trial::test("kvm_amd_executes_as_we_do", move || boot("judge_execution", "npt=0", 20_000, &shadows)),
-        Trial::test("the_emulated_cpu_checks_keys_as_we_do", move || {
-            boot("judge_execution", "npt=1", 20_000, &keys)
-        }),
+        run("kvm_amd_translates_as_we_do", "judge_nested", "nested=1 npt=1", 50_000, translations),
+        run("kvm_amd_executes_as_we_do", "judge_execution", "npt=0", 20_000, SHADOWS.to_vec()),
+        run("the_emulated_cpu_checks_keys_as_we_do", "judge_execution", "npt=1", 20_000, KEYS.to_vec()),
     ]
-}
-
-/// Runs the test target `program` inside the bed; it has to pass, and each of `judges` to end without a disagreement.
-/// `cases` is how many each of them makes where the environment does not say.
-fn boot(program: &str, kvm_amd: &str, cases: u64, judges: &[String]) -> Result<(), Failed> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let script = root.join("deploy/beds/nested-amd.sh");
-    let check = Command::new(&script).arg("check").output()?;
-    if !check.status.success() {
-        return skipped(BED, String::from_utf8_lossy(&check.stderr).trim());
-    }
-    let program = build(&root, program)?;
-    let cases = std::env::var("PAGEWALK_JUDGE_CASES").unwrap_or_else(|_| cases.to_string());
-    let mut run = Command::new(&script)
-        .arg("run")
-        .arg(program)
-        .arg("--nocapture")
-        .env("PAGEWALK_KVM_AMD", kvm_amd)
-        .env("PAGEWALK_BED_SECONDS", SECONDS)
-        .env("PAGEWALK_JUDGE_CASES", cases)
-        .env("PAGEWALK_REQUIRE", "kvm")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()?;
-    let mut missing: Vec<&str> = judges.iter().map(String::as_str).collect();
-    for line in BufReader::new(run.stdout.take().unwrap()).lines() {
-        let line = line?;
-        println!("{line}");
-        let Some((name, (_, said))) = line
-            .strip_prefix("judge ")
-            .and_then(|rest| Some((rest.split_once(": ")?.0, rest.split_once(" cases, ")?)))
-        else {
-            continue;
-        };
-        if said.starts_with("0 disagreements,") {
-            missing.retain(|judge| *judge != name);
-        }
-    }
-    let status = run.wait()?;
-    if !status.success() {
-        return Err(format!("the run in the bed ended with {status}").into());
-    }
-    if !missing.is_empty() {
-        return Err(format!("no agreement was reported by {missing:?}").into());
-    }
-    Ok(())
-}
-
-/// Links a test target of this package statically, and says where it is.
-fn build(root: &Path, test: &str) -> Result<PathBuf, Failed> {
-    let flags = format!("CARGO_TARGET_{}_RUSTFLAGS", TARGET.to_uppercase().replace('-', "_"));
-    let output = Command::new(env!("CARGO"))
-        .args(["test", "--no-run", "--quiet", "--release", "--locked", "-p", "pagewalk", "--target", TARGET])
-        .args(["--test", test, "--message-format", "json-render-diagnostics"])
-        .current_dir(root)
-        .env(flags, "-C target-feature=+crt-static")
-        .stderr(Stdio::inherit())
-        .output()?;
-    if !output.status.success() {
-        return Err(format!("{test} cannot be built for {TARGET}: {}", output.status).into());
-    }
-    let messages = String::from_utf8(output.stdout)?;
-    let path = messages.lines().find_map(|message| {
-        let (path, _) = message.split_once("\"executable\":\"")?.1.split_once('"')?;
-        Some(PathBuf::from(path))
-    });
-    path.ok_or_else(|| format!("cargo names no executable of {test}").into())
 }

@@ -5,6 +5,7 @@
 
 #![allow(dead_code, reason = "each judge uses its part of the bed")]
 
+pub(crate) mod boot;
 pub(crate) mod case;
 pub(crate) mod ground;
 pub(crate) mod judge;
@@ -42,6 +43,7 @@ pub(crate) const CR0_PG: u64 = 1 << 31;
 pub(crate) const CR4_PSE: u64 = 1 << 4;
 pub(crate) const CR4_PAE: u64 = 1 << 5;
 pub(crate) const CR4_LA57: u64 = 1 << 12;
+pub(crate) const CR4_PCIDE: u64 = 1 << 17;
 pub(crate) const CR4_SMEP: u64 = 1 << 20;
 pub(crate) const CR4_SMAP: u64 = 1 << 21;
 pub(crate) const CR4_PKE: u64 = 1 << 22;
@@ -286,6 +288,11 @@ impl Machine {
 
     pub(crate) fn maxphyaddr(&self) -> Result<u8, String> {
         Ok(self.leaf(0x8000_0008)?.eax as u8)
+    }
+
+    /// Whether the vCPUs have process-context identifiers.
+    pub(crate) fn has_pcid(&self) -> bool {
+        self.leaf(1).is_ok_and(|leaf| leaf.ecx >> 17 & 1 != 0)
     }
 
     /// Whether the vCPUs have protection keys.

@@ -1,27 +1,36 @@
-//! L2's tables as a soup, and NPT tables under them that mostly lead to it.
+//! L2's tables as a soup, and tables of NPT or EPT under them that mostly lead to it.
 //!
 //! A nested walk reads up to five guest entries, each behind a nested walk of its own: in pure soup nearly all of them
-//! would end in the first. So each of L2's tables gets an nGPA, and NPT a path for it, with a 4 KiB, 2 MiB or 1 GiB leaf;
-//! then trouble is put on some of these paths, and soup into what is left of NPT's tables.
+//! would end in the first. So each of L2's tables gets an nGPA, and the second dimension a path for it, with a 4 KiB, 2 MiB
+//! or 1 GiB leaf; then trouble is put on some of these paths, and soup into what is left of the second dimension's tables.
 
 use fastrand::Rng;
 
+use super::second::Second;
 use crate::bed::soup::{INDICES, Recipe, address, reserved_bit, trouble};
 use crate::bed::{
     ACCESSED, DIRTY, Maker, NO_EXECUTE, PAGE, PAGE_SIZE, PRESENT, Ram, USER, Vcpu, WRITE, when,
 };
 
 /// All of RAM is below the smallest large page: a large leaf with frame 0 maps it.
-pub(crate) const RAM_PAGES: u64 = 96;
+pub(crate) const RAM_PAGES: u64 = 64;
 const GUEST_TABLES: usize = 10;
-/// NPT tables of each level.
+const EPT_READ: u64 = 1 << 0;
+const EPT_WRITE: u64 = 1 << 1;
+const EPT_EXECUTE: u64 = 1 << 2;
+/// Kinds of trouble that an entry of EPT can have.
+const EPT_TROUBLES: u32 = 9;
+const EPT_EXECUTE_ONLY: u32 = 2;
+const EPT_OUTSIDE: u32 = 5;
+/// Tables of each level of the second dimension.
 const NESTED_TABLES: usize = 3;
 
 /// A set of tables for one or two dimensions.
 pub(crate) struct Tables {
-    /// CR3: a GPA, or an nGPA where there is NPT.
+    /// CR3: a GPA, or an nGPA where there is a second dimension.
     pub(crate) root: u64,
-    pub(crate) ncr3: Option<u64>,
+    /// Where the second dimension's highest table lies.
+    pub(crate) second_root: Option<u64>,
     /// The PDPTE registers, where L2 uses PAE paging.
     pub(crate) pdptes: Option<[u64; 4]>,
     /// GPA of every entry that may be other than zero.
@@ -31,30 +40,33 @@ pub(crate) struct Tables {
 }
 
 impl Tables {
-    /// `levels` are L2's, 0 without paging; `npt_levels` are NPT's.
-    pub(crate) fn cook(rng: &mut Rng, ram: Ram, vcpu: &Vcpu, levels: u32, npt_levels: Option<u32>) -> Tables {
+    /// `levels` are L2's, 0 without paging.
+    pub(crate) fn cook(rng: &mut Rng, ram: Ram, vcpu: &Vcpu, levels: u32, second: Option<Second>) -> Tables {
         ram.clear();
         let mut pages: Vec<u64> = (0..RAM_PAGES).map(|page| page * PAGE).collect();
         rng.shuffle(&mut pages);
         let guest_tables: Vec<u64> = pages.drain(..GUEST_TABLES).collect();
         let mut entries = Vec::new();
         let mut homes = guest_tables.clone();
-        let mut ncr3 = None;
+        let mut second_root = None;
         let mut width = vcpu.maxphyaddr;
-        if let Some(npt_levels) = npt_levels {
-            // nGPAs above the width of NPT are not asked for: KVM ignores these bits.
-            width = width.min(12 + 9 * npt_levels as u8);
+        if let Some(second) = second {
+            // nGPAs above the width of the second dimension are not asked for: KVM ignores these bits.
+            width = width.min(12 + 9 * second.levels() as u8);
             // What 32-bit entries and addresses can refer to.
             let reach = if levels < 4 { 32 } else { width };
-            let mut npt = Npt::new(rng, ram, vcpu, npt_levels, &mut pages, reach);
-            homes = guest_tables.iter().map(|gpa| npt.house(rng, *gpa)).collect();
-            npt.fill(rng);
-            entries = npt.entries;
-            ncr3 = Some(npt.tables[npt_levels as usize - 1][0]);
+            let mut below = Below::new(rng, ram, vcpu, second, &mut pages, reach);
+            homes = guest_tables.iter().map(|gpa| below.house(rng, *gpa)).collect();
+            if second == Second::Ept {
+                below.spoil(rng);
+            }
+            below.fill(rng);
+            second_root = below.tables.last().map(|tables| tables[0]);
+            entries = below.entries;
         }
         let recipe = Recipe {
             tables: &homes,
-            trouble: if npt_levels.is_some() { mild_trouble(rng) } else { trouble(rng) },
+            trouble: if second.is_some() { mild_trouble(rng) } else { trouble(rng) },
             ram_pages: RAM_PAGES,
             width,
             maxphyaddr: vcpu.maxphyaddr,
@@ -78,7 +90,7 @@ impl Tables {
         }
         let pdptes = (levels == 3).then(|| std::array::from_fn(|_| recipe.pdpte(rng)));
         let root = if rng.u32(0..30) == 0 { RAM_PAGES * PAGE } else { homes[0] };
-        Tables { root, ncr3, pdptes, entries, homes }
+        Tables { root, second_root, pdptes, entries, homes }
     }
 }
 
@@ -87,21 +99,34 @@ fn mild_trouble(rng: &mut Rng) -> u32 {
     if rng.bool() { 0 } else { trouble(rng) }
 }
 
-struct Npt<'a> {
+/// The tables of the second dimension.
+struct Below<'a> {
     ram: Ram,
     vcpu: &'a Vcpu,
+    second: Second,
     levels: u32,
     width: u8,
     trouble: u32,
     /// By level, the lowest first.
     tables: Vec<Vec<u64>>,
     entries: Vec<u64>,
+    /// Level and GPA of the entries on the paths to L2's tables, those to its root first.
+    paths: Vec<(u32, u64)>,
 }
 
-impl<'a> Npt<'a> {
-    fn new(rng: &mut Rng, ram: Ram, vcpu: &'a Vcpu, levels: u32, pages: &mut Vec<u64>, width: u8) -> Npt<'a> {
+impl<'a> Below<'a> {
+    fn new(
+        rng: &mut Rng,
+        ram: Ram,
+        vcpu: &'a Vcpu,
+        second: Second,
+        pages: &mut Vec<u64>,
+        width: u8,
+    ) -> Below<'a> {
+        let levels = second.levels();
         let tables = (0..levels).map(|_| pages.drain(..NESTED_TABLES).collect()).collect();
-        Npt { ram, vcpu, levels, width, trouble: mild_trouble(rng), tables, entries: Vec::new() }
+        let (entries, paths) = (Vec::new(), Vec::new());
+        Below { ram, vcpu, second, levels, width, trouble: mild_trouble(rng), tables, entries, paths }
     }
 
     /// Picks an nGPA for the page at `gpa` and maps it there, trouble aside.
@@ -131,6 +156,7 @@ impl<'a> Npt<'a> {
                 };
                 self.ram.write(at, self.entry(rng, level, frame));
                 self.entries.push(at);
+                self.paths.push((level, at));
             }
             table = self.ram.read(at) & 0x000f_ffff_ffff_f000;
             if level == leaf_level || table >= RAM_PAGES * PAGE {
@@ -140,7 +166,36 @@ impl<'a> Npt<'a> {
         ngpa
     }
 
+    /// Puts trouble into one entry of a path, at every level alike: few entries are high ones. Often it is the root's path,
+    /// which every address needs.
+    fn spoil(&self, rng: &mut Rng) {
+        if rng.bool() {
+            return;
+        }
+        let (wanted, of_root) = (rng.u32(1..=self.levels), rng.bool());
+        let mut there: Vec<u64> =
+            self.paths.iter().filter(|(level, _)| *level == wanted).map(|(_, at)| *at).collect();
+        if of_root {
+            there.truncate(1);
+        }
+        if let Some(&at) = rng.choice(&there) {
+            let entry = self.ram.read(at);
+            let frame = entry & 0x000f_ffff_ffff_f000 | when(wanted > 1, entry & PAGE_SIZE);
+            // A table of L2 outside memory takes a leaf of its own path.
+            let outside = wanted == 1 && rng.bool();
+            let trouble = if outside { EPT_OUTSIDE } else { rng.u32(1..=EPT_TROUBLES) };
+            self.ram.write(at, self.ept_entry_with(rng, wanted, frame, trouble));
+        }
+    }
+
     fn entry(&self, rng: &mut Rng, level: u32, frame: u64) -> u64 {
+        match self.second {
+            Second::Npt(_) => self.npt_entry(rng, level, frame),
+            Second::Ept => self.ept_entry(rng, level, frame),
+        }
+    }
+
+    fn npt_entry(&self, rng: &mut Rng, level: u32, frame: u64) -> u64 {
         let mut trouble = || rng.u32(0..400) < self.trouble * 3;
         let mut entry = frame | PRESENT | WRITE | USER;
         for bit in [PRESENT, WRITE, USER] {
@@ -157,6 +212,40 @@ impl<'a> Npt<'a> {
             entry |= RAM_PAGES.next_power_of_two() * PAGE;
         }
         entry | rng.u64(..) & (ACCESSED | DIRTY) | when(rng.bool(), rng.u64(..) & (0b11 << 3 | 0x7ff << 52))
+    }
+
+    fn ept_entry(&self, rng: &mut Rng, level: u32, frame: u64) -> u64 {
+        let trouble = if rng.u32(0..100) < self.trouble * 3 { rng.u32(1..=EPT_TROUBLES) } else { 0 };
+        self.ept_entry_with(rng, level, frame, trouble)
+    }
+
+    /// `trouble` is one of [`EPT_TROUBLES`], or 0.
+    fn ept_entry_with(&self, rng: &mut Rng, level: u32, frame: u64, trouble: u32) -> u64 {
+        let mut entry = frame;
+        entry |= match trouble {
+            1 => 0,
+            EPT_EXECUTE_ONLY => EPT_EXECUTE,
+            3 => EPT_READ | EPT_EXECUTE & rng.u64(..),
+            // A misconfiguration.
+            4 => EPT_WRITE | EPT_EXECUTE & rng.u64(..),
+            _ => EPT_READ | EPT_WRITE | EPT_EXECUTE & rng.u64(..),
+        };
+        entry |= when(trouble == EPT_OUTSIDE, RAM_PAGES.next_power_of_two() * PAGE);
+        entry |= when(trouble == 6, reserved_bit(rng, self.vcpu.maxphyaddr));
+        entry ^= when(trouble == 7, PAGE_SIZE);
+        let leaf = level == 1 || entry & PAGE_SIZE != 0;
+        entry |= match (leaf, trouble) {
+            // Memory types that do not exist.
+            (true, 8) => *rng.choice(&[2, 3, 7]).unwrap() << 3,
+            (true, _) => *rng.choice(&[0, 1, 4, 5, 6]).unwrap() << 3,
+            (false, 8) => rng.u64(1..8) << 3,
+            (false, _) => 0,
+        };
+        // Below the frame of a large page, or a bit that an entry of a table has to keep clear.
+        entry |= when(trouble == 9 && level > 1, if leaf { PAGE << rng.u32(0..9) } else { 1 << 6 });
+        // A, D, and ignored bits: the PAT's part of the memory type in a leaf, 11:10, and 63:52.
+        let ignored = 0xf << 8 | 0xfff << 52 | when(leaf, 1 << 6);
+        entry | when(rng.bool(), rng.u64(..) & ignored)
     }
 
     /// Soup for the places that no path of a table uses.
@@ -178,10 +267,24 @@ impl<'a> Npt<'a> {
             for table in self.tables[level - 1].clone() {
                 for index in INDICES {
                     let gpa = table + index * 8;
-                    if self.ram.read(gpa) == 0 {
-                        self.ram.write(gpa, recipe.entry(rng));
-                        self.entries.push(gpa);
+                    if self.ram.read(gpa) != 0 {
+                        continue;
                     }
+                    let entry = match self.second {
+                        // Half of it as it comes, which under EPT is mostly misconfigured.
+                        Second::Ept if rng.bool() => {
+                            let large = matches!(level, 2 | 3) && rng.u32(0..10) == 0;
+                            let frame = if large { PAGE_SIZE } else { *rng.choice(&below).unwrap() };
+                            // A page that can be fetched from alone: only the final access, a read, meets these.
+                            match rng.u32(0..8) {
+                                0 => self.ept_entry_with(rng, level as u32, frame, EPT_EXECUTE_ONLY),
+                                _ => self.ept_entry(rng, level as u32, frame),
+                            }
+                        }
+                        _ => recipe.entry(rng),
+                    };
+                    self.ram.write(gpa, entry);
+                    self.entries.push(gpa);
                 }
             }
         }

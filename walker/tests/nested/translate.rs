@@ -1,26 +1,26 @@
-//! `KVM_TRANSLATE` against the walker, with and without NPT.
+//! `KVM_TRANSLATE` against the walker, with and without a second dimension.
 //!
 //! Walked side by side are the guest's memory (by the kernel) and a copy of it (by the walker, policy `Set`); after each
 //! address all entries are compared, after each set of tables all memory.
-
-use std::collections::BTreeMap;
 
 use fastrand::Rng;
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use libtest_mimic::Failed;
 use pagewalk::{
-    Access, AccessKind, AdPolicy, Backing, ControlRegisters, Dimension, Fault, FaultKind, Gpa, Gva, Memory,
-    NgpaWalk, NoTrace, PageSize, Privilege, Reason, Step, Trace, Translation, Walker, Window,
+    Access, AccessKind, AdPolicy, Backing, ControlRegisters, Dimension, EPT_VIOLATION_GVA_TRANSLATED,
+    EXIT_INFO_1_TABLE, Fault, FaultKind, Gpa, Gva, Memory, NoTrace, PageSize, Privilege, Reason, Step, Trace,
+    Translation, Walker, Window,
 };
 
-use super::guest_mode;
+use super::second::{Root, Second};
 use super::tables::{RAM_PAGES, Tables};
+use super::vmcs12::CR4_VMXE;
 use crate::bed::judge::{Judge, cases};
 use crate::bed::soup::{INDICES, linear_address, twin};
 use crate::bed::{
-    ACCESSED, CR0_NE, CR0_PE, CR0_PG, CR0_WP, CR4_LA57, CR4_PAE, CR4_PKE, CR4_PSE, CR4_SMAP, CR4_SMEP, DIRTY,
-    EFER_LMA, EFER_LME, EFER_NXE, EFER_SVME, Machine, Maker, PAGE, RFLAGS_AC, RFLAGS_FIXED, Ram, Vcpu,
-    long_mode, when,
+    ACCESSED, CR0_NE, CR0_PE, CR0_PG, CR0_WP, CR4_LA57, CR4_PAE, CR4_PCIDE, CR4_PKE, CR4_PSE, CR4_SMAP,
+    CR4_SMEP, EFER_LMA, EFER_LME, EFER_NXE, EFER_SVME, Machine, Maker, PAGE, RFLAGS_AC, RFLAGS_FIXED, Ram,
+    Vcpu, long_mode, when,
 };
 
 const ADDRESSES: u64 = 16;
@@ -33,8 +33,7 @@ pub(crate) struct Modes {
     pub(crate) name: &'static str,
     /// The guest's levels: 0 without paging, 2 and 3 for 32-bit and PAE paging.
     pub(crate) levels: u32,
-    /// NPT's levels, where there is NPT.
-    pub(crate) npt_levels: Option<u32>,
+    pub(crate) second: Option<Second>,
 }
 
 pub(crate) struct Bed {
@@ -44,10 +43,19 @@ pub(crate) struct Bed {
 }
 
 impl Bed {
-    pub(crate) fn new() -> Result<Bed, String> {
+    pub(crate) fn of_amd() -> Result<Bed, String> {
+        Bed::new(Maker::Amd, Maker::Intel)
+    }
+
+    pub(crate) fn of_intel() -> Result<Bed, String> {
+        Bed::new(Maker::Intel, Maker::Amd)
+    }
+
+    /// Every CPU of one maker, and a single one of the other.
+    fn new(maker: Maker, other: Maker) -> Result<Bed, String> {
         let machine = Machine::new(RAM_PAGES * PAGE)?;
         let here = machine.maxphyaddr()?;
-        let wanted = [(Maker::Amd, here), (Maker::Intel, here), (Maker::Amd, 52), (Maker::Amd, 36)];
+        let wanted = [(maker, here), (other, here), (maker, 52), (maker, 36)];
         let mut vcpus = Vec::new();
         for (id, (maker, maxphyaddr)) in wanted.into_iter().enumerate() {
             vcpus.push(machine.vcpu(id as u64, maker, maxphyaddr)?);
@@ -68,7 +76,7 @@ pub(crate) fn judge(bed: &Bed, modes: Modes) -> Result<(), Failed> {
         };
         Round::new(&mut rng, bed, vcpu, modes)?.ask_all(&mut rng, &mut judge)?;
     }
-    judge.finish(&minima(modes))
+    judge.finish(&minima(modes, &bed.machine))
 }
 
 /// One set of tables and registers.
@@ -78,37 +86,40 @@ struct Round<'a> {
     modes: Modes,
     tables: Tables,
     sregs: kvm_sregs,
-    host: ControlRegisters,
+    below: Option<Root>,
     walker: Walker,
 }
 
 impl<'a> Round<'a> {
     fn new(rng: &mut Rng, bed: &'a Bed, vcpu: &'a Vcpu, modes: Modes) -> Result<Self, Failed> {
-        let tables = Tables::cook(rng, bed.machine.ram, vcpu, modes.levels, modes.npt_levels);
+        let tables = Tables::cook(rng, bed.machine.ram, vcpu, modes.levels, modes.second);
         bed.copy.copy_from(bed.machine.ram);
-        let sregs = guest_registers(rng, vcpu, modes, tables.root);
-        let host = host_registers(rng, modes);
-        if modes.npt_levels.is_some() {
-            guest_mode::leave(&vcpu.fd)?;
+        let sregs = guest_registers(rng, bed, vcpu, modes, tables.root);
+        let below = modes.second.zip(tables.second_root).map(|(second, root)| match second {
+            Second::Npt(levels) => Root::Npt(root, host_registers(rng, levels)),
+            Second::Ept => Root::eptp(root, rng.bool()),
+        });
+        if let Some(below) = below {
+            below.leave(vcpu)?;
         }
         vcpu.fd.set_sregs(&sregs)?;
+        let gva_walk = vcpu.gva_walk(&sregs, tables.pdptes)?;
+        let walker = match below {
+            Some(below) => {
+                below.enter(vcpu, &sregs)?;
+                Walker::nested(gva_walk, below.walk(vcpu, true)?)
+            }
+            None => Walker::new(gva_walk),
+        };
         let held = vcpu.fd.get_sregs()?;
         if (held.cr0, held.cr3, held.cr4, held.efer) != (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) {
             return Err(format!("KVM did not keep the registers {sregs:x?}: {held:x?}").into());
         }
-        let gva_walk = vcpu.gva_walk(&sregs, tables.pdptes)?;
-        let walker = match tables.ncr3 {
-            Some(ncr3) => {
-                guest_mode::enter(&vcpu.fd, ncr3, &host)?;
-                Walker::nested(gva_walk, NgpaWalk::npt(ncr3, &host, &vcpu.profile())?)
-            }
-            None => Walker::new(gva_walk),
-        };
         // In guest mode, if there is one: L1 has PDPTE registers of its own.
         if let Some(pdptes) = tables.pdptes {
             vcpu.set_pdptes(&sregs, pdptes)?;
         }
-        Ok(Round { bed, vcpu, modes, tables, sregs, host, walker })
+        Ok(Round { bed, vcpu, modes, tables, sregs, below, walker })
     }
 
     fn ask_all(&self, rng: &mut Rng, judge: &mut Judge) -> Result<(), Failed> {
@@ -116,10 +127,13 @@ impl<'a> Round<'a> {
         let mut access = Access::new(AccessKind::Read, Privilege::Supervisor);
         for number in 0..ADDRESSES {
             if number % (ADDRESSES / 2) == 0 {
-                let (ac, pkru) = (rng.bool(), if rng.bool() { rng.u32(..) } else { 0 });
+                let keys = self.bed.machine.has_keys();
+                let (ac, pkru) = (rng.bool(), if keys && rng.bool() { rng.u32(..) } else { 0 });
                 let rflags = RFLAGS_FIXED | when(ac, RFLAGS_AC);
                 self.vcpu.fd.set_regs(&kvm_regs { rflags, ..kvm_regs::default() })?;
-                self.bed.machine.set_pkru(&self.vcpu.fd, pkru)?;
+                if keys {
+                    self.bed.machine.set_pkru(&self.vcpu.fd, pkru)?;
+                }
                 access = access.with_ac(ac).with_pkru(pkru);
             }
             let gva = self.address(rng);
@@ -177,29 +191,35 @@ impl<'a> Round<'a> {
             }
         }
         let mut trace = Trace::new();
-        let before: BTreeMap<u64, u64> =
-            self.tables.entries.iter().map(|gpa| (*gpa, self.bed.copy.read(*gpa))).collect();
         let outcome = self.walker.translate_with(&memory, Gva(taken_for), access, AdPolicy::Set, &mut trace);
         match outcome {
             Ok(page) => {
                 judge.count(size_class(page), 0);
                 judge.count_if("mapped without backing", page.backing == Backing::None);
+                judge.count_if(
+                    "mapped by a large guest page",
+                    matches!(page.page_size, PageSize::Size2M | PageSize::Size4M | PageSize::Size1G),
+                );
+                judge.count_if("mapped under PCID", self.sregs.cr4 & CR4_PCIDE != 0);
                 let changed = |step: &Step, bit| {
-                    before
-                        .get(&step.entry_gpa.0)
-                        .is_some_and(|was| was & bit == 0 && self.bed.copy.read(step.entry_gpa.0) & bit != 0)
+                    // PDPTE registers have neither bit.
+                    let register =
+                        step.dimension == Dimension::Guest && (self.modes.levels, step.level) == (3, 3);
+                    let now = u64::from(self.bed.copy.read_u32(step.entry_gpa.0));
+                    !register && step.entry & bit == 0 && now & bit != 0
                 };
-                for (dimension, accessed, dirty) in [
-                    (
-                        Dimension::Guest,
-                        "accessed bit set in the guest's entry",
-                        "dirty bit set in the guest's entry",
-                    ),
-                    (Dimension::Nested, "accessed bit set in NPT's entry", "dirty bit set in NPT's entry"),
+                let steps = |dimension| trace.steps().iter().filter(move |step| step.dimension == dimension);
+                let mut guest = steps(Dimension::Guest);
+                judge.count_if(
+                    "accessed bit set in the guest's entry",
+                    guest.any(|step| changed(step, ACCESSED)),
+                );
+                let (accessed, dirty) = self.below.map_or((0, 0), |below| below.accessed_dirty());
+                for (class, bit) in [
+                    ("accessed bit set in a nested entry", accessed),
+                    ("dirty bit set in a nested entry", dirty),
                 ] {
-                    let steps = || trace.steps().iter().filter(|step| step.dimension == dimension);
-                    judge.count_if(accessed, steps().any(|step| changed(step, ACCESSED)));
-                    judge.count_if(dirty, steps().any(|step| changed(step, DIRTY)));
+                    judge.count_if(class, steps(Dimension::Nested).any(|step| changed(step, bit)));
                 }
                 Some(page)
             }
@@ -216,6 +236,7 @@ impl<'a> Round<'a> {
     /// KVM commits a nested walk as soon as that is done, whatever becomes of the guest's walk; policy `Set` commits
     /// nothing of a refused walk. Does to the copy what KVM does.
     fn commit_finished_nested_walks(&self, steps: &[Step]) -> bool {
+        let (accessed, dirty) = self.below.map_or((0, 0), |below| below.accessed_dirty());
         let memory = Window::new(self.bed.copy.words());
         let mut changed = false;
         for finished in steps.split_inclusive(|step| step.dimension == Dimension::Guest) {
@@ -224,9 +245,8 @@ impl<'a> Round<'a> {
                 break;
             }
             for (at, step) in nested.iter().enumerate() {
-                let dirty = when(at + 1 == nested.len(), DIRTY);
                 let entry = self.bed.copy.read(step.entry_gpa.0);
-                let wanted = entry | ACCESSED | dirty;
+                let wanted = entry | accessed | when(at + 1 == nested.len(), dirty);
                 changed |= wanted != entry;
                 let _ = memory.compare_exchange_u64(Gpa(step.entry_gpa.0), entry, wanted);
             }
@@ -239,15 +259,14 @@ impl<'a> Round<'a> {
         let mut trace = Trace::new();
         let outcome = self.walker.translate_with(&memory, Gva(gva), access, AdPolicy::Observe, &mut trace);
         let mut text = format!(
-            "  {:?} MAXPHYADDR {} CR0 {:#x} CR3 {:#x} CR4 {:#x} EFER {:#x} nCR3 {:x?} host {:x?} GVA {gva:#x} {access:x?}\n  now {outcome:x?}",
+            "  {:?} MAXPHYADDR {} CR0 {:#x} CR3 {:#x} CR4 {:#x} EFER {:#x} below {:x?} GVA {gva:#x} {access:x?}\n  now {outcome:x?}",
             self.vcpu.maker,
             self.vcpu.maxphyaddr,
             self.sregs.cr0,
             self.sregs.cr3,
             self.sregs.cr4,
             self.sregs.efer,
-            self.tables.ncr3,
-            self.host
+            self.below
         );
         for step in trace.steps() {
             text += &format!(
@@ -259,16 +278,18 @@ impl<'a> Round<'a> {
     }
 }
 
-fn guest_registers(rng: &mut Rng, vcpu: &Vcpu, modes: Modes, root: u64) -> kvm_sregs {
+fn guest_registers(rng: &mut Rng, bed: &Bed, vcpu: &Vcpu, modes: Modes, root: u64) -> kvm_sregs {
     let mut sregs = vcpu.reset;
-    // CR3's low bits select cacheability, not a root.
-    long_mode(&mut sregs, root | rng.u64(0..4) << 3);
+    let pcid = modes.levels > 3 && bed.machine.has_pcid() && rng.bool();
+    // CR3's low bits select cacheability, or are a PCID; none is part of the root.
+    long_mode(&mut sregs, root | if pcid { rng.u64(0..PAGE) } else { rng.u64(0..4) << 3 });
+    sregs.cr4 |= when(pcid, CR4_PCIDE);
     sregs.cr0 &= !when(rng.bool(), CR0_WP);
     sregs.efer &= !when(rng.u32(0..3) == 0, EFER_NXE);
     sregs.cr4 |= when(modes.levels == 5, CR4_LA57);
     sregs.cr4 |= when(rng.bool(), CR4_SMEP);
     sregs.cr4 |= when(rng.u32(0..3) == 0, CR4_SMAP);
-    sregs.cr4 |= when(rng.bool(), CR4_PKE);
+    sregs.cr4 |= when(bed.machine.has_keys() && rng.bool(), CR4_PKE);
     if modes.levels < 4 {
         sregs.cr0 &= !when(modes.levels == 0, CR0_PG);
         sregs.cr4 &= !when(modes.levels < 3, CR4_PAE);
@@ -277,17 +298,21 @@ fn guest_registers(rng: &mut Rng, vcpu: &Vcpu, modes: Modes, root: u64) -> kvm_s
         sregs.cs.l = 0;
         sregs.cs.db = 1;
     }
-    sregs.efer |= when(modes.npt_levels.is_some(), EFER_SVME);
+    match modes.second {
+        Some(Second::Npt(_)) => sregs.efer |= EFER_SVME,
+        Some(Second::Ept) => sregs.cr4 |= CR4_VMXE,
+        None => {}
+    }
     sregs
 }
 
 /// L1's registers at VMRUN. WP, SMEP, SMAP and PKE must not matter to NPT.
-fn host_registers(rng: &mut Rng, modes: Modes) -> ControlRegisters {
+fn host_registers(rng: &mut Rng, npt_levels: u32) -> ControlRegisters {
     ControlRegisters {
         cr0: CR0_PE | CR0_NE | CR0_PG | when(rng.bool(), CR0_WP),
         cr3: 0,
         cr4: CR4_PAE
-            | when(modes.npt_levels == Some(5), CR4_LA57)
+            | when(npt_levels == 5, CR4_LA57)
             | when(rng.bool(), CR4_SMEP)
             | when(rng.bool(), CR4_SMAP)
             | when(rng.bool(), CR4_PKE),
@@ -330,25 +355,35 @@ fn count_fault(fault: &Fault, judge: &mut Judge) {
         (Dimension::Guest, Reason::TableUnbacked) => "guest: table outside memory, level",
         (Dimension::Guest, Reason::Smap) => "guest: SMAP",
         (Dimension::Guest, Reason::ProtectionKey) => "guest: protection key",
-        (Dimension::Nested, Reason::NotPresent) => "NPT: not present, level",
-        (Dimension::Nested, Reason::ReservedBits) => "NPT: reserved, level",
-        (Dimension::Nested, Reason::TableUnbacked) => "NPT: table outside memory, level",
-        (Dimension::Nested, Reason::SupervisorPage) => "NPT: supervisor page, level",
-        (Dimension::Nested, Reason::ReadOnly) => "NPT: read-only, level",
+        (Dimension::Nested, Reason::NotPresent) => "nested: not present, level",
+        (Dimension::Nested, Reason::ReservedBits) => "nested: reserved, level",
+        (Dimension::Nested, Reason::TableUnbacked) => "nested: table outside memory, level",
+        (Dimension::Nested, Reason::SupervisorPage) => "nested: supervisor page, level",
+        (Dimension::Nested, Reason::ReadOnly) => "nested: read-only, level",
+        (Dimension::Nested, Reason::NotReadable) => "nested: not readable, level",
+        (Dimension::Nested, Reason::WriteWithoutRead) => "nested: writable and not readable, level",
+        (Dimension::Nested, Reason::MemoryType) => "nested: memory type, level",
         _ => "refused otherwise",
     };
     let leveled = class.ends_with("level");
     judge.count(class, if leveled { u64::from(fault.level) } else { 0 });
-    if let FaultKind::NestedPageFault { exit_info_1 } = fault.kind {
-        let table = exit_info_1 & pagewalk::EXIT_INFO_1_TABLE != 0;
-        judge.count(if table { "NPF for a table" } else { "NPF for the final address" }, 0);
+    let of_table = match fault.kind {
+        FaultKind::NestedPageFault { exit_info_1 } => Some(exit_info_1 & EXIT_INFO_1_TABLE != 0),
+        FaultKind::EptViolation { exit_qualification } => {
+            Some(exit_qualification & EPT_VIOLATION_GVA_TRANSLATED == 0)
+        }
+        _ => None,
+    };
+    if let Some(of_table) = of_table {
+        let class = if of_table { "nested fault for a table" } else { "nested fault for the final address" };
+        judge.count(class, 0);
     }
 }
 
-fn minima(modes: Modes) -> Vec<(&'static str, Option<u64>, u64)> {
+fn minima(modes: Modes, machine: &Machine) -> Vec<(&'static str, Option<u64>, u64)> {
     let mut minima = Vec::new();
     let levels = u64::from(modes.levels);
-    let npt_levels = u64::from(modes.npt_levels.unwrap_or(0));
+    let second_levels = modes.second.map_or(0, |second| second.levels().into());
     // A PDPTE register lies in no table, and holds no reserved bits.
     for level in 1..=if levels == 3 { 2 } else { levels } {
         minima.extend([
@@ -359,20 +394,33 @@ fn minima(modes: Modes) -> Vec<(&'static str, Option<u64>, u64)> {
             minima.push(("guest: reserved, level", Some(level), if level == 1 { 60 } else { 150 }));
         }
     }
-    for level in 1..=npt_levels {
+    // EPT is judged with fewer cases: a class that few sets of tables lead to may be small.
+    let least = if modes.second == Some(Second::Ept) { 60 } else { 200 };
+    for level in 1..=second_levels {
         minima.extend([
-            ("NPT: not present, level", Some(level), 200),
-            ("NPT: reserved, level", Some(level), 200),
-            ("NPT: supervisor page, level", Some(level), 200),
+            ("nested: not present, level", Some(level), least),
+            ("nested: reserved, level", Some(level), least),
         ]);
-        if levels > 0 {
-            minima.push(("NPT: read-only, level", Some(level), 200));
+        if modes.second == Some(Second::Ept) {
+            minima.push(("nested: writable and not readable, level", Some(level), least));
+        } else {
+            minima.push(("nested: supervisor page, level", Some(level), 200));
         }
-        if level + 1 < npt_levels {
-            minima.push(("NPT: table outside memory, level", Some(level), 200));
+        if levels > 0 {
+            minima.push(("nested: read-only, level", Some(level), least));
+        }
+        if level + 1 < second_levels {
+            minima.push(("nested: table outside memory, level", Some(level), least));
         }
     }
-    let sizes: &[(&str, u64)] = match (levels, npt_levels) {
+    if modes.second == Some(Second::Ept) {
+        minima.extend([
+            ("nested: memory type, level", Some(1), 200),
+            // L2's tables are written: there, execute-only counts as read-only.
+            ("nested: not readable, level", None, if levels == 0 { 500 } else { least }),
+        ]);
+    }
+    let sizes: &[(&str, u64)] = match (levels, second_levels) {
         (0, 0) => &[("mapped unpaged", 200_000)],
         (2, 0) => &[("mapped 4 KiB", 20_000), ("mapped 4 MiB", 5_000)],
         (3, 0) => &[("mapped 4 KiB", 20_000), ("mapped 2 MiB", 5_000)],
@@ -381,6 +429,12 @@ fn minima(modes: Modes) -> Vec<(&'static str, Option<u64>, u64)> {
             ("mapped unpaged over 4 KiB", 20_000),
             ("mapped unpaged over 2 MiB", 5_000),
             ("mapped unpaged over 1 GiB", 5_000),
+        ],
+        (2.., _) if modes.second == Some(Second::Ept) => &[
+            ("mapped 4 KiB over 4 KiB", 5_000),
+            ("mapped 4 KiB over 2 MiB", 1_500),
+            ("mapped 4 KiB over 1 GiB", 1_500),
+            ("mapped by a large guest page", 500),
         ],
         (2, _) => &[
             ("mapped 4 KiB over 4 KiB", 5_000),
@@ -408,23 +462,32 @@ fn minima(modes: Modes) -> Vec<(&'static str, Option<u64>, u64)> {
         ]);
     }
     if levels > 3 {
-        minima.extend([("guest: protection key", None, 1_000), ("non-canonical", None, 5_000)]);
+        minima.push(("non-canonical", None, 5_000));
+        if machine.has_keys() {
+            minima.push(("guest: protection key", None, 1_000));
+        }
+        if machine.has_pcid() {
+            minima.push(("mapped under PCID", None, 5_000));
+        }
     }
-    if npt_levels > 0 {
+    if second_levels > 0 {
         minima.extend([
-            ("NPF for the final address", None, 2_000),
-            ("accessed bit set in NPT's entry", None, 2_000),
+            ("nested fault for the final address", None, 2_000),
+            ("accessed bit set in a nested entry", None, 2_000),
         ]);
     }
-    if levels > 3 && npt_levels > 0 {
+    if levels > 3 && matches!(modes.second, Some(Second::Npt(_))) {
         minima.extend([
             ("mapped 1 GiB over 4 KiB", None, 200),
             ("mapped 1 GiB over 2 MiB", None, 20),
             ("mapped 1 GiB over 1 GiB", None, 50),
         ]);
     }
-    if levels > 0 && npt_levels > 0 {
-        minima.extend([("NPF for a table", None, 20_000), ("dirty bit set in NPT's entry", None, 1_000)]);
+    if levels > 0 && second_levels > 0 {
+        minima.extend([
+            ("nested fault for a table", None, 20_000),
+            ("dirty bit set in a nested entry", None, 1_000),
+        ]);
     }
     minima
 }

@@ -9,7 +9,7 @@
 //! leaves of every size in both dimensions, MAXPHYADDR of 36, 52 and the host's, and PCIDs. `KVM_SET_NESTED_STATE` puts the
 //! vCPU into guest mode. What `judge_translate` and `judge_nested` say of the ioctl holds here too, and:
 //! - KVM takes every access to L2's tables for a write, also where EPT has no accessed and dirty bits and a CPU would read.
-//!   So does the walker here, by `EptControls::tables_written`.
+//!   So does the walker here, by `EptControls::tables_written`; by rule, counted where the walker would map otherwise.
 //! - The access is a read of data: EPT's execute bit is never decided.
 //! - Neither a violation nor a misconfiguration has a name: the ioctl answers valid or not.
 //! - The emulated CPU has neither 5-level paging nor protection keys.

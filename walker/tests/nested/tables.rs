@@ -21,6 +21,7 @@ const EPT_EXECUTE: u64 = 1 << 2;
 /// Kinds of trouble that an entry of EPT can have.
 const EPT_TROUBLES: u32 = 9;
 const EPT_EXECUTE_ONLY: u32 = 2;
+const EPT_READ_ONLY: u32 = 3;
 const EPT_OUTSIDE: u32 = 5;
 /// Tables of each level of the second dimension.
 const NESTED_TABLES: usize = 3;
@@ -72,18 +73,20 @@ impl Tables {
             maxphyaddr: vcpu.maxphyaddr,
             gib_pages: vcpu.gib_pages && levels > 3,
         };
+        // Where no accessed bit is left to be set, tables need not be written under EPT.
+        let accessed = when(second == Some(Second::Ept) && rng.bool(), ACCESSED);
         for table in guest_tables {
             for index in INDICES {
                 if levels == 2 {
                     for index in [index, index + 512] {
                         let gpa = table + index * 4;
-                        ram.write_u32(gpa, recipe.entry_of_two_levels(rng));
+                        ram.write_u32(gpa, recipe.entry_of_two_levels(rng) | accessed as u32);
                         entries.push(gpa & !7);
                     }
                 } else {
                     let gpa = table + index * 8;
                     let entry = if levels == 3 { recipe.entry_of_pae(rng) } else { recipe.entry(rng) };
-                    ram.write(gpa, entry);
+                    ram.write(gpa, entry | accessed);
                     entries.push(gpa);
                 }
             }
@@ -182,8 +185,11 @@ impl<'a> Below<'a> {
             let entry = self.ram.read(at);
             let frame = entry & 0x000f_ffff_ffff_f000 | when(wanted > 1, entry & PAGE_SIZE);
             // A table of L2 outside memory takes a leaf of its own path.
-            let outside = wanted == 1 && rng.bool();
-            let trouble = if outside { EPT_OUTSIDE } else { rng.u32(1..=EPT_TROUBLES) };
+            let trouble = match rng.u32(0..4) {
+                0 | 1 if wanted == 1 => EPT_OUTSIDE,
+                2 => EPT_READ_ONLY,
+                _ => rng.u32(1..=EPT_TROUBLES),
+            };
             self.ram.write(at, self.ept_entry_with(rng, wanted, frame, trouble));
         }
     }
@@ -225,7 +231,7 @@ impl<'a> Below<'a> {
         entry |= match trouble {
             1 => 0,
             EPT_EXECUTE_ONLY => EPT_EXECUTE,
-            3 => EPT_READ | EPT_EXECUTE & rng.u64(..),
+            EPT_READ_ONLY => EPT_READ | EPT_EXECUTE & rng.u64(..),
             // A misconfiguration.
             4 => EPT_WRITE | EPT_EXECUTE & rng.u64(..),
             _ => EPT_READ | EPT_WRITE | EPT_EXECUTE & rng.u64(..),

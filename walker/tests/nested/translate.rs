@@ -23,6 +23,8 @@ use crate::bed::{
     Vcpu, long_mode, when,
 };
 
+/// What `EptControls::tables_written` is for.
+const WRITES_ALONE: &str = "refused since KVM writes a table that a CPU reads";
 const ADDRESSES: u64 = 16;
 /// The vCPU whose MAXPHYADDR is 36: KVM takes every CPU's 4 MiB pages to have addresses of 36 bits.
 const WITH_36_BITS: usize = 3;
@@ -88,6 +90,8 @@ struct Round<'a> {
     sregs: kvm_sregs,
     below: Option<Root>,
     walker: Walker,
+    /// The same as a CPU walks, where KVM writes what a CPU reads.
+    cpu: Option<Walker>,
 }
 
 impl<'a> Round<'a> {
@@ -104,9 +108,13 @@ impl<'a> Round<'a> {
         }
         vcpu.fd.set_sregs(&sregs)?;
         let gva_walk = vcpu.gva_walk(&sregs, tables.pdptes)?;
+        let mut cpu = None;
         let walker = match below {
             Some(below) => {
                 below.enter(vcpu, &sregs)?;
+                if modes.second == Some(Second::Ept) {
+                    cpu = Some(Walker::nested(gva_walk.clone(), below.walk(vcpu, false)?));
+                }
                 Walker::nested(gva_walk, below.walk(vcpu, true)?)
             }
             None => Walker::new(gva_walk),
@@ -119,7 +127,7 @@ impl<'a> Round<'a> {
         if let Some(pdptes) = tables.pdptes {
             vcpu.set_pdptes(&sregs, pdptes)?;
         }
-        Ok(Round { bed, vcpu, modes, tables, sregs, below, walker })
+        Ok(Round { bed, vcpu, modes, tables, sregs, below, walker, cpu })
     }
 
     fn ask_all(&self, rng: &mut Rng, judge: &mut Judge) -> Result<(), Failed> {
@@ -225,6 +233,11 @@ impl<'a> Round<'a> {
             }
             Err(fault) => {
                 count_fault(&fault, judge);
+                if self.cpu.as_ref().is_some_and(|cpu| cpu.translate(&memory, Gva(taken_for), access).is_ok())
+                {
+                    judge.count(WRITES_ALONE, 0);
+                    judge.exempt(WRITES_ALONE);
+                }
                 if self.commit_finished_nested_walks(trace.steps()) {
                     judge.exempt("refused, with accessed or dirty bits of finished nested walks set");
                 }
@@ -475,6 +488,9 @@ fn minima(modes: Modes, machine: &Machine) -> Vec<(&'static str, Option<u64>, u6
             ("nested fault for the final address", None, 2_000),
             ("accessed bit set in a nested entry", None, 2_000),
         ]);
+    }
+    if levels > 0 && modes.second == Some(Second::Ept) {
+        minima.push((WRITES_ALONE, None, 60));
     }
     if levels > 3 && matches!(modes.second, Some(Second::Npt(_))) {
         minima.extend([

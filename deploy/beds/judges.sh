@@ -23,6 +23,7 @@ amd-nested|kvm_amd nested: L2 2-level, PAE, 4-, 5-level over NPT of 4, 5|nested-
 amd-executing|Executing in the nested bed: #PF, EXITINFO1, SMEP, SMAP, PKU, A/D|nested-amd|1000|100000|0|nested-amd-vmrun-* nested-amd-keys-execution-* nested-amd-kvm-execution-*
 intel-translate|kvm_intel in Bochs, KVM_TRANSLATE: unpaged, 2-level, PAE, 4-level|nested-intel|10000|0|0|nested-intel-translate-unpaged nested-intel-translate-2 nested-intel-translate-pae nested-intel-translate-4
 intel-nested|kvm_intel nested: L2 unpaged, 2-level, PAE, 4-level over 4-level EPT|nested-intel|10000|20000|0|nested-intel-ept-unpaged nested-intel-ept-2 nested-intel-ept-pae nested-intel-ept-4
+intel-exit|kvm_intel in Bochs: executed accesses of an L2, exit qualification as L1 sees it|nested-intel|1000|5000|0|nested-intel-vmentry-unpaged nested-intel-vmentry-2 nested-intel-vmentry-pae nested-intel-vmentry-4
 tcg-mmu|QEMU's own MMU on stock Linux, every `info tlb` entry|qemu|1|0|0|linux-4-level-info-tlb linux-5-level-info-tlb linux-2-level-info-tlb linux-pae-info-tlb
 oracle|The independent oracle, odometer and soup||5000000|0|0|oracle
 exhaustive|Loop-free rules, every input: reserved bits, canonicality, rights, keys||30000000|0|0|exhaustive

@@ -13,6 +13,9 @@
 //! - The access is a read of data: EPT's execute bit is never decided.
 //! - Neither a violation nor a misconfiguration has a name: the ioctl answers valid or not.
 //! - The emulated CPU has neither 5-level paging nor protection keys.
+//!
+//! # `nested-intel-vmentry-*`: accesses that an L2 executes
+//! What L1 sees of them over EPT, and what they leave in accessed and dirty bits: see `nested/vmentry/mod.rs`.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that reports on standard output")]
 
@@ -23,6 +26,7 @@ use bed::boot::{Boot, boot, inside};
 use libtest_mimic::{Arguments, Trial};
 use nested::second::Second;
 use nested::translate::{Bed, Modes, judge};
+use pagewalk::PagingMode;
 
 const MODES: [Modes; 8] = [
     Modes { name: "translate-unpaged", levels: 0, second: None },
@@ -33,6 +37,14 @@ const MODES: [Modes; 8] = [
     Modes { name: "ept-2", levels: 2, second: Some(Second::Ept) },
     Modes { name: "ept-pae", levels: 3, second: Some(Second::Ept) },
     Modes { name: "ept-4", levels: 4, second: Some(Second::Ept) },
+];
+
+/// Name, and the mode of L2.
+const VMENTRY: [(&str, PagingMode); 4] = [
+    ("vmentry-unpaged", PagingMode::None),
+    ("vmentry-2", PagingMode::TwoLevel),
+    ("vmentry-pae", PagingMode::Pae),
+    ("vmentry-4", PagingMode::FourLevel),
 ];
 
 const BED: &str = "nested-intel";
@@ -46,11 +58,13 @@ fn main() {
 
 fn judges() -> Vec<Trial> {
     let trial = |modes: Modes| Trial::test(modes.name, move || judge(&Bed::of_intel()?, modes));
-    MODES.into_iter().map(trial).collect()
+    let execution = |(name, mode)| Trial::test(name, move || nested::vmentry::judge(name, mode));
+    MODES.into_iter().map(trial).chain(VMENTRY.map(execution)).collect()
 }
 
 fn boots() -> Vec<Trial> {
-    let judges = MODES.map(|modes| modes.name);
+    let judges: Vec<&str> =
+        MODES.iter().map(|modes| modes.name).chain(VMENTRY.iter().map(|(name, _)| *name)).collect();
     let run = move || {
         boot(&Boot {
             bed: BED,

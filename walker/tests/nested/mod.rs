@@ -7,4 +7,5 @@ pub(crate) mod second;
 pub(crate) mod tables;
 pub(crate) mod translate;
 pub(crate) mod vmcs12;
+pub(crate) mod vmentry;
 pub(crate) mod vmrun;

@@ -6,8 +6,8 @@
 
 use kvm_bindings::nested::{KvmNestedStateBuffer, kvm_nested_state__data, kvm_vmx_nested_state_data};
 use kvm_bindings::{
-    KVM_STATE_NESTED_FORMAT_VMX, KVM_STATE_NESTED_GUEST_MODE, kvm_segment, kvm_sregs,
-    kvm_vmx_nested_state_hdr,
+    KVM_STATE_NESTED_FORMAT_VMX, KVM_STATE_NESTED_GUEST_MODE, KVM_STATE_NESTED_RUN_PENDING, kvm_segment,
+    kvm_sregs, kvm_vmx_nested_state_hdr,
 };
 use kvm_ioctls::VcpuFd;
 use pagewalk::mode::{CR0_PG, EFER_LMA};
@@ -181,9 +181,9 @@ fn access_rights(segment: &kvm_segment) -> u32 {
     rights | when(unusable != 0, UNUSABLE.into()) as u32
 }
 
-/// Enters guest mode.
+/// Enters guest mode. KVM takes the entry to be still under way: of an L2 that has been running it would not load EFER.
 pub(crate) fn enter(vcpu: &VcpuFd, vmcs: &Vmcs12) -> Result<(), String> {
-    let mut state = state(KVM_STATE_NESTED_GUEST_MODE, VMXON, VMCS);
+    let mut state = state(KVM_STATE_NESTED_GUEST_MODE | KVM_STATE_NESTED_RUN_PENDING, VMXON, VMCS);
     state.size += VMCS12_BYTES as u32;
     let data = kvm_vmx_nested_state_data { vmcs12: vmcs.bytes, shadow_vmcs12: [0; VMCS12_BYTES] };
     state.data = kvm_nested_state__data { vmx: data };

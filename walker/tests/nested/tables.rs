@@ -186,8 +186,8 @@ impl<'a> Below<'a> {
             let frame = entry & 0x000f_ffff_ffff_f000 | when(wanted > 1, entry & PAGE_SIZE);
             // A table of L2 outside memory takes a leaf of its own path.
             let trouble = match rng.u32(0..4) {
-                0 | 1 if wanted == 1 => EPT_OUTSIDE,
-                2 => EPT_READ_ONLY,
+                0 if wanted == 1 => EPT_OUTSIDE,
+                1 => EPT_READ_ONLY,
                 _ => rng.u32(1..=EPT_TROUBLES),
             };
             self.ram.write(at, self.ept_entry_with(rng, wanted, frame, trouble));

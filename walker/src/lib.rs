@@ -25,6 +25,7 @@ extern crate std;
 mod access;
 mod accessed_dirty;
 mod addr;
+mod batch;
 mod descent;
 mod entry;
 mod ept;
@@ -50,6 +51,7 @@ mod window;
 
 pub use access::{Access, AccessKind, Privilege};
 pub use addr::{Gpa, Gva, NestedGpa, is_canonical};
+pub use batch::PageWord;
 pub use ept::{
     EPT_VIOLATION_EXECUTABLE, EPT_VIOLATION_FETCH, EPT_VIOLATION_GVA_TRANSLATED, EPT_VIOLATION_GVA_VALID,
     EPT_VIOLATION_NO_EXECUTE_PAGE, EPT_VIOLATION_READ, EPT_VIOLATION_READABLE, EPT_VIOLATION_SHADOW_STACK,

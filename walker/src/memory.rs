@@ -48,6 +48,12 @@ pub trait Memory {
     /// Says why nothing was written.
     fn compare_exchange_u64(&self, gpa: Gpa, current: u64, new: u64) -> Result<(), ExchangeError>;
 
+    /// Hints that the word at `gpa` will soon be loaded. Does nothing that can be seen, wherever `gpa` leads.
+    #[inline]
+    fn prefetch(&self, gpa: Gpa) {
+        let _ = gpa;
+    }
+
     /// What lies behind `gpa`.
     fn backing(&self, gpa: Gpa) -> Backing;
 
@@ -97,6 +103,11 @@ impl<M: Memory + ?Sized> Memory for &M {
     #[inline]
     fn load_in_table(&self, table: Gpa, offset: u64) -> Option<u64> {
         (**self).load_in_table(table, offset)
+    }
+
+    #[inline]
+    fn prefetch(&self, gpa: Gpa) {
+        (**self).prefetch(gpa);
     }
 
     #[inline]

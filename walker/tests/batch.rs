@@ -1,0 +1,272 @@
+//! A batch is as many single walks: the same answers, element by element, whatever a guest puts into its memory.
+//!
+//! Every paging mode, every second dimension, hostile tables: setups are made of bytes as the fuzz targets make them, from
+//! seeds that are fixed and one that is drawn anew (`PAGEWALK_SEED` repeats a run).
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    unreachable_pub,
+    reason = "a test, and what it takes from the fuzz targets"
+)]
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use pagewalk::{
+    Access, Backing, ExchangeError, Fault, Gpa, Gva, Memory, NgpaWalk, PageSize, PageWalk, PageWord,
+    PagingMode, Walker, Window,
+};
+
+#[allow(dead_code, reason = "the fuzz targets need more")]
+#[path = "../fuzz/src/input.rs"]
+mod input;
+mod memory {
+    /// Pages of memory.
+    pub const PAGES: u64 = 16;
+}
+#[path = "../fuzz/src/setup.rs"]
+mod setup;
+
+use input::Input;
+use memory::PAGES;
+
+/// Seeds of every run.
+const KEPT: [u64; 3] = [1, 2, 3];
+/// Indices that entries are put at and addresses are made of.
+const INDICES: [u64; 20] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 255, 256, 510, 511];
+
+/// Memory that can be asked for a word and no more; its last page is read-only.
+struct Plain<'a>(&'a [AtomicU64]);
+
+impl Memory for Plain<'_> {
+    fn load_u64(&self, gpa: Gpa) -> Option<u64> {
+        assert_eq!(gpa.0 % 8, 0, "an entry is loaded at its own address");
+        self.0.get(usize::try_from(gpa.0 / 8).unwrap()).map(|word| word.load(Ordering::Relaxed))
+    }
+
+    fn compare_exchange_u64(&self, _: Gpa, _: u64, _: u64) -> Result<(), ExchangeError> {
+        panic!("a batch changes nothing");
+    }
+
+    fn backing(&self, gpa: Gpa) -> Backing {
+        match gpa.0 >> 12 {
+            page if page < PAGES - 1 => Backing::Ram,
+            page if page < PAGES => Backing::ReadOnly,
+            _ => Backing::None,
+        }
+    }
+}
+
+/// Walks `gvas` as a batch, and one by one, and compares.
+fn compare<M: Memory>(walker: &Walker, memory: &M, access: &Access, gvas: &[u64]) -> Vec<Result<u64, Fault>> {
+    const UNTOUCHED: u64 = 0x5555;
+    let mut words = vec![UNTOUCHED; gvas.len() + 1];
+    let mut faults = Vec::new();
+    walker.translate_batch(memory, access, gvas, &mut words, &mut |at, fault| faults.push((at, fault)));
+    assert_eq!(words.pop(), Some(UNTOUCHED), "a word too many");
+    let mut faults = faults.into_iter();
+    let answers = gvas.iter().zip(&words).enumerate().map(|(at, (gva, word))| {
+        let single = walker.translate(memory, Gva(*gva), access);
+        match single {
+            Ok(page) => {
+                let batched = PageWord::from_bits(*word);
+                assert_eq!(
+                    batched,
+                    PageWord::of(&page),
+                    "element {at} of {}: GVA {gva:#x}, {page:?}, {access:?}, {walker:?}",
+                    gvas.len()
+                );
+                assert_eq!(batched.gpa(*gva), Some(page.gpa));
+                Ok(*word)
+            }
+            Err(fault) => {
+                assert_eq!(*word, 0, "element {at}: GVA {gva:#x}, {fault:?}, {access:?}, {walker:?}");
+                assert_eq!(faults.next(), Some((at, fault)), "GVA {gva:#x}, {access:?}, {walker:?}");
+                Err(fault)
+            }
+        }
+    });
+    let answers = answers.collect();
+    assert_eq!(faults.next(), None, "a fault too many");
+    answers
+}
+
+fn address(rng: &mut fastrand::Rng) -> u64 {
+    let made = (0..5).fold(0, |gva, _| gva << 9 | rng.choice(INDICES).unwrap()) << 12 | rng.u64(..4096);
+    match rng.u32(..8) {
+        0..=2 => ((made << 16) as i64 >> 16) as u64,
+        3 => ((made << 7) as i64 >> 7) as u64,
+        4 => made & 0xffff_ffff,
+        5 => made & (PAGES << 12 | 0xffff),
+        6 => rng.u64(..) >> rng.u32(..64),
+        _ => rng.u64(..),
+    }
+}
+
+/// Addresses one after the other, near one another, or all over.
+fn column(rng: &mut fastrand::Rng) -> Vec<u64> {
+    let length = [0, 1, 3, 63, 64, 65, 200, 300][rng.usize(..8)];
+    let base = address(rng);
+    let near = [0, 0xf_ffff, 0xfff_ffff, 0x7f_ffff_ffff][rng.usize(..4)];
+    let shape = rng.u32(..4);
+    (0..length)
+        .map(|at| match shape {
+            0 => base.wrapping_add(at << 12),
+            1 => base ^ (address(rng) & near),
+            _ => address(rng),
+        })
+        .collect()
+}
+
+/// Any entry.
+fn entry(rng: &mut fastrand::Rng) -> u64 {
+    let word = rng.u64(..);
+    let table = word & 0x0000_ffff_0000_ffff;
+    match rng.u32(..8) {
+        0 | 1 => table & 0xffff & !0x38 | 0x7,
+        2 => table & 0xf700 | 0x7,
+        3 => table & 0xffff & !0x38 | 0x37,
+        4 => table | 7 << 32 | 7,
+        5 => table & 0xffff & !0x1000 | 0x87,
+        6 => table & 0xffff | word & 0xfff0_0000_0000_0000 | 1,
+        _ => word,
+    }
+}
+
+/// Entries for every page: wild ones, or for most such as walks get somewhere with. A sound entry refers to a page as far from
+/// its own as is even, so that the tables of two dimensions, whose formats may differ, can be told apart.
+fn fill(rng: &mut fastrand::Rng, walker: &Walker, mut put: impl FnMut(usize, u64)) {
+    let wild = [1, 2, 40, 200, 200][rng.usize(..5)];
+    let guest = walker.gva_walk();
+    let second = walker.ngpa_walk().map(NgpaWalk::page_walk);
+    let own = |walk: &PageWalk, page: u64| (walk.root() >> 12 ^ page) & 1 == 0;
+    for page in 0..PAGES {
+        let format = second.filter(|second| own(second, page)).map_or(guest.format(), PageWalk::format);
+        for index in INDICES {
+            let half = |rng: &mut fastrand::Rng| {
+                let large = match rng.u32(..12) {
+                    0 => 0x80,
+                    _ => 0,
+                };
+                let used = if format.is_ept() { 0 } else { 0x60 };
+                let right = if rng.u32(..20) == 0 { rng.u64(..8) } else { 7 };
+                (rng.u64(..PAGES) & !1 | page & 1) << 12 | rng.u64(..) & used | right | large
+            };
+            let entry = match rng.u32(..wild) {
+                0 => entry(rng),
+                _ if format.mode() == PagingMode::TwoLevel => half(rng) << 32 | half(rng),
+                _ if rng.u32(..30) == 0 => half(rng) | rng.u64(..) & 0xff80_0000_0000_0000,
+                _ => half(rng),
+            };
+            // A PDPTE of PAE paging has no rights.
+            let pdpte = |walk: &PageWalk| {
+                let at = (page << 12 | index << 3).wrapping_sub(walk.root());
+                walk.format().mode() == PagingMode::Pae && at < 32
+            };
+            let pdpte = pdpte(guest) || second.is_some_and(pdpte);
+            put((page * 512 + index) as usize, if pdpte { entry & !0x1e6 } else { entry });
+        }
+    }
+}
+
+/// One walker over one memory, read through several kinds of [`Memory`].
+fn case(rng: &mut fastrand::Rng, words: &[AtomicU64], reached: &mut BTreeMap<String, u32>) {
+    let bytes: Vec<u8> = (0..128).map(|_| rng.u8(..)).collect();
+    let mut input = Input::new(&bytes);
+    let Some(walker) = setup::walker(&mut input) else { return };
+    let access = setup::access(&mut input);
+    fill(rng, &walker, |at, entry| words[at].store(entry, Ordering::Relaxed));
+    for _ in 0..4 {
+        let gvas = column(rng);
+        let answers = compare(&walker, &Plain(words), &access, &gvas);
+        compare(&walker, &Window::new(words), &access, &gvas);
+        compare(&walker, &Window::new(&words[..words.len() - 700]), &access, &gvas);
+        for answer in answers {
+            *reached.entry(class(&walker, answer)).or_default() += 1;
+        }
+    }
+    words.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+}
+
+fn class(walker: &Walker, answer: Result<u64, Fault>) -> String {
+    let second = match walker.ngpa_walk() {
+        None => "",
+        Some(NgpaWalk::Npt(_)) => " over NPT",
+        Some(NgpaWalk::Ept(_)) => " over EPT",
+    };
+    let outcome = match answer.map(PageWord::from_bits) {
+        Ok(word) if word.backing() == Backing::None => "page without backing".to_owned(),
+        Ok(word) => format!("{:?}", word.page_size()),
+        Err(fault) => format!("{:?}", fault.kind).split(' ').next().unwrap().to_owned(),
+    };
+    format!("{}{second}: {outcome}", walker.gva_walk().format().mode())
+}
+
+#[test]
+fn a_batch_is_as_many_single_walks() {
+    let drawn =
+        std::env::var("PAGEWALK_SEED").ok().map_or_else(|| fastrand::u64(..), |seed| seed.parse().unwrap());
+    println!("seed {drawn}");
+    let cases = if cfg!(miri) { 4 } else { 2_000 };
+    let words: Vec<AtomicU64> = (0..PAGES as usize * 512).map(|_| AtomicU64::new(0)).collect();
+    let mut reached = BTreeMap::new();
+    for seed in KEPT.into_iter().chain([drawn]) {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        for _ in 0..cases {
+            case(&mut rng, &words, &mut reached);
+        }
+    }
+    println!("{reached:#?}");
+    if cfg!(miri) {
+        return;
+    }
+    for mode in ["no paging", "2-level", "PAE", "4-level", "5-level"] {
+        for second in ["", " over NPT", " over EPT"] {
+            let pages: u32 = reached
+                .iter()
+                .filter(|(class, _)| {
+                    class.starts_with(&format!("{mode}{second}: ")) && class.contains(": Size")
+                })
+                .map(|(_, count)| count)
+                .sum();
+            assert!(mode == "no paging" || pages >= 100, "{mode}{second}: {pages} pages");
+        }
+    }
+}
+
+/// What a word says is what the translation says.
+#[test]
+fn words_lose_nothing_they_promise() {
+    let words: Vec<AtomicU64> = (0..PAGES as usize * 512).map(|_| AtomicU64::new(0)).collect();
+    let mut rng = fastrand::Rng::with_seed(7);
+    let mut seen = 0;
+    while seen < if cfg!(miri) { 20 } else { 20_000 } {
+        let bytes: Vec<u8> = (0..128).map(|_| rng.u8(..)).collect();
+        let mut input = Input::new(&bytes);
+        let Some(walker) = setup::walker(&mut input) else { continue };
+        let access = setup::access(&mut input);
+        fill(&mut rng, &walker, |at, entry| words[at].store(entry, Ordering::Relaxed));
+        for _ in 0..20 {
+            let gva = address(&mut rng);
+            let Ok(page) = walker.translate(&Window::new(&words), Gva(gva), &access) else { continue };
+            let word = PageWord::of(&page);
+            assert!(!word.is_fault());
+            assert_eq!(PageWord::from_bits(word.bits()), word);
+            assert_eq!(word.gpa(gva), Some(page.gpa));
+            assert_eq!(
+                (word.page_size(), word.rights(), word.backing(), word.key()),
+                (page.page_size, page.rights, page.backing, page.key())
+            );
+            assert_eq!(word.nested_page_size(), page.nested.map(|nested| nested.page_size));
+            assert_eq!(
+                (word.accessed(), word.dirty(), word.global(), word.pat_index()),
+                (page.accessed(), page.dirty(), page.global(), page.pat_index())
+            );
+            seen += 1;
+        }
+    }
+    assert!(PageWord::FAULT.is_fault());
+    assert_eq!(PageWord::FAULT.gpa(0x123), None::<Gpa>);
+    assert_eq!(PageWord::FAULT.page_size(), PageSize::Unpaged);
+}

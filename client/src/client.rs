@@ -98,6 +98,10 @@ impl Client {
         list_machines: MachineServiceClient, ListMachinesRequest -> ListMachinesResponse;
         /// Gives one machine.
         get_machine: MachineServiceClient, GetMachineRequest -> GetMachineResponse;
+        /// Takes in a machine.
+        attach_machine: MachineServiceClient, AttachMachineRequest -> AttachMachineResponse;
+        /// Lets go of a machine.
+        detach_machine: MachineServiceClient, DetachMachineRequest -> DetachMachineResponse;
     }
 
     /// Streams the walker state: what it is now, then each change. Only the stream's start has a deadline.

@@ -11,7 +11,7 @@ use pagewalk_proto::v1::translation_service_server::TranslationServiceServer;
 use pagewalk_proto::v1::vcpu_service_server::VcpuServiceServer;
 use pagewalk_proto::v1::walker_service_server::WalkerServiceServer;
 use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::service::Routes;
@@ -24,7 +24,7 @@ use crate::config::Config;
 use crate::layer::{DeadlineLayer, LimitLayer, ReasonLayer, TraceLayer};
 use crate::listen::{Incoming, ListenError, TlsError, UdsListener, bind_tcp};
 use crate::machine::Machines;
-use crate::service::{Daemon, add_to};
+use crate::service::{BLOCKING, Daemon, add_to};
 
 /// Streams that one connection may have open.
 const STREAMS: u32 = 256;
@@ -83,7 +83,12 @@ impl Server {
         }
         let uds = config.uds.as_deref().map(UdsListener::bind).transpose()?;
         let (draining, observer) = watch::channel(false);
-        let daemon = Daemon { machines: Arc::new(machines), host: host_name(), draining: observer };
+        let daemon = Daemon {
+            machines: Arc::new(machines),
+            host: host_name(),
+            draining: observer,
+            blocking: Arc::new(Semaphore::new(BLOCKING)),
+        };
         let (health, health_service) = health_reporter();
         let reflection = || {
             tonic_reflection::server::Builder::configure()

@@ -6,18 +6,24 @@ use pagewalk_proto::v1::{
     self, machine_service_client::MachineServiceClient, translation_service_client::TranslationServiceClient,
     vcpu_service_client::VcpuServiceClient, walker_service_client::WalkerServiceClient,
 };
-use tonic::{Request, Response, Status, transport::Channel};
+use tonic::{IntoStreamingRequest, Request, Response, Status, transport::Channel};
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-use crate::{connection::ConnectionError, endpoint::Endpoint, error::Error, watch::WalkerUpdates};
+use crate::{
+    connection::ConnectionError, endpoint::Endpoint, error::Error, translations::Translations,
+    watch::WalkerUpdates,
+};
 
 /// How long a call may take unless told otherwise.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(10);
 
 /// The transport panics where the wire has no way to write a deadline.
 const LONGEST_DEADLINE: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// An answer to the largest batch, with as many faults as can be asked for, is smaller.
+const LARGEST_ANSWER: usize = 12 << 20;
 
 /// A connection to a daemon. Clones share it; calls do not wait for each other.
 ///
@@ -98,10 +104,34 @@ impl Client {
         list_machines: MachineServiceClient, ListMachinesRequest -> ListMachinesResponse;
         /// Gives one machine.
         get_machine: MachineServiceClient, GetMachineRequest -> GetMachineResponse;
-        /// Takes in a machine.
-        attach_machine: MachineServiceClient, AttachMachineRequest -> AttachMachineResponse;
-        /// Lets go of a machine.
-        detach_machine: MachineServiceClient, DetachMachineRequest -> DetachMachineResponse;
+    }
+
+    /// Translates up to 262144 guest virtual addresses. Faults are answers.
+    ///
+    /// # Errors
+    /// If the daemon cannot be reached, refuses, or does not answer in time.
+    pub async fn batch_translate(
+        &self,
+        request: v1::BatchTranslateRequest,
+    ) -> Result<v1::BatchTranslateResponse, Error> {
+        self.bounded(self.translation().batch_translate(self.request(request))).await
+    }
+
+    /// Translates batches as they come, each answered in its turn. Only the stream's start has a deadline. Who does not take
+    /// the answers is not read from any more.
+    ///
+    /// # Errors
+    /// If the daemon cannot be reached, refuses, or does not begin to answer in time.
+    pub async fn stream_translate(
+        &self,
+        requests: impl IntoStreamingRequest<Message = v1::StreamTranslateRequest>,
+    ) -> Result<Translations, Error> {
+        let stream = self.bounded(self.translation().stream_translate(requests)).await?;
+        Ok(Translations::new(stream, self.endpoint.clone()))
+    }
+
+    fn translation(&self) -> TranslationServiceClient<Channel> {
+        TranslationServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_ANSWER)
     }
 
     /// Streams the walker state: what it is now, then each change. Only the stream's start has a deadline.

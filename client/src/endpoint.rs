@@ -9,6 +9,11 @@ use tonic::transport;
 
 use crate::tls::Tls;
 
+/// What the daemon may send before it is read: a few answers to the largest batch, in few frames.
+const STREAM_WINDOW: u32 = 8 << 20;
+const CONNECTION_WINDOW: u32 = 16 << 20;
+const FRAME: u32 = 1 << 20;
+
 /// Where the daemon listens unless told otherwise.
 pub const DEFAULT_ADDRESS: &str = "127.0.0.1:50051";
 
@@ -153,7 +158,10 @@ impl Endpoint {
             .map_err(|error| self.unusable(&error))?
             .user_agent(concat!("pagewalk/", env!("CARGO_PKG_VERSION")))
             .map_err(|error| self.unusable(&error))?
-            .connect_timeout(self.connect_timeout);
+            .connect_timeout(self.connect_timeout)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_frame_size(FRAME);
         match tls {
             None => Ok(endpoint),
             Some(tls) => endpoint

@@ -27,13 +27,15 @@ mod connection;
 mod endpoint;
 mod error;
 mod tls;
+mod translations;
 mod watch;
 
 pub use client::{Client, DEFAULT_DEADLINE};
 pub use connection::{ConnectionError, Problem};
 pub use endpoint::{DEFAULT_ADDRESS, Endpoint, EndpointError};
 pub use error::{Error, Refusal};
-pub use pagewalk_proto::v1;
+pub use pagewalk_proto::{Column, v1};
 pub use tls::{Identity, Tls};
 pub use tonic::Code;
+pub use translations::Translations;
 pub use watch::WalkerUpdates;

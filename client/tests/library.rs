@@ -304,3 +304,29 @@ async fn mutual_tls_works_and_each_mismatch_is_told() {
     let error = ask(daemon, mixed).await.unwrap_err();
     assert_eq!(error.code(), Code::InvalidArgument, "{error}");
 }
+
+#[tokio::test]
+async fn batches_alone_and_in_a_stream() {
+    let client = connect(scripted::start(None)).await.unwrap();
+    let batch = |addresses: &[u64]| v1::BatchTranslateRequest {
+        head: v1::BatchTranslateRequestHead::default(),
+        column: addresses.into(),
+    };
+    let alone = client.batch_translate(batch(&[0x2000, 0x1000])).await.unwrap();
+    assert_eq!((alone.column.len(), alone.head.fault_count), (Some(2), 1));
+    assert_eq!(alone.column.iter().map(|word| word & 1).collect::<Vec<_>>(), [1, 0]);
+
+    let requests = (0..5).map(|sequence| v1::StreamTranslateRequest {
+        sequence,
+        batch: Some(batch(&[0x2000 + sequence * 0x2000])),
+    });
+    let mut answers =
+        client.stream_translate(tokio_stream::iter(requests.collect::<Vec<_>>())).await.unwrap();
+    for sequence in 0..5 {
+        let answer = answers.next().await.unwrap().unwrap();
+        assert_eq!(answer.sequence, sequence);
+        let word = answer.answer.unwrap().column.iter().next().unwrap();
+        assert_eq!(word & 0xff_f000, 0x2000 + sequence * 0x2000);
+    }
+    assert!(answers.next().await.is_none());
+}

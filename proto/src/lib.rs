@@ -2,6 +2,10 @@
 //!
 //! The comments of the proto files are the documentation, here and over server reflection.
 
+mod column;
+
+pub use column::{Column, WithColumn};
+
 pub mod v1 {
     //! Package `pagewalk.v1`.
     #![allow(
@@ -12,6 +16,8 @@ pub mod v1 {
         rustdoc::all,
         reason = "generated"
     )]
+
+    pub use crate::column::{BatchTranslateRequest, BatchTranslateResponse};
 
     include!(concat!(env!("OUT_DIR"), "/pagewalk.v1.rs"));
 }

@@ -5,7 +5,7 @@
 
 pub mod config;
 mod convert;
-mod layer;
+pub mod layer;
 pub mod listen;
 pub mod machine;
 mod render;

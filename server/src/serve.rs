@@ -11,7 +11,7 @@ use pagewalk_proto::v1::translation_service_server::TranslationServiceServer;
 use pagewalk_proto::v1::vcpu_service_server::VcpuServiceServer;
 use pagewalk_proto::v1::walker_service_server::WalkerServiceServer;
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::service::Routes;
@@ -24,10 +24,16 @@ use crate::config::Config;
 use crate::layer::{DeadlineLayer, LimitLayer, ReasonLayer, TraceLayer};
 use crate::listen::{Incoming, ListenError, TlsError, UdsListener, bind_tcp};
 use crate::machine::Machines;
-use crate::service::{BLOCKING, Daemon, add_to};
+use crate::service::{Daemon, Turns, add_to};
 
 /// Streams that one connection may have open.
 const STREAMS: u32 = 256;
+/// What a client may send on a stream before it is read: the largest batch, nearly.
+const STREAM_WINDOW: u32 = 2 << 20;
+/// What it may send on all its streams together. It is the most memory that unread requests of a connection take.
+const CONNECTION_WINDOW: u32 = 8 << 20;
+/// Largest frame that is taken: fewer frames cost less.
+const FRAME: u32 = 1 << 20;
 /// How often a silent connection is asked whether it still lives, and how long it has to say so.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(20));
 
@@ -64,7 +70,8 @@ pub struct Server {
     grace: Duration,
 }
 
-type Layers = Stack<ReasonLayer, Stack<DeadlineLayer, Stack<TraceLayer, Stack<LimitLayer, Identity>>>>;
+/// What every call passes through.
+pub type Layers = Stack<ReasonLayer, Stack<DeadlineLayer, Stack<TraceLayer, Stack<LimitLayer, Identity>>>>;
 
 impl Server {
     /// Binds what `config` names.
@@ -87,7 +94,7 @@ impl Server {
             machines: Arc::new(machines),
             host: host_name(),
             draining: observer,
-            blocking: Arc::new(Semaphore::new(BLOCKING)),
+            turns: Arc::new(Turns::new()),
         };
         let (health, health_service) = health_reporter();
         let reflection = || {
@@ -100,14 +107,7 @@ impl Server {
         let routes = Routes::new(health_service)
             .add_service(reflection().build_v1()?)
             .add_service(reflection().build_v1alpha()?);
-        let grpc = Grpc::builder()
-            .max_concurrent_streams(STREAMS)
-            .http2_keepalive_interval(Some(KEEPALIVE.0))
-            .http2_keepalive_timeout(Some(KEEPALIVE.1))
-            .layer(LimitLayer::new(config.max_calls))
-            .layer(TraceLayer)
-            .layer(DeadlineLayer)
-            .layer(ReasonLayer);
+        let grpc = transport(config.max_calls);
         Ok(Self {
             tcp,
             uds,
@@ -178,6 +178,22 @@ impl Server {
         drop(socket_file);
         Ok(())
     }
+}
+
+/// A gRPC server with the daemon's settings and layers, for `max_calls` in flight.
+#[must_use]
+pub fn transport(max_calls: usize) -> Grpc<Layers> {
+    Grpc::builder()
+        .max_concurrent_streams(STREAMS)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(FRAME)
+        .http2_keepalive_interval(Some(KEEPALIVE.0))
+        .http2_keepalive_timeout(Some(KEEPALIVE.1))
+        .layer(LimitLayer::new(max_calls))
+        .layer(TraceLayer)
+        .layer(DeadlineLayer)
+        .layer(ReasonLayer)
 }
 
 async fn set_health(health: &HealthReporter, serving: bool) {

@@ -58,6 +58,12 @@ class Scripted(TranslationServiceServicer, WalkerServiceServicer, MachineService
     def SetNestedMode(self, request: Any, context: Any) -> Any:  # noqa: N802
         return self._reply(request, context)
 
+    def BatchTranslate(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return self._reply(request, context)
+
+    def StreamTranslate(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802
+        yield from self._reply(next(request_iterator), context)
+
     def TranslateNestedGpa(self, request: Any, context: Any) -> Any:  # noqa: N802
         return self._reply(request, context)
 

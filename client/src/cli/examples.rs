@@ -23,7 +23,9 @@ pub(super) const PAGEWALK: &str = concat!(
         "pagewalk translate 0xffff800000010000 --explain",
         "pagewalk --json walker"
     ),
-    exit_codes!("  1  `translate`, `nested-gpa`: the access would fault; `doctor`: a check failed\n")
+    exit_codes!(
+        "  1  `translate`, `batch`, `nested-gpa`: the access would fault; `doctor`: a check failed\n"
+    )
 );
 
 pub(super) const TRANSLATE: &str = concat!(
@@ -34,6 +36,17 @@ pub(super) const TRANSLATE: &str = concat!(
         "pagewalk translate 0xffffffff81000000 --cr3 0x1000 --ncr3 0x50000 --trace"
     ),
     "\n\nSeveral addresses give a line each; with --json an array.",
+    exit_codes!("  1  answered, and for one address at least the access would fault\n")
+);
+
+pub(super) const BATCH: &str = concat!(
+    examples!(
+        "pagewalk batch 0xffff800000010000 0xffff800000011000",
+        "pagewalk batch 0xffff_8000_0001_1000 0xffff_8000_0020_0000 --access write --max-faults 0"
+    ),
+    "\n\nAddresses from a file, and columns in and out:\n  pagewalk batch --file addresses.txt\n  \
+     pagewalk batch --file - --raw < addresses.bin > words.bin\n\ntranslation.proto describes the words \
+     (BatchTranslateResponse). More than 262144 addresses\ngo in several requests; with --json their answers are an array.",
     exit_codes!("  1  answered, and for one address at least the access would fault\n")
 );
 
@@ -67,14 +80,6 @@ pub(super) const STEP: &str = concat!(examples!("pagewalk step"), exit_codes!())
 
 pub(super) const MACHINES: &str =
     concat!(examples!("pagewalk machines", "pagewalk machines --machine demo"), exit_codes!());
-
-pub(super) const ATTACH: &str = concat!(
-    examples!("pagewalk attach other=demo:plain"),
-    "\n\nSPEC is what `pagewalkd --machine` takes; files and sockets are the daemon's.",
-    exit_codes!()
-);
-
-pub(super) const DETACH: &str = concat!(examples!("pagewalk detach other --end-guest"), exit_codes!());
 
 pub(super) const EXPLAIN_FAULT: &str = concat!(
     examples!(

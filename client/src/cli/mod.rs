@@ -3,7 +3,7 @@
 //! Data flows one way: arguments -> request -> [`crate::Client`] -> response -> `render` or `json` -> `output`.
 
 mod access;
-mod attach;
+mod batch;
 mod connection;
 mod doctor;
 mod examples;
@@ -51,6 +51,9 @@ enum Verb {
     /// Translate guest virtual addresses
     #[command(after_help = examples::TRANSLATE)]
     Translate(translate::Args),
+    /// Translate many guest virtual addresses at once
+    #[command(after_help = examples::BATCH)]
+    Batch(batch::Args),
     /// Show the state of a vCPU's page walkers
     #[command(after_help = examples::WALKER)]
     Walker(walker::Args),
@@ -78,12 +81,6 @@ enum Verb {
     /// List the machines that the daemon serves
     #[command(after_help = examples::MACHINES)]
     Machines,
-    /// Have the daemon take in a machine: attach to a guest, or make one
-    #[command(after_help = examples::ATTACH)]
-    Attach(attach::AttachArgs),
-    /// Have the daemon let go of a machine; an attached guest goes on as it is
-    #[command(after_help = examples::DETACH)]
-    Detach(attach::DetachArgs),
     /// Explain a page fault that somebody saw
     #[command(after_help = examples::EXPLAIN_FAULT)]
     ExplainFault(explain_fault::Args),
@@ -127,6 +124,7 @@ async fn dispatch(cli: Cli, output: Output) -> Result<ExitCode, Failure> {
     let context = Context { connection: cli.connection, vcpu: cli.vcpu, output };
     match cli.verb {
         Verb::Translate(args) => translate::run(&context, &args).await,
+        Verb::Batch(args) => batch::run(&context, &args).await,
         Verb::Walker(args) => walker::run(&context, &args).await,
         Verb::Nested(args) => nested::run(&context, &args).await,
         Verb::NestedGpa(args) => nested_gpa::run(&context, &args).await,
@@ -136,8 +134,6 @@ async fn dispatch(cli: Cli, output: Output) -> Result<ExitCode, Failure> {
         Verb::Resume => run_control::resume(&context).await,
         Verb::Step => run_control::step(&context).await,
         Verb::Machines => machines::run(&context).await,
-        Verb::Attach(args) => attach::attach(&context, args).await,
-        Verb::Detach(args) => attach::detach(&context, args).await,
         Verb::ExplainFault(args) => explain_fault::run(&context, &args).await,
         Verb::Doctor => doctor::run(&context).await,
     }

@@ -68,6 +68,13 @@ impl Output {
         stdout.flush()
     }
 
+    /// Writes bytes as they are.
+    pub(super) fn bytes(self, bytes: &[u8]) -> io::Result<()> {
+        let mut stdout = io::stdout().lock();
+        stdout.write_all(bytes)?;
+        stdout.flush()
+    }
+
     pub(super) fn complain_line(self, message: &str) {
         self.complain(&format!("{} {}", paint::bad("error:"), paint::plain(message)));
     }

@@ -108,6 +108,39 @@ fn info(index: u32, state: v1::RunState) -> v1::VcpuInfo {
     }
 }
 
+/// Odd pages are not present; the faults told are those that the request wants.
+fn batch(request: &v1::BatchTranslateRequest) -> v1::BatchTranslateResponse {
+    const MAPPED: u64 = 0x8000_0000_0000_0223;
+    const ABSENT: u64 = 1 << 1 | 1 << 5;
+    let word = |address: u64| if address & 0x1000 == 0 { MAPPED | address & 0xff_f000 } else { ABSENT };
+    let refused: Vec<u32> = (0..)
+        .zip(request.column.iter())
+        .filter(|(_, address)| word(*address) == ABSENT)
+        .map(|(at, _)| at)
+        .collect();
+    let told = request.head.max_faults.unwrap_or(4096) as usize;
+    let fault = |index: &u32| v1::BatchFault {
+        index: *index,
+        fault: Some(v1::Fault {
+            kind: v1::FaultKind::PageFault.into(),
+            dimension: v1::Dimension::Guest.into(),
+            error_code: Some(0),
+            level: 1,
+            entry_gpa: 0x4008,
+            bits: 1,
+            ..v1::Fault::default()
+        }),
+    };
+    v1::BatchTranslateResponse {
+        head: v1::BatchTranslateResponseHead {
+            provenance: Some(provenance()),
+            faults: refused.iter().take(told).map(fault).collect(),
+            fault_count: refused.len() as u32,
+        },
+        column: request.column.iter().map(word).collect(),
+    }
+}
+
 fn script_machine() -> v1::Machine {
     v1::Machine { id: "script".into(), source: "demo".into(), vcpus: 1, ..v1::Machine::default() }
 }
@@ -165,6 +198,31 @@ impl translation::TranslationService for Scripted {
             _ => {}
         }
         Ok(Response::new(answer))
+    }
+
+    async fn batch_translate(
+        &self,
+        request: Request<v1::BatchTranslateRequest>,
+    ) -> Result<Response<v1::BatchTranslateResponse>, Status> {
+        let request = request.into_inner();
+        known(request.head.vcpu.as_ref())?;
+        Ok(Response::new(batch(&request)))
+    }
+
+    type StreamTranslateStream =
+        Pin<Box<dyn Stream<Item = Result<v1::StreamTranslateResponse, Status>> + Send>>;
+
+    async fn stream_translate(
+        &self,
+        request: Request<tonic::Streaming<v1::StreamTranslateRequest>>,
+    ) -> Result<Response<Self::StreamTranslateStream>, Status> {
+        use tokio_stream::StreamExt as _;
+        Ok(Response::new(Box::pin(request.into_inner().map(|request| {
+            let request = request?;
+            let asked = request.batch.unwrap_or_default();
+            known(asked.head.vcpu.as_ref())?;
+            Ok(v1::StreamTranslateResponse { sequence: request.sequence, answer: Some(batch(&asked)) })
+        }))))
     }
 
     async fn translate_nested_gpa(
@@ -335,23 +393,6 @@ impl machine::MachineService for Scripted {
             provenance: Some(v1::Provenance::default()),
             daemon_version: "9.9.9".into(),
         }))
-    }
-
-    async fn attach_machine(
-        &self,
-        request: Request<v1::AttachMachineRequest>,
-    ) -> Result<Response<v1::AttachMachineResponse>, Status> {
-        Ok(Response::new(v1::AttachMachineResponse {
-            machine: Some(v1::Machine { description: request.into_inner().spec, ..script_machine() }),
-            provenance: Some(v1::Provenance::default()),
-        }))
-    }
-
-    async fn detach_machine(
-        &self,
-        _: Request<v1::DetachMachineRequest>,
-    ) -> Result<Response<v1::DetachMachineResponse>, Status> {
-        Ok(Response::new(v1::DetachMachineResponse { provenance: Some(v1::Provenance::default()) }))
     }
 
     async fn get_machine(

@@ -7,7 +7,23 @@ use pagewalk::{
 use pagewalk_proto::v1;
 
 pub(crate) fn fault(fault: &Fault) -> v1::Fault {
-    let kind = match fault.kind {
+    v1::Fault { reason: fault.reason.to_string(), ..without_reason(fault) }
+}
+
+/// A fault in a batch, as the word of its address: `BatchTranslateResponse.words` says how.
+pub(crate) fn word(fault: &Fault) -> u64 {
+    let code = match fault.kind {
+        FaultKind::PageFault { error_code } => u64::from(error_code),
+        FaultKind::NestedPageFault { exit_info_1 } => exit_info_1,
+        FaultKind::EptViolation { exit_qualification } => exit_qualification,
+        _ => 0,
+    };
+    let nested = u64::from(fault.dimension == Dimension::Nested);
+    (kind(fault.kind) as u64) << 1 | u64::from(fault.level) << 5 | nested << 8 | code << 16
+}
+
+fn kind(kind: FaultKind) -> v1::FaultKind {
+    match kind {
         FaultKind::PageFault { .. } => v1::FaultKind::PageFault,
         FaultKind::GeneralProtection => v1::FaultKind::GeneralProtection,
         FaultKind::StackFault => v1::FaultKind::StackFault,
@@ -16,7 +32,11 @@ pub(crate) fn fault(fault: &Fault) -> v1::Fault {
         FaultKind::EptMisconfiguration => v1::FaultKind::EptMisconfiguration,
         FaultKind::Unbacked => v1::FaultKind::Unbacked,
         FaultKind::Contended => v1::FaultKind::Contended,
-    };
+    }
+}
+
+/// A fault, but for the sentence that tells its cause.
+pub(crate) fn without_reason(fault: &Fault) -> v1::Fault {
     let error_code = match fault.kind {
         FaultKind::PageFault { error_code } => Some(error_code),
         _ => None,
@@ -30,7 +50,7 @@ pub(crate) fn fault(fault: &Fault) -> v1::Fault {
         _ => None,
     };
     v1::Fault {
-        kind: kind.into(),
+        kind: kind(fault.kind).into(),
         address: fault.address,
         level: fault.level,
         dimension: dimension(fault.dimension).into(),
@@ -40,7 +60,7 @@ pub(crate) fn fault(fault: &Fault) -> v1::Fault {
         exit_qualification,
         exit_info_1,
         nested_gpa: fault.nested_gpa.map_or(0, |gpa| gpa.0),
-        reason: fault.reason.to_string(),
+        reason: String::new(),
         bits: fault.bits,
     }
 }

@@ -2,15 +2,17 @@
 //!
 //! tonic enforces `grpc-timeout` too, but answers CANCELLED; this layer answers first, with DEADLINE_EXCEEDED.
 
-use std::task::{Context, Poll};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use http::{HeaderMap, Request, Response};
+use pin_project_lite::pin_project;
+use tokio::time::{Timeout, timeout_at};
 use tonic::Status;
 use tonic::body::Body;
 use tower::{Layer, Service};
 
-use super::trace::BoxFuture;
 use crate::status::Error;
 
 /// When a call has to be answered; in the extensions of each request that has a deadline.
@@ -20,8 +22,9 @@ pub(crate) struct Deadline(pub(crate) Instant);
 /// How much earlier than tonic this layer answers.
 const LEAD: Duration = Duration::from_millis(2);
 
+/// Adds the deadline to a service.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct DeadlineLayer;
+pub struct DeadlineLayer;
 
 impl<S> Layer<S> for DeadlineLayer {
     type Service = DeadlineService<S>;
@@ -31,19 +34,19 @@ impl<S> Layer<S> for DeadlineLayer {
     }
 }
 
+/// A service that keeps to deadlines.
 #[derive(Clone, Debug)]
-pub(crate) struct DeadlineService<S> {
+pub struct DeadlineService<S> {
     inner: S,
 }
 
 impl<S> Service<Request<Body>> for DeadlineService<S>
 where
     S: Service<Request<Body>, Response = Response<Body>>,
-    S::Future: Send + 'static,
 {
     type Response = Response<Body>;
     type Error = S::Error;
-    type Future = BoxFuture<Result<Self::Response, S::Error>>;
+    type Future = Bounded<S::Future>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         self.inner.poll_ready(context)
@@ -52,16 +55,42 @@ where
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         let timeout = timeout(request.headers());
         let Some(at) = timeout.and_then(|t| Instant::now().checked_add(t.saturating_sub(LEAD))) else {
-            return Box::pin(self.inner.call(request));
+            return Bounded::Without { answer: self.inner.call(request) };
         };
         request.extensions_mut().insert(Deadline(at));
-        let answer = self.inner.call(request);
-        Box::pin(async move {
-            match tokio::time::timeout_at(at.into(), answer).await {
+        Bounded::With { answer: timeout_at(at.into(), self.inner.call(request)) }
+    }
+}
+
+pin_project! {
+    /// The answer to a call, in time.
+    #[project = BoundedProjection]
+    #[derive(Debug)]
+    pub enum Bounded<F> {
+        /// The client set no deadline.
+        Without {
+            #[pin]
+            answer: F,
+        },
+        /// It did.
+        With {
+            #[pin]
+            answer: Timeout<F>,
+        },
+    }
+}
+
+impl<F: Future<Output = Result<Response<Body>, E>>, E> Future for Bounded<F> {
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        match self.project() {
+            BoundedProjection::Without { answer } => answer.poll(context),
+            BoundedProjection::With { answer } => Poll::Ready(match ready!(answer.poll(context)) {
                 Ok(answer) => answer,
                 Err(_) => Ok(Status::from(Error::Deadline).into_http()),
-            }
-        })
+            }),
+        }
     }
 }
 

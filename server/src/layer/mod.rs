@@ -6,7 +6,9 @@ mod limit;
 mod reason;
 mod trace;
 
-pub(crate) use deadline::{Deadline, DeadlineLayer};
-pub(crate) use limit::LimitLayer;
-pub(crate) use reason::ReasonLayer;
-pub(crate) use trace::TraceLayer;
+pub(crate) use deadline::Deadline;
+pub use deadline::DeadlineLayer;
+pub use limit::LimitLayer;
+pub use reason::ReasonLayer;
+pub(crate) use reason::reason;
+pub use trace::TraceLayer;

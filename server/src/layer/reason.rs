@@ -1,17 +1,19 @@
 //! A reason for the refusals that come from the transport: they carry no `ErrorInfo` of their own.
 
-use std::task::{Context, Poll};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
 
 use http::{Request, Response};
+use pin_project_lite::pin_project;
 use tonic::body::Body;
 use tonic::{Code, Status};
 use tower::{Layer, Service};
 
-use super::trace::BoxFuture;
 use crate::status::Error;
 
+/// Adds the reasons to a service.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct ReasonLayer;
+pub struct ReasonLayer;
 
 impl<S> Layer<S> for ReasonLayer {
     type Service = ReasonService<S>;
@@ -21,19 +23,19 @@ impl<S> Layer<S> for ReasonLayer {
     }
 }
 
+/// A service whose refusals have reasons.
 #[derive(Clone, Debug)]
-pub(crate) struct ReasonService<S> {
+pub struct ReasonService<S> {
     inner: S,
 }
 
 impl<S> Service<Request<Body>> for ReasonService<S>
 where
     S: Service<Request<Body>, Response = Response<Body>>,
-    S::Future: Send + 'static,
 {
     type Response = Response<Body>;
     type Error = S::Error;
-    type Future = BoxFuture<Result<Self::Response, S::Error>>;
+    type Future = Reasoned<S::Future>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         self.inner.poll_ready(context)
@@ -42,22 +44,38 @@ where
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         // Health and reflection speak for themselves, by contracts that are not ours.
         let standard = request.uri().path().starts_with("/grpc.");
-        let answer = self.inner.call(request);
-        Box::pin(async move {
-            let answer = answer.await?;
-            let status = (!standard).then(|| Status::from_header_map(answer.headers())).flatten();
-            Ok(match status {
-                Some(status) if status.code() != Code::Ok && status.details().is_empty() => {
-                    Status::from(reason(status)).into_http()
-                }
-                _ => answer,
-            })
-        })
+        Reasoned { answer: self.inner.call(request), standard }
+    }
+}
+
+pin_project! {
+    /// The answer to a call.
+    #[derive(Debug)]
+    pub struct Reasoned<F> {
+        #[pin]
+        answer: F,
+        standard: bool,
+    }
+}
+
+impl<F: Future<Output = Result<Response<Body>, E>>, E> Future for Reasoned<F> {
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let reasoned = self.project();
+        let answer = ready!(reasoned.answer.poll(context))?;
+        let status = (!*reasoned.standard).then(|| Status::from_header_map(answer.headers())).flatten();
+        Poll::Ready(Ok(match status {
+            Some(status) if status.code() != Code::Ok && status.details().is_empty() => {
+                Status::from(reason(status)).into_http()
+            }
+            _ => answer,
+        }))
     }
 }
 
 /// What the transport means by its codes, which tonic documents for its decoder and its router.
-fn reason(status: Status) -> Error {
+pub(crate) fn reason(status: Status) -> Error {
     match status.code() {
         Code::OutOfRange => Error::TooLarge(status.message().to_owned()),
         Code::Internal => Error::Malformed(status.message().to_owned()),

@@ -1,10 +1,13 @@
 //! The services. Each call resolves what it names, calls the vCPU or the walker, and converts the answer.
 
+mod batch;
 mod explain;
 mod machine;
 mod nested_gpa;
 mod resolve;
+mod stream;
 mod translation;
+mod turns;
 mod vcpu;
 mod walker;
 
@@ -14,8 +17,10 @@ use pagewalk_proto::v1::machine_service_server::MachineServiceServer;
 use pagewalk_proto::v1::translation_service_server::TranslationServiceServer;
 use pagewalk_proto::v1::vcpu_service_server::VcpuServiceServer;
 use pagewalk_proto::v1::walker_service_server::WalkerServiceServer;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tonic::service::Routes;
+
+pub(crate) use turns::Turns;
 
 use crate::machine::Machines;
 
@@ -26,30 +31,32 @@ pub(crate) struct Daemon {
     pub(crate) host: Arc<str>,
     /// Turns true when the daemon drains: streams end.
     pub(crate) draining: watch::Receiver<bool>,
-    /// Places for calls that read memory which may block: see `resolve::Target::read`.
-    pub(crate) blocking: Arc<Semaphore>,
+    /// Turns of bulk work.
+    pub(crate) turns: Arc<Turns>,
 }
 
-/// Calls that may wait for the host to give them memory, at once. More wait for a place, up to their deadlines.
-pub(crate) const BLOCKING: usize = 16;
-
-/// Largest request that is decoded. No request of this contract needs a tenth of it.
+/// Largest request that is decoded. No request of this contract, but for batches, needs a tenth of it.
 const REQUEST_BYTES: usize = 64 << 10;
 /// Largest answer that is encoded.
 const RESPONSE_BYTES: usize = 4 << 20;
+/// Largest batch that is decoded. Not packed, which is legal, an address takes nine bytes.
+const BATCH_REQUEST_BYTES: usize = batch::MAX_ADDRESSES * 9 + REQUEST_BYTES;
+/// Largest answer to a batch that is encoded: an answer with all the faults that can be asked for is smaller.
+const BATCH_RESPONSE_BYTES: usize = 12 << 20;
 
 /// Adds every service to `routes`.
 pub(crate) fn add_to(routes: Routes, daemon: &Daemon) -> Routes {
     macro_rules! add {
-        ($routes:expr, $($server:ident),*) => {{
+        ($routes:expr, $request:expr, $response:expr, $($server:ident),*) => {{
             let routes = $routes;
             $(let routes = routes.add_service(
                 $server::new(daemon.clone())
-                    .max_decoding_message_size(REQUEST_BYTES)
-                    .max_encoding_message_size(RESPONSE_BYTES),
+                    .max_decoding_message_size($request)
+                    .max_encoding_message_size($response),
             );)*
             routes
         }};
     }
-    add!(routes, TranslationServiceServer, WalkerServiceServer, VcpuServiceServer, MachineServiceServer)
+    let routes = add!(routes, BATCH_REQUEST_BYTES, BATCH_RESPONSE_BYTES, TranslationServiceServer);
+    add!(routes, REQUEST_BYTES, RESPONSE_BYTES, WalkerServiceServer, VcpuServiceServer, MachineServiceServer)
 }

@@ -10,7 +10,6 @@ use super::Daemon;
 use super::resolve::Target;
 use super::translation::{ad_policy, ladder, second, walker};
 use crate::convert;
-use crate::machine::GuestRam;
 use crate::render::{self, Ladder};
 use crate::status::Error;
 use crate::vcpu::Snapshot;
@@ -19,7 +18,6 @@ pub(super) fn translate(
     daemon: &Daemon,
     target: &Target,
     snapshot: &Arc<Snapshot>,
-    memory: &GuestRam,
     request: v1::TranslateNestedGpaRequest,
 ) -> Result<v1::TranslateNestedGpaResponse, Error> {
     let ngpa = convert::address::parse(request.address, "address")?;
@@ -33,6 +31,9 @@ pub(super) fn translate(
     }
     let walker = walker(request.r#override.as_ref(), snapshot)?;
     convert::access::check(&access, &walker)?;
+    let mut provenance = daemon.provenance(target, snapshot);
+    provenance.validated = request.validate;
+
     let asked = format!(
         "nGPA {ngpa:#x}, {}, {}",
         convert::access::describe(&access),
@@ -44,10 +45,7 @@ pub(super) fn translate(
         target.machine.id(),
         snapshot.generation
     );
-    let provenance = |torn| {
-        let provenance = daemon.provenance(target, snapshot)?;
-        Ok::<_, Error>(Some(v1::Provenance { validated: request.validate, torn, ..provenance }))
-    };
+    let memory = target.machine.source().memory();
     let Some(walk) = walker.ngpa_walk() else {
         let backing = memory.backing(Gpa(ngpa));
         let explanation = format!(
@@ -58,18 +56,18 @@ pub(super) fn translate(
             outcome: Some(Outcome::Translation(convert::translation::identity(ngpa, backing))),
             steps: Vec::new(),
             explanation: if request.explain { explanation } else { String::new() },
-            provenance: provenance(false)?,
+            provenance: Some(provenance),
             identity: true,
         });
     };
 
     let mut trace = Trace::new();
     let outcome = if request.trace || request.explain || request.validate {
-        walk.translate(memory, NestedGpa(ngpa), &access, phase, &mut trace)
+        walk.translate(memory.as_ref(), NestedGpa(ngpa), &access, phase, &mut trace)
     } else {
-        walk.translate(memory, NestedGpa(ngpa), &access, phase, &mut NoTrace)
+        walk.translate(memory.as_ref(), NestedGpa(ngpa), &access, phase, &mut NoTrace)
     };
-    let torn = request.validate && !trace.steps().iter().all(|step| step.is_current(memory));
+    provenance.torn = request.validate && !trace.steps().iter().all(|step| step.is_current(memory.as_ref()));
     let explanation = if request.explain {
         let title = format!("{asked}: {} {whose}", second(walk));
         Ladder { nested_alone: true, ..ladder(&title, &walker, trace.steps(), &outcome) }.to_string()
@@ -84,7 +82,7 @@ pub(super) fn translate(
         }),
         steps: steps.iter().map(|step| convert::step::step(step, &walker)).collect(),
         explanation,
-        provenance: provenance(torn)?,
+        provenance: Some(provenance),
         identity: false,
     })
 }

@@ -8,12 +8,11 @@ use pagewalk::{
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::translate_response::Outcome;
 use pagewalk_proto::v1::translation_service_server::TranslationService;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use super::resolve::{Target, deadline};
-use super::{Daemon, explain, nested_gpa};
+use super::{Daemon, batch, explain, nested_gpa, stream};
 use crate::convert;
-use crate::machine::GuestRam;
 use crate::render::Ladder;
 use crate::status::Error;
 use crate::vcpu::Snapshot;
@@ -35,22 +34,20 @@ impl TranslationService for Daemon {
         check_width(&walker, gva, "address")?;
         convert::access::check(&access, &walker)?;
 
-        may_set(policy, &target)?;
-
+        let memory = target.machine.source().memory();
         let mut trace = Trace::new();
         let recorded = request.trace || request.explain || request.validate;
-        let walk = |memory: &GuestRam| {
-            let outcome = if recorded {
-                walker.translate_with(memory, Gva(gva), &access, policy, &mut trace)
-            } else {
-                walker.translate_with(memory, Gva(gva), &access, policy, &mut NoTrace)
-            };
-            let torn = request.validate && !trace.steps().iter().all(|step| step.is_current(memory));
-            (outcome, torn)
+        let outcome = if recorded {
+            walker.translate_with(memory.as_ref(), Gva(gva), &access, policy, &mut trace)
+        } else {
+            walker.translate_with(memory.as_ref(), Gva(gva), &access, policy, &mut NoTrace)
         };
-        let (outcome, torn) = target.read(self, deadline, walk).await?;
-        let provenance = self.provenance(&target, &snapshot)?;
-        let provenance = v1::Provenance { validated: request.validate, torn, ..provenance };
+
+        let mut provenance = self.provenance(&target, &snapshot);
+        if request.validate {
+            provenance.validated = true;
+            provenance.torn = !trace.steps().iter().all(|step| step.is_current(memory.as_ref()));
+        }
         let steps = if request.trace { trace.steps() } else { &[] };
         let explanation = if request.explain {
             let title = title(&target, &snapshot, &walker, &access, gva);
@@ -71,6 +68,23 @@ impl TranslationService for Daemon {
         }))
     }
 
+    async fn batch_translate(
+        &self,
+        request: Request<v1::BatchTranslateRequest>,
+    ) -> Result<Response<v1::BatchTranslateResponse>, Status> {
+        let deadline = deadline(&request);
+        Ok(Response::new(batch::translate(self, request.into_inner(), deadline).await?))
+    }
+
+    type StreamTranslateStream = stream::Answers;
+
+    async fn stream_translate(
+        &self,
+        request: Request<Streaming<v1::StreamTranslateRequest>>,
+    ) -> Result<Response<Self::StreamTranslateStream>, Status> {
+        Ok(Response::new(stream::translate(self, request)))
+    }
+
     async fn translate_nested_gpa(
         &self,
         request: Request<v1::TranslateNestedGpaRequest>,
@@ -79,8 +93,7 @@ impl TranslationService for Daemon {
         let request = request.into_inner();
         let target = self.target(request.vcpu.clone())?;
         let snapshot = target.snapshot(request.freshness, deadline).await?;
-        let walk = |memory: &GuestRam| nested_gpa::translate(self, &target, &snapshot, memory, request);
-        Ok(Response::new(target.read(self, deadline, walk).await??))
+        Ok(Response::new(nested_gpa::translate(self, &target, &snapshot, request)?))
     }
 
     async fn explain_fault(
@@ -91,8 +104,7 @@ impl TranslationService for Daemon {
         let request = request.into_inner();
         let target = self.target(request.vcpu.clone())?;
         let snapshot = target.snapshot(request.freshness, deadline).await?;
-        let walk = |memory: &GuestRam| explain::fault(self, &target, &snapshot, memory, request);
-        Ok(Response::new(target.read(self, deadline, walk).await??))
+        Ok(Response::new(explain::fault(self, &target, &snapshot, request)?))
     }
 }
 
@@ -134,17 +146,6 @@ pub(super) fn second(walk: &NgpaWalk) -> String {
             format!("{} EPT, EPTP {:#x}", ept.page_walk().format().mode(), ept.eptp())
         }
     }
-}
-
-/// Whether the tables of this machine may be written.
-pub(super) fn may_set(policy: AdPolicy, target: &Target) -> Result<(), Error> {
-    if policy == AdPolicy::Observe || target.machine.source().capabilities().can_write_memory {
-        return Ok(());
-    }
-    let kind = target.machine.source().kind();
-    Err(Error::Precondition(format!(
-        "AD_POLICY_SET writes accessed and dirty bits, and the memory of a machine from source `{kind}` is only read: use AD_POLICY_OBSERVE"
-    )))
 }
 
 /// What was asked, of whom: the first line of a ladder.

@@ -2,8 +2,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod access_checks;
-mod attach;
 mod bad_input;
+mod batch;
 #[allow(dead_code, reason = "each test target uses its part")]
 mod bed;
 #[allow(dead_code, reason = "each test target uses its part")]
@@ -15,6 +15,7 @@ mod nested_gpa;
 mod property;
 mod raw;
 mod registers;
+mod stream;
 mod stuck;
 mod translate;
 mod walker_state;

@@ -6,8 +6,12 @@ daemon knows and this package does not appears as `"unknown_17"`.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, Literal, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 AccessKind = Literal["read", "write", "fetch", "shadow_stack_read", "shadow_stack_write"]
 Privilege = Literal["exempt", "as_cpl", "user", "supervisor", "implicit_supervisor"]
@@ -27,7 +31,6 @@ FaultKind = Literal[
     "unbacked",
     "contended",
 ]
-MachineState = Literal["unspecified", "alive", "lost"]
 NestedPhase = Literal["final", "table", "pdpte"]
 Dimension = Literal["guest", "nested"]
 PagingMode = Literal["none", "two_level", "pae", "four_level", "five_level", "ept_four_level", "ept_five_level"]
@@ -222,6 +225,45 @@ class Fault:
         code = "".join(f" ({name} {value:#x})" for name, value in codes if value is not None)
         return f"{self.address:#x}: {self.kind}{code}: {self.reason}"
 
+
+@dataclass(frozen=True)
+class BatchTranslation:
+    """What many addresses mean, as columns: numpy arrays where the addresses were one, else `array.array`."""
+
+    #: The addresses asked for, as they were given.
+    addresses: Any
+    #: One 64-bit word an address; `BatchTranslateResponse.words` in translation.proto says what its bits mean.
+    words: Any
+    #: The first faults in full, with the places of their addresses; each has its `reason` left empty.
+    faults: tuple[tuple[int, Fault], ...]
+    #: How many addresses met a fault.
+    fault_count: int
+    #: Where the answer comes from: one for each 262144 addresses, which are a request of their own.
+    provenances: tuple[Provenance, ...]
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    @property
+    def ok(self) -> Any:  # noqa: ANN401, a column
+        """Whether each address is mapped, and the access allowed."""
+        return self._column(lambda words: words & 1 != 0)
+
+    @property
+    def gpa(self) -> Any:  # noqa: ANN401, a column
+        """The guest physical address of each address; 0 where there is a fault: see `ok`."""
+        if isinstance(self.words, array):
+            pairs = zip(self.words, self.addresses)
+            return [word & _FRAME | address & 0xFFF if word & 1 else 0 for word, address in pairs]
+        # A signed column would not mix with the words.
+        addresses = self.addresses.astype(self.words.dtype)
+        return (self.words & _FRAME | addresses & 0xFFF) * (self.words & 1)
+
+    def _column(self, of: Callable[[Any], Any]) -> Any:  # noqa: ANN401, a column
+        return [of(word) for word in self.words] if isinstance(self.words, array) else of(self.words)
+
+
+_FRAME = 0x000F_FFFF_FFFF_F000
 
 #: What `Client.translate` answers; `ok` tells them apart.
 Outcome = Union[Translation, Fault]
@@ -440,8 +482,6 @@ class Capabilities:
     can_pause: bool
     can_set_registers: bool
     live: bool
-    can_write_memory: bool
-    ends_when_detached: bool
 
 
 @dataclass(frozen=True)
@@ -466,9 +506,6 @@ class Machine:
     capabilities: Capabilities
     landmarks: tuple[Landmark, ...]
     maxphyaddr: int
-    state: MachineState
-    #: Why it is lost; empty while it is there.
-    state_reason: str
 
 
 @dataclass(frozen=True)

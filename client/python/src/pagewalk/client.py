@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from datetime import timedelta
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, Union
+from typing import TYPE_CHECKING, Any, TypeVar, Union
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
-from pagewalk import convert, errors
+from pagewalk import columns, convert, errors
 from pagewalk.answers import (
     AccessKind,
     AdPolicy,
+    BatchTranslation,
     Ept,
     Fault,
     FaultExplanation,
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
+#: An answer to the largest batch, with as many faults as can be asked for, is smaller.
+_LARGEST_ANSWER = 12 << 20
 _PathLike = Union[str, "PathLike[str]"]
 
 
@@ -81,7 +84,13 @@ class Client:
         self._timeout = timeout
         self._tls = tls is not None
         # The daemon is not behind the proxy that the environment may name for the web.
-        options: list[tuple[str, str | int]] = [("grpc.enable_http_proxy", 0)]
+        options: list[tuple[str, str | int]] = [
+            ("grpc.enable_http_proxy", 0),
+            ("grpc.max_receive_message_length", _LARGEST_ANSWER),
+            # Batches go in fewer, larger frames.
+            ("grpc.http2.max_frame_size", 1 << 20),
+            ("grpc.http2.lookahead_bytes", 8 << 20),
+        ]
         if target.startswith("unix:"):
             if tls is not None:
                 raise ValueError(f"{target} is a Unix socket, on which daemons speak no TLS: leave out tls")
@@ -99,6 +108,17 @@ class Client:
             )
             self._channel = grpc.secure_channel(target, credentials, options)
         self._translation = TranslationServiceStub(self._channel)
+        # The generated stubs would make a Python number of every word.
+        self._batch = self._channel.unary_unary(
+            "/pagewalk.v1.TranslationService/BatchTranslate",
+            request_serializer=columns.BatchRequest.SerializeToString,
+            response_deserializer=columns.BatchResponse.FromString,
+        )
+        self._stream = self._channel.stream_stream(
+            "/pagewalk.v1.TranslationService/StreamTranslate",
+            request_serializer=columns.StreamRequest.SerializeToString,
+            response_deserializer=columns.StreamResponse.FromString,
+        )
         self._walker = WalkerServiceStub(self._channel)
         self._vcpu = VcpuServiceStub(self._channel)
         self._machine = MachineServiceStub(self._channel)
@@ -164,6 +184,85 @@ class Client:
             validate=validate,
         )
         return convert.outcome(address, self._call(self._translation.Translate, request))
+
+    def translate_batch(
+        self,
+        addresses: Any,  # noqa: ANN401, a numpy array or a sequence of numbers
+        access: AccessKind = "read",
+        *,
+        privilege: Privilege = "as_cpl",
+        ac: bool | None = None,
+        pkru: int | None = None,
+        pkrs: int | None = None,
+        stack: bool = False,
+        freshness: Freshness = "latest",
+        override: WalkerOverride | None = None,
+        max_faults: int | None = None,
+        vcpu: int = 0,
+        machine: str = "",
+    ) -> BatchTranslation:
+        """Ask what many guest virtual addresses mean, all for the same access. Faults are answers: look at `ok`.
+
+        `addresses` is a numpy array of integers, and the answer has numpy arrays; or a sequence of numbers. More than
+        262144 go in several requests, of which each has its own registers and up to `max_faults` (4096) faults in full;
+        the client's timeout bounds each.
+        """
+        data = columns.to_bytes(addresses)
+        head = columns.BatchRequest(
+            vcpu=convert.to_vcpu(machine, vcpu),
+            access=types_pb2.Access(
+                kind=convert.number(types_pb2.AccessKind.DESCRIPTOR, access, "access"),
+                privilege=convert.number(types_pb2.Privilege.DESCRIPTOR, privilege, "privilege"),
+                ac=ac,
+                pkru=pkru,
+                pkrs=pkrs,
+                stack=stack,
+            ),
+            freshness=convert.number(types_pb2.Freshness.DESCRIPTOR, freshness, "freshness"),
+            override=convert.to_override(override),
+            max_faults=max_faults,
+        )
+        words: list[bytes] = []
+        faults: list[tuple[int, Fault]] = []
+        provenances = []
+        fault_count = 0
+        for answer in self._batches(head, data):
+            source = convert.provenance(answer.provenance)
+            faults += convert.batch_faults(sum(map(len, words)) // 8, answer, source)
+            words += answer.words
+            provenances.append(source)
+            fault_count += answer.fault_count
+        return BatchTranslation(
+            addresses=addresses,
+            words=columns.from_bytes(words, addresses),
+            faults=tuple(faults),
+            fault_count=fault_count,
+            provenances=tuple(provenances),
+        )
+
+    def _batches(self, head: Any, data: bytes) -> Iterator[Any]:  # noqa: ANN401, twins of the contract's messages
+        size = columns.MOST * 8
+        if len(data) <= size:
+            if data:
+                head.addresses.append(data)
+                yield self._call(self._batch, head)
+            return
+
+        def requests() -> Iterator[Any]:
+            for start in range(0, len(data), size):
+                del head.addresses[:]
+                head.addresses.append(data[start : start + size])
+                yield columns.StreamRequest(sequence=start // size, batch=head)
+
+        timeout = self._timeout * -(-len(data) // size)
+        stream = self._stream(requests(), timeout=timeout)
+        try:
+            for response in stream:
+                yield response.answer
+        except grpc.RpcError as failure:
+            raise errors.from_rpc(failure, self._target, tls=self._tls) from None
+        finally:
+            stream.cancel()
 
     def translate_nested_gpa(
         self,
@@ -352,20 +451,6 @@ class Client:
         """Give one machine, by default the only one."""
         request = machine_pb2.GetMachineRequest(machine=machine)
         return convert.machine(self._call(self._machine.GetMachine, request).machine)
-
-    def attach(self, spec: str) -> Machine:
-        """Have the daemon take in a machine, described as `pagewalkd --machine` takes it. Needs the role `control`."""
-        request = machine_pb2.AttachMachineRequest(spec=spec)
-        return convert.machine(self._call(self._machine.AttachMachine, request).machine)
-
-    def detach(self, machine: str, *, end_guest: bool = False) -> None:
-        """Have the daemon let go of a machine. Needs the role `control`.
-
-        An attached guest goes on as it is. One that runs in the daemon ends, to which `end_guest` has to agree.
-        """
-        self._call(
-            self._machine.DetachMachine, machine_pb2.DetachMachineRequest(machine=machine, end_guest=end_guest)
-        )
 
     def daemon_version(self) -> str:
         """Give the version of the daemon."""

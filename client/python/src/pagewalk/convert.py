@@ -164,6 +164,13 @@ def outcome(address: int | str, message: translation_pb2.TranslateResponse) -> a
     return _translation(address, message.translation, steps, message.explanation, source)
 
 
+def batch_faults(
+    start: int, message: translation_pb2.BatchTranslateResponse, source: answers.Provenance
+) -> list[tuple[int, answers.Fault]]:
+    """Convert the faults of a batch whose addresses are the ones from `start` on."""
+    return [(start + told.index, _fault(told.fault, (), "", source)) for told in message.faults]
+
+
 def fault_explanation(address: int | str, message: translation_pb2.ExplainFaultResponse) -> answers.FaultExplanation:
     """Convert."""
     steps = tuple(map(_step, message.steps))
@@ -421,14 +428,10 @@ def machine(message: machine_pb2.Machine) -> answers.Machine:
             can_pause=can.can_pause,
             can_set_registers=can.can_set_registers,
             live=can.live,
-            can_write_memory=can.can_write_memory,
-            ends_when_detached=can.ends_when_detached,
         ),
         landmarks=tuple(
             answers.Landmark(name=mark.name, address=mark.address, description=mark.description)
             for mark in message.landmarks
         ),
         maxphyaddr=message.maxphyaddr,
-        state=_name(machine_pb2.MachineState.DESCRIPTOR, message.state),
-        state_reason=message.state_reason,
     )

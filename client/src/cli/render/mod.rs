@@ -15,6 +15,7 @@ pub(super) mod steps;
 pub(super) mod table;
 pub(super) mod vcpu;
 pub(super) mod walker;
+pub(super) mod word;
 
 /// A 64-bit value in full width.
 pub(super) fn hex(value: u64) -> String {

@@ -8,12 +8,17 @@ use crate::v1::{
 
 /// `GVA -> GPA  size  rights  A/D  type  backing  (provenance)`, or `GVA -> fault  entry  bits  reason  (provenance)`.
 pub(in crate::cli) fn line(address: u64, answer: &TranslateResponse) -> String {
-    let outcome = match &answer.outcome {
+    let outcome = outcome(answer.outcome.as_ref());
+    format!("{} -> {outcome}  {}", hex(address), provenance::short(answer.provenance.as_ref()))
+}
+
+/// What follows the arrow.
+pub(super) fn outcome(outcome: Option<&Outcome>) -> String {
+    match outcome {
         Some(Outcome::Translation(found)) => translation(found),
         Some(Outcome::Fault(refused)) => fault(refused),
         None => paint::bad("unknown outcome"),
-    };
-    format!("{} -> {outcome}  {}", hex(address), provenance::short(answer.provenance.as_ref()))
+    }
 }
 
 /// `nGPA -> GPA  size  rights  type  backing  (provenance)`, or a fault as [`line`] shows it.

@@ -162,6 +162,185 @@ class TranslateResponse(google.protobuf.message.Message):
 Global___TranslateResponse: typing_extensions.TypeAlias = TranslateResponse
 
 @typing.final
+class BatchTranslateRequest(google.protobuf.message.Message):
+    """Which addresses to translate, and how. Every one is translated by the same registers, for the same access, and nothing in
+    the guest changes.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VCPU_FIELD_NUMBER: builtins.int
+    ACCESS_FIELD_NUMBER: builtins.int
+    FRESHNESS_FIELD_NUMBER: builtins.int
+    OVERRIDE_FIELD_NUMBER: builtins.int
+    MAX_FAULTS_FIELD_NUMBER: builtins.int
+    ADDRESSES_FIELD_NUMBER: builtins.int
+    freshness: pagewalk.v1.types_pb2.Freshness.ValueType
+    """How recent the registers must be. Default: FRESHNESS_LATEST."""
+    max_faults: builtins.int
+    """How many entries `BatchTranslateResponse.faults` may have, 0 to 65536. Default: 4096."""
+    @property
+    def vcpu(self) -> pagewalk.v1.types_pb2.VcpuRef:
+        """The vCPU whose registers and memory to use. Default: the only machine, vCPU 0."""
+
+    @property
+    def access(self) -> pagewalk.v1.types_pb2.Access:
+        """The access. Required, for its kind."""
+
+    @property
+    def override(self) -> pagewalk.v1.types_pb2.WalkerOverride:
+        """The caller's own walker state. Default: the vCPU's."""
+
+    @property
+    def addresses(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The guest virtual addresses, 1 to 262144: linear, after segmentation, in any order. Outside long mode each must fit 32
+        bits, else INVALID_ARGUMENT. Packed, this is plain little-endian 64-bit words on the wire.
+        """
+
+    def __init__(
+        self,
+        *,
+        vcpu: pagewalk.v1.types_pb2.VcpuRef | None = ...,
+        access: pagewalk.v1.types_pb2.Access | None = ...,
+        freshness: pagewalk.v1.types_pb2.Freshness.ValueType = ...,
+        override: pagewalk.v1.types_pb2.WalkerOverride | None = ...,
+        max_faults: builtins.int | None = ...,
+        addresses: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_max_faults", b"_max_faults", "access", b"access", "max_faults", b"max_faults", "override", b"override", "vcpu", b"vcpu"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_max_faults", b"_max_faults", "access", b"access", "addresses", b"addresses", "freshness", b"freshness", "max_faults", b"max_faults", "override", b"override", "vcpu", b"vcpu"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_max_faults", b"_max_faults"]) -> typing.Literal["max_faults"] | None: ...
+
+Global___BatchTranslateRequest: typing_extensions.TypeAlias = BatchTranslateRequest
+
+@typing.final
+class BatchFault(google.protobuf.message.Message):
+    """A fault in a batch."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: builtins.int
+    FAULT_FIELD_NUMBER: builtins.int
+    index: builtins.int
+    """Which address: its place in `addresses`, from 0."""
+    @property
+    def fault(self) -> pagewalk.v1.types_pb2.Fault:
+        """The fault, whose `reason` is left empty: `Translate` has it."""
+
+    def __init__(
+        self,
+        *,
+        index: builtins.int = ...,
+        fault: pagewalk.v1.types_pb2.Fault | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["fault", b"fault"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["fault", b"fault", "index", b"index"]) -> None: ...
+
+Global___BatchFault: typing_extensions.TypeAlias = BatchFault
+
+@typing.final
+class BatchTranslateResponse(google.protobuf.message.Message):
+    """What the addresses mean."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PROVENANCE_FIELD_NUMBER: builtins.int
+    FAULTS_FIELD_NUMBER: builtins.int
+    FAULT_COUNT_FIELD_NUMBER: builtins.int
+    WORDS_FIELD_NUMBER: builtins.int
+    fault_count: builtins.int
+    """How many addresses met a fault."""
+    @property
+    def provenance(self) -> pagewalk.v1.types_pb2.Provenance:
+        """Where the answer comes from."""
+
+    @property
+    def faults(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___BatchFault]:
+        """The first faults, in the order of the addresses: as many as the request wants."""
+
+    @property
+    def words(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """One word an address, in the same order. Packed, this is plain little-endian 64-bit words on the wire.
+
+        Bit 0 set: the address is mapped, and the access allowed. The word is the PTE of 4-level paging that would map its
+        4 KiB alone with the same effect; what a PTE has no place for lies in bits that it ignores:
+          1: every level of every dimension allows writes. 2: a user page at every level of the guest.
+          3, 4, 7: PWT, PCD and PAT of the guest's leaf, which select its memory type. 5, 6, 8: its A, D and G, as found.
+          11:9: size of the guest's page: 0 paging is off, 1 4 KiB, 2 2 MiB, 3 4 MiB, 4 1 GiB.
+          51:12: the 4 KiB frame of the address, whatever the page's size: GPA = word & 0xffffffffff000 | address & 0xfff.
+          53:52: what lies behind it: 0 guest RAM, 1 memory that the guest cannot write, 2 nothing.
+          56:54: size of the second dimension's page, coded as in 11:9; 0 without second dimension.
+          57: data cannot be read (EPT). 58: 0. 62:59: protection key of the guest's leaf. 63: execution is forbidden.
+
+        Bit 0 clear: a fault. The word says which, whether or not the fault is among `faults`:
+          4:1: FaultKind. 7:5: level of the entry that refused, 0 where none did. 8: set if `ngpa_walk` refused.
+          15:9: 0. 63:16: the #PF error code, the exit qualification or EXITINFO1, whichever the kind has; else 0.
+        """
+
+    def __init__(
+        self,
+        *,
+        provenance: pagewalk.v1.types_pb2.Provenance | None = ...,
+        faults: collections.abc.Iterable[Global___BatchFault] | None = ...,
+        fault_count: builtins.int = ...,
+        words: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["provenance", b"provenance"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["fault_count", b"fault_count", "faults", b"faults", "provenance", b"provenance", "words", b"words"]) -> None: ...
+
+Global___BatchTranslateResponse: typing_extensions.TypeAlias = BatchTranslateResponse
+
+@typing.final
+class StreamTranslateRequest(google.protobuf.message.Message):
+    """One request of a stream."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: builtins.int
+    BATCH_FIELD_NUMBER: builtins.int
+    sequence: builtins.int
+    """Any number that the client likes; its response has the same."""
+    @property
+    def batch(self) -> Global___BatchTranslateRequest:
+        """The batch, complete in itself: nothing is kept from the requests before. Required."""
+
+    def __init__(
+        self,
+        *,
+        sequence: builtins.int = ...,
+        batch: Global___BatchTranslateRequest | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["batch", b"batch"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["batch", b"batch", "sequence", b"sequence"]) -> None: ...
+
+Global___StreamTranslateRequest: typing_extensions.TypeAlias = StreamTranslateRequest
+
+@typing.final
+class StreamTranslateResponse(google.protobuf.message.Message):
+    """The response to one request of a stream."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: builtins.int
+    ANSWER_FIELD_NUMBER: builtins.int
+    sequence: builtins.int
+    """The request's number."""
+    @property
+    def answer(self) -> Global___BatchTranslateResponse:
+        """What its addresses mean."""
+
+    def __init__(
+        self,
+        *,
+        sequence: builtins.int = ...,
+        answer: Global___BatchTranslateResponse | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["answer", b"answer"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["answer", b"answer", "sequence", b"sequence"]) -> None: ...
+
+Global___StreamTranslateResponse: typing_extensions.TypeAlias = StreamTranslateResponse
+
+@typing.final
 class TranslateNestedGpaRequest(google.protobuf.message.Message):
     """Which nGPA to translate, and how."""
 

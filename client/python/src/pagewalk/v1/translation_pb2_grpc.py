@@ -40,6 +40,16 @@ class TranslationServiceStub(object):
                 request_serializer=pagewalk_dot_v1_dot_translation__pb2.TranslateRequest.SerializeToString,
                 response_deserializer=pagewalk_dot_v1_dot_translation__pb2.TranslateResponse.FromString,
                 _registered_method=True)
+        self.BatchTranslate = channel.unary_unary(
+                '/pagewalk.v1.TranslationService/BatchTranslate',
+                request_serializer=pagewalk_dot_v1_dot_translation__pb2.BatchTranslateRequest.SerializeToString,
+                response_deserializer=pagewalk_dot_v1_dot_translation__pb2.BatchTranslateResponse.FromString,
+                _registered_method=True)
+        self.StreamTranslate = channel.stream_stream(
+                '/pagewalk.v1.TranslationService/StreamTranslate',
+                request_serializer=pagewalk_dot_v1_dot_translation__pb2.StreamTranslateRequest.SerializeToString,
+                response_deserializer=pagewalk_dot_v1_dot_translation__pb2.StreamTranslateResponse.FromString,
+                _registered_method=True)
         self.TranslateNestedGpa = channel.unary_unary(
                 '/pagewalk.v1.TranslationService/TranslateNestedGpa',
                 request_serializer=pagewalk_dot_v1_dot_translation__pb2.TranslateNestedGpaRequest.SerializeToString,
@@ -64,6 +74,32 @@ class TranslationServiceServicer(object):
         Errors: INVALID_ARGUMENT for a missing address or access kind, an address that does not parse, or registers that no
         CPU accepts; NOT_FOUND for an unknown machine or vCPU; FAILED_PRECONDITION for AD_POLICY_SET where the source does
         not allow it; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the vCPU does not come out in time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BatchTranslate(self, request, context):
+        """Translates up to 262144 guest virtual addresses for one access, each by a walk of its own. Faults are answers, not
+        errors. Large batches yield to small calls.
+
+        Role: `read`.
+        Errors: as `Translate`; also INVALID_ARGUMENT for no address, for more than 262144 or for a column that is not made of
+        whole words; RESOURCE_EXHAUSTED for a message of more bytes than that many addresses take, or when more than 128
+        batches and streams of batches are being served: retry after a moment.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamTranslate(self, request_iterator, context):
+        """Translates batches, one after another: each request is answered by one response, in order. A request is read when the
+        answers to those before it have been taken: a client that stops reading stops the stream, and holds at most two
+        answers. It may stay open as long as the client likes.
+
+        Role: `read`.
+        Errors: as `BatchTranslate`; they end the stream, after the answers to all requests before. UNAVAILABLE when the
+        daemon shuts down.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -109,6 +145,16 @@ def add_TranslationServiceServicer_to_server(servicer, server):
                     request_deserializer=pagewalk_dot_v1_dot_translation__pb2.TranslateRequest.FromString,
                     response_serializer=pagewalk_dot_v1_dot_translation__pb2.TranslateResponse.SerializeToString,
             ),
+            'BatchTranslate': grpc.unary_unary_rpc_method_handler(
+                    servicer.BatchTranslate,
+                    request_deserializer=pagewalk_dot_v1_dot_translation__pb2.BatchTranslateRequest.FromString,
+                    response_serializer=pagewalk_dot_v1_dot_translation__pb2.BatchTranslateResponse.SerializeToString,
+            ),
+            'StreamTranslate': grpc.stream_stream_rpc_method_handler(
+                    servicer.StreamTranslate,
+                    request_deserializer=pagewalk_dot_v1_dot_translation__pb2.StreamTranslateRequest.FromString,
+                    response_serializer=pagewalk_dot_v1_dot_translation__pb2.StreamTranslateResponse.SerializeToString,
+            ),
             'TranslateNestedGpa': grpc.unary_unary_rpc_method_handler(
                     servicer.TranslateNestedGpa,
                     request_deserializer=pagewalk_dot_v1_dot_translation__pb2.TranslateNestedGpaRequest.FromString,
@@ -148,6 +194,60 @@ class TranslationService(object):
             '/pagewalk.v1.TranslationService/Translate',
             pagewalk_dot_v1_dot_translation__pb2.TranslateRequest.SerializeToString,
             pagewalk_dot_v1_dot_translation__pb2.TranslateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BatchTranslate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pagewalk.v1.TranslationService/BatchTranslate',
+            pagewalk_dot_v1_dot_translation__pb2.BatchTranslateRequest.SerializeToString,
+            pagewalk_dot_v1_dot_translation__pb2.BatchTranslateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamTranslate(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/pagewalk.v1.TranslationService/StreamTranslate',
+            pagewalk_dot_v1_dot_translation__pb2.StreamTranslateRequest.SerializeToString,
+            pagewalk_dot_v1_dot_translation__pb2.StreamTranslateResponse.FromString,
             options,
             channel_credentials,
             insecure,

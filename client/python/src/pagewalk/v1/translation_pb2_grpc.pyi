@@ -41,6 +41,38 @@ _TranslationServiceTranslateType = typing_extensions.TypeVar(
     ],
 )
 
+_TranslationServiceBatchTranslateType = typing_extensions.TypeVar(
+    '_TranslationServiceBatchTranslateType',
+    grpc.UnaryUnaryMultiCallable[
+        pagewalk.v1.translation_pb2.BatchTranslateRequest,
+        pagewalk.v1.translation_pb2.BatchTranslateResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        pagewalk.v1.translation_pb2.BatchTranslateRequest,
+        pagewalk.v1.translation_pb2.BatchTranslateResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        pagewalk.v1.translation_pb2.BatchTranslateRequest,
+        pagewalk.v1.translation_pb2.BatchTranslateResponse,
+    ],
+)
+
+_TranslationServiceStreamTranslateType = typing_extensions.TypeVar(
+    '_TranslationServiceStreamTranslateType',
+    grpc.StreamStreamMultiCallable[
+        pagewalk.v1.translation_pb2.StreamTranslateRequest,
+        pagewalk.v1.translation_pb2.StreamTranslateResponse,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        pagewalk.v1.translation_pb2.StreamTranslateRequest,
+        pagewalk.v1.translation_pb2.StreamTranslateResponse,
+    ],
+    default=grpc.StreamStreamMultiCallable[
+        pagewalk.v1.translation_pb2.StreamTranslateRequest,
+        pagewalk.v1.translation_pb2.StreamTranslateResponse,
+    ],
+)
+
 _TranslationServiceTranslateNestedGpaType = typing_extensions.TypeVar(
     '_TranslationServiceTranslateNestedGpaType',
     grpc.UnaryUnaryMultiCallable[
@@ -73,7 +105,7 @@ _TranslationServiceExplainFaultType = typing_extensions.TypeVar(
     ],
 )
 
-class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _TranslationServiceTranslateNestedGpaType, _TranslationServiceExplainFaultType]):
+class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _TranslationServiceBatchTranslateType, _TranslationServiceStreamTranslateType, _TranslationServiceTranslateNestedGpaType, _TranslationServiceExplainFaultType]):
     """Answers what guest virtual addresses mean, and why they mean nothing."""
 
     @typing.overload
@@ -81,6 +113,14 @@ class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _T
         grpc.UnaryUnaryMultiCallable[
             pagewalk.v1.translation_pb2.TranslateRequest,
             pagewalk.v1.translation_pb2.TranslateResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            pagewalk.v1.translation_pb2.BatchTranslateRequest,
+            pagewalk.v1.translation_pb2.BatchTranslateResponse,
+        ],
+        grpc.StreamStreamMultiCallable[
+            pagewalk.v1.translation_pb2.StreamTranslateRequest,
+            pagewalk.v1.translation_pb2.StreamTranslateResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             pagewalk.v1.translation_pb2.TranslateNestedGpaRequest,
@@ -97,6 +137,14 @@ class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _T
         grpc.aio.UnaryUnaryMultiCallable[
             pagewalk.v1.translation_pb2.TranslateRequest,
             pagewalk.v1.translation_pb2.TranslateResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            pagewalk.v1.translation_pb2.BatchTranslateRequest,
+            pagewalk.v1.translation_pb2.BatchTranslateResponse,
+        ],
+        grpc.aio.StreamStreamMultiCallable[
+            pagewalk.v1.translation_pb2.StreamTranslateRequest,
+            pagewalk.v1.translation_pb2.StreamTranslateResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
             pagewalk.v1.translation_pb2.TranslateNestedGpaRequest,
@@ -116,6 +164,26 @@ class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _T
     Errors: INVALID_ARGUMENT for a missing address or access kind, an address that does not parse, or registers that no
     CPU accepts; NOT_FOUND for an unknown machine or vCPU; FAILED_PRECONDITION for AD_POLICY_SET where the source does
     not allow it; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the vCPU does not come out in time.
+    """
+
+    BatchTranslate: _TranslationServiceBatchTranslateType
+    """Translates up to 262144 guest virtual addresses for one access, each by a walk of its own. Faults are answers, not
+    errors. Large batches yield to small calls.
+
+    Role: `read`.
+    Errors: as `Translate`; also INVALID_ARGUMENT for no address, for more than 262144 or for a column that is not made of
+    whole words; RESOURCE_EXHAUSTED for a message of more bytes than that many addresses take, or when more than 128
+    batches and streams of batches are being served: retry after a moment.
+    """
+
+    StreamTranslate: _TranslationServiceStreamTranslateType
+    """Translates batches, one after another: each request is answered by one response, in order. A request is read when the
+    answers to those before it have been taken: a client that stops reading stops the stream, and holds at most two
+    answers. It may stay open as long as the client likes.
+
+    Role: `read`.
+    Errors: as `BatchTranslate`; they end the stream, after the answers to all requests before. UNAVAILABLE when the
+    daemon shuts down.
     """
 
     TranslateNestedGpa: _TranslationServiceTranslateNestedGpaType
@@ -150,6 +218,14 @@ TranslationServiceAsyncStub: typing_extensions.TypeAlias = TranslationServiceStu
         pagewalk.v1.translation_pb2.TranslateResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
+        pagewalk.v1.translation_pb2.BatchTranslateRequest,
+        pagewalk.v1.translation_pb2.BatchTranslateResponse,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        pagewalk.v1.translation_pb2.StreamTranslateRequest,
+        pagewalk.v1.translation_pb2.StreamTranslateResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
         pagewalk.v1.translation_pb2.TranslateNestedGpaRequest,
         pagewalk.v1.translation_pb2.TranslateNestedGpaResponse,
     ],
@@ -175,6 +251,36 @@ class TranslationServiceServicer(metaclass=abc.ABCMeta):
         Errors: INVALID_ARGUMENT for a missing address or access kind, an address that does not parse, or registers that no
         CPU accepts; NOT_FOUND for an unknown machine or vCPU; FAILED_PRECONDITION for AD_POLICY_SET where the source does
         not allow it; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the vCPU does not come out in time.
+        """
+
+    @abc.abstractmethod
+    def BatchTranslate(
+        self,
+        request: pagewalk.v1.translation_pb2.BatchTranslateRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[pagewalk.v1.translation_pb2.BatchTranslateResponse, collections.abc.Awaitable[pagewalk.v1.translation_pb2.BatchTranslateResponse]]:
+        """Translates up to 262144 guest virtual addresses for one access, each by a walk of its own. Faults are answers, not
+        errors. Large batches yield to small calls.
+
+        Role: `read`.
+        Errors: as `Translate`; also INVALID_ARGUMENT for no address, for more than 262144 or for a column that is not made of
+        whole words; RESOURCE_EXHAUSTED for a message of more bytes than that many addresses take, or when more than 128
+        batches and streams of batches are being served: retry after a moment.
+        """
+
+    @abc.abstractmethod
+    def StreamTranslate(
+        self,
+        request_iterator: _MaybeAsyncIterator[pagewalk.v1.translation_pb2.StreamTranslateRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[pagewalk.v1.translation_pb2.StreamTranslateResponse], collections.abc.AsyncIterator[pagewalk.v1.translation_pb2.StreamTranslateResponse]]:
+        """Translates batches, one after another: each request is answered by one response, in order. A request is read when the
+        answers to those before it have been taken: a client that stops reading stops the stream, and holds at most two
+        answers. It may stay open as long as the client likes.
+
+        Role: `read`.
+        Errors: as `BatchTranslate`; they end the stream, after the answers to all requests before. UNAVAILABLE when the
+        daemon shuts down.
         """
 
     @abc.abstractmethod

@@ -1,0 +1,140 @@
+//! Batches: one walk an address, all by the same walker, for the same access.
+//!
+//! The addresses are walked as they lie in the message, a slice at a time; the words go into the column that becomes the
+//! answer.
+
+use std::time::Instant;
+
+use pagewalk::{Access, Walker};
+use pagewalk_proto::Column;
+use pagewalk_proto::v1;
+use prost::bytes::BytesMut;
+
+use super::Daemon;
+use super::translation::{check_width, walker};
+use super::turns::Slice;
+use crate::convert;
+use crate::machine::GuestRam;
+use crate::status::Error;
+
+/// Most addresses of a batch. The answer to so many fits into what gRPC clients take by default, 4 MiB.
+pub(super) const MAX_ADDRESSES: usize = 1 << 18;
+/// Most faults that an answer tells in full.
+const MAX_FAULTS: u32 = 1 << 16;
+/// As many as it tells unless asked for another number.
+const DEFAULT_FAULTS: u32 = 4096;
+/// Addresses of a slice: enough to have many walks in flight, and few enough to be over in a fraction of a millisecond.
+const SLICE: usize = 4096;
+/// Under a second dimension a walk is six times as many steps.
+const NESTED_SLICE: usize = 1024;
+
+pub(super) async fn translate(
+    daemon: &Daemon,
+    request: v1::BatchTranslateRequest,
+    deadline: Instant,
+) -> Result<v1::BatchTranslateResponse, Error> {
+    let v1::BatchTranslateRequest { head, column } = request;
+    let count = count(&column)?;
+    let max_faults = max_faults(head.max_faults)?;
+    let target = daemon.target(head.vcpu)?;
+    let snapshot = target.snapshot(head.freshness, deadline).await?;
+    let access = convert::access::access(head.access, &snapshot.registers)?;
+    let walker = walker(head.r#override.as_ref(), &snapshot)?;
+    convert::access::check(&access, &walker)?;
+    if !walker.gva_walk().format().mode().is_long() {
+        column.iter().try_for_each(|gva| check_width(&walker, gva, "addresses"))?;
+    }
+
+    let mut answer = Answer {
+        words: BytesMut::with_capacity(count * size_of::<u64>()),
+        faults: Vec::new(),
+        max_faults,
+        fault_count: 0,
+    };
+    let memory = target.machine.source().memory();
+    let size = if walker.ngpa_walk().is_some() { NESTED_SLICE } else { SLICE };
+    let mut start = 0;
+    let slice = || {
+        start += answer.walk(&walker, memory, &access, &column, start, size);
+        if start < count { Slice::More } else { Slice::Last }
+    };
+    daemon.turns.take(slice).await;
+
+    Ok(v1::BatchTranslateResponse {
+        head: v1::BatchTranslateResponseHead {
+            provenance: Some(daemon.provenance(&target, &snapshot)),
+            faults: answer.faults,
+            fault_count: answer.fault_count,
+        },
+        column: answer.words.freeze().into(),
+    })
+}
+
+fn count(column: &Column) -> Result<usize, Error> {
+    let Some(count) = column.len() else {
+        let problem = format!("{} bytes are not made of whole 8-byte words", column.as_bytes().len());
+        return Err(Error::invalid("addresses", problem));
+    };
+    match count {
+        0 => Err(Error::invalid("addresses", format!("required: 1 to {MAX_ADDRESSES}"))),
+        1..=MAX_ADDRESSES => Ok(count),
+        _ => {
+            let problem =
+                format!("{count} are more than the {MAX_ADDRESSES} of one batch: split it, or use a stream");
+            Err(Error::invalid("addresses", problem))
+        }
+    }
+}
+
+fn max_faults(requested: Option<u32>) -> Result<usize, Error> {
+    match requested.unwrap_or(DEFAULT_FAULTS) {
+        faults @ 0..=MAX_FAULTS => Ok(faults as usize),
+        faults => Err(Error::invalid("max_faults", format!("{faults} is more than {MAX_FAULTS}"))),
+    }
+}
+
+/// An answer in the making.
+struct Answer {
+    words: BytesMut,
+    faults: Vec<v1::BatchFault>,
+    max_faults: usize,
+    fault_count: u32,
+}
+
+impl Answer {
+    /// Walks the addresses from number `start` on, `size` of them if there are so many; says how many they were.
+    fn walk(
+        &mut self,
+        walker: &Walker,
+        memory: &GuestRam,
+        access: &Access,
+        column: &Column,
+        start: usize,
+        size: usize,
+    ) -> usize {
+        let (mut gvas, mut words) = ([0_u64; SLICE], [0_u64; SLICE]);
+        let size = column.copy_to(start, &mut gvas[..size.min(SLICE)]);
+        let (gvas, words) = (&gvas[..size], &mut words[..size]);
+        let mut refused = Vec::new();
+        walker.translate_batch(memory, access, gvas, words, &mut |at, fault| {
+            refused.push((at, convert::fault::word(&fault)));
+            self.fault_count += 1;
+            if self.faults.len() < self.max_faults {
+                self.faults.push(v1::BatchFault {
+                    // No larger than `MAX_ADDRESSES`.
+                    index: (start + at) as u32,
+                    fault: Some(convert::fault::without_reason(&fault)),
+                });
+            }
+        });
+        for (at, word) in refused {
+            words[at] = word;
+        }
+        let end = self.words.len();
+        self.words.resize(end + size_of_val(words), 0);
+        for (bytes, word) in self.words[end..].as_chunks_mut().0.iter_mut().zip(words) {
+            *bytes = word.to_le_bytes();
+        }
+        size
+    }
+}

@@ -1,0 +1,73 @@
+//! Streams of batches: each request is answered before the next one is read.
+//!
+//! One answer may wait for the client to take it, while the next is being made; then nothing more is read, until the
+//! client's window is full and it stops sending.
+
+use std::pin::Pin;
+use std::time::Instant;
+
+use pagewalk_proto::v1;
+use tokio::sync::mpsc;
+use tokio::time::sleep_until;
+use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Status, Streaming};
+
+use super::resolve::{PATIENCE, client_deadline};
+use super::{Daemon, batch};
+use crate::layer::reason;
+use crate::status::Error;
+
+type Answer = Result<v1::StreamTranslateResponse, Status>;
+pub(super) type Answers = Pin<Box<dyn Stream<Item = Answer> + Send>>;
+
+pub(super) fn translate(daemon: &Daemon, request: Request<Streaming<v1::StreamTranslateRequest>>) -> Answers {
+    let (answers, stream) = mpsc::channel(1);
+    let deadline = client_deadline(&request);
+    tokio::spawn(run(daemon.clone(), request.into_inner(), deadline, answers));
+    Box::pin(ReceiverStream::new(stream))
+}
+
+async fn run(
+    daemon: Daemon,
+    requests: Streaming<v1::StreamTranslateRequest>,
+    deadline: Option<Instant>,
+    answers: mpsc::Sender<Answer>,
+) {
+    let mut draining = daemon.draining.clone();
+    let too_late = async {
+        match deadline {
+            Some(deadline) => sleep_until(deadline.into()).await,
+            None => std::future::pending().await,
+        }
+    };
+    let ended = tokio::select! {
+        ended = answer_all(&daemon, requests, deadline, &answers) => ended,
+        () = answers.closed() => return,
+        _ = draining.wait_for(|draining| *draining) => Err(Error::ShuttingDown),
+        () = too_late => Err(Error::Deadline),
+    };
+    if let Err(error) = ended {
+        // Waits for a slow reader; one that has gone needs no reason.
+        let _ = answers.send(Err(error.into())).await;
+    }
+}
+
+async fn answer_all(
+    daemon: &Daemon,
+    mut requests: Streaming<v1::StreamTranslateRequest>,
+    deadline: Option<Instant>,
+    answers: &mpsc::Sender<Answer>,
+) -> Result<(), Error> {
+    while let Some(request) = requests.message().await.map_err(reason)? {
+        let sequence = request.sequence;
+        let batch = request.batch.ok_or_else(|| Error::invalid("batch", "required"))?;
+        let patience = Instant::now() + PATIENCE;
+        let deadline = deadline.map_or(patience, |deadline| deadline.min(patience));
+        let answer = batch::translate(daemon, batch, deadline).await?;
+        if answers.send(Ok(v1::StreamTranslateResponse { sequence, answer: Some(answer) })).await.is_err() {
+            break;
+        }
+    }
+    Ok(())
+}

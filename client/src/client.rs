@@ -104,6 +104,10 @@ impl Client {
         list_machines: MachineServiceClient, ListMachinesRequest -> ListMachinesResponse;
         /// Gives one machine.
         get_machine: MachineServiceClient, GetMachineRequest -> GetMachineResponse;
+        /// Takes in a machine.
+        attach_machine: MachineServiceClient, AttachMachineRequest -> AttachMachineResponse;
+        /// Lets go of a machine.
+        detach_machine: MachineServiceClient, DetachMachineRequest -> DetachMachineResponse;
     }
 
     /// Translates up to 262144 guest virtual addresses. Faults are answers.

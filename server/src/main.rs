@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 use pagewalkd::config::{Cli, Command, Config, LogFormat, Options};
-use pagewalkd::machine::{Machine, MachineSpec, Machines};
+use pagewalkd::machine::Machines;
 use pagewalkd::serve::Server;
 use pagewalkd::tour;
 use tokio::signal::unix::{SignalKind, signal};
@@ -32,8 +32,10 @@ fn run(cli: Cli) -> Result<(), Error> {
     let quiet = tour.is_some() && options.log.is_none();
     let config = Config::resolve(options, machines)?;
     start_logging(if quiet { "warn" } else { &config.log }, config.log_format)?;
-    let machines: Vec<Machine> = config.machines.iter().map(MachineSpec::open).collect::<Result<_, _>>()?;
-    let machines = Machines::new(machines)?;
+    let machines = Machines::default();
+    for spec in &config.machines {
+        machines.open(spec)?;
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(serve(&config, machines, tour))
 }

@@ -11,7 +11,7 @@ use pagewalk_proto::v1::translation_service_server::TranslationServiceServer;
 use pagewalk_proto::v1::vcpu_service_server::VcpuServiceServer;
 use pagewalk_proto::v1::walker_service_server::WalkerServiceServer;
 use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::service::Routes;
@@ -24,7 +24,7 @@ use crate::config::Config;
 use crate::layer::{DeadlineLayer, LimitLayer, ReasonLayer, TraceLayer};
 use crate::listen::{Incoming, ListenError, TlsError, UdsListener, bind_tcp};
 use crate::machine::Machines;
-use crate::service::{Daemon, Turns, add_to};
+use crate::service::{BLOCKING, Daemon, Turns, add_to};
 
 /// Streams that one connection may have open.
 const STREAMS: u32 = 256;
@@ -94,6 +94,7 @@ impl Server {
             machines: Arc::new(machines),
             host: host_name(),
             draining: observer,
+            blocking: Arc::new(Semaphore::new(BLOCKING)),
             turns: Arc::new(Turns::new()),
         };
         let (health, health_service) = health_reporter();

@@ -4,12 +4,13 @@
 //! to do. A fault of the guest is no error: it is an answer.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use pagewalk::StateError;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
-use crate::machine::LookupError;
+use crate::machine::{AttachError, DetachError, LookupError};
 use crate::vcpu::VcpuError;
 
 /// Domain of every `ErrorInfo`.
@@ -40,6 +41,19 @@ pub(crate) enum Error {
     Lookup(#[from] LookupError),
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
+    /// The machine went away.
+    #[error("machine `{machine}` is lost: {reason}; detach it, and attach it again once it is back")]
+    Lost { machine: String, reason: Arc<str> },
+    /// The machine was detached while it was asked.
+    #[error("machine `{machine}` was detached meanwhile")]
+    Detached { machine: String },
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    #[error(transparent)]
+    Detach(#[from] DetachError),
+    /// A defect of the daemon's.
+    #[error("the daemon failed: {0}; its log says more")]
+    Failed(String),
     /// The client's deadline has passed.
     #[error("the deadline passed before there was an answer: allow more time, or ask for the latest state")]
     Deadline,
@@ -76,8 +90,8 @@ impl Error {
     /// Code and reason: the table.
     fn code(&self) -> (Code, &'static str) {
         use Code::{
-            DeadlineExceeded, FailedPrecondition, Internal, InvalidArgument, NotFound, ResourceExhausted,
-            Unavailable, Unimplemented,
+            AlreadyExists, DeadlineExceeded, FailedPrecondition, Internal, InvalidArgument, NotFound,
+            ResourceExhausted, Unavailable, Unimplemented,
         };
         match self {
             Self::Invalid { .. } => (InvalidArgument, "INVALID_FIELD"),
@@ -87,9 +101,18 @@ impl Error {
             | Self::Vcpu(VcpuError::InvalidNested(_)) => (InvalidArgument, "INVALID_WALKER_STATE"),
             Self::VcpuState(_) => (FailedPrecondition, "VCPU_HAS_NO_WALK"),
             Self::Precondition(_) => (FailedPrecondition, "PRECONDITION"),
-            Self::Lookup(LookupError::Unnamed { .. }) => (InvalidArgument, "MACHINE_NOT_NAMED"),
-            Self::Lookup(LookupError::NoMachine { .. }) => (NotFound, "MACHINE_NOT_FOUND"),
-            Self::Lookup(LookupError::NoVcpu { .. }) => (NotFound, "VCPU_NOT_FOUND"),
+            Self::Lookup(error) | Self::Detach(DetachError::Lookup(error)) => match error {
+                LookupError::Unnamed { .. } => (InvalidArgument, "MACHINE_NOT_NAMED"),
+                LookupError::NoMachine { .. } => (NotFound, "MACHINE_NOT_FOUND"),
+                LookupError::NoVcpu { .. } => (NotFound, "VCPU_NOT_FOUND"),
+            },
+            Self::Lost { .. } => (Unavailable, "MACHINE_LOST"),
+            Self::Detached { .. } => (Unavailable, "MACHINE_DETACHED"),
+            Self::Attach(AttachError::DuplicateId { .. } | AttachError::SameGuest { .. }) => {
+                (AlreadyExists, "MACHINE_EXISTS")
+            }
+            Self::Attach(AttachError::Open(_)) => (FailedPrecondition, "CANNOT_ATTACH"),
+            Self::Detach(DetachError::WouldEnd { .. }) => (FailedPrecondition, "GUEST_WOULD_END"),
             Self::Vcpu(VcpuError::Timeout { .. }) => (DeadlineExceeded, "VCPU_UNRESPONSIVE"),
             Self::Vcpu(VcpuError::Gone { .. }) => (Unavailable, "VCPU_GONE"),
             Self::Vcpu(VcpuError::Stopped { .. }) => (FailedPrecondition, "VCPU_STOPPED"),
@@ -99,6 +122,7 @@ impl Error {
             }
             Self::Vcpu(VcpuError::NotTaken { .. }) => (FailedPrecondition, "REGISTER_NOT_TAKEN"),
             Self::Vcpu(VcpuError::Hypervisor(_)) => (Internal, "HYPERVISOR"),
+            Self::Failed(_) => (Internal, "DAEMON_FAILED"),
             Self::Deadline => (DeadlineExceeded, "DEADLINE"),
             Self::Busy => (ResourceExhausted, "BUSY"),
             Self::TooLarge(_) => (ResourceExhausted, "MESSAGE_TOO_LARGE"),

@@ -32,7 +32,7 @@ fn open() -> (Machine, Arc<Vcpu>) {
 
 fn rounds(machine: &Machine, vcpu: &Vcpu) -> u64 {
     let read = Access::new(AccessKind::Read, Privilege::Supervisor);
-    let memory = &**machine.source().memory();
+    let memory = &*machine.source().memory();
     let counter =
         vcpu.latest().walker.as_ref().unwrap().translate(memory, Gva(demo::ROUND_COUNTER), &read).unwrap();
     memory.load_u64(counter.gpa).unwrap()
@@ -41,7 +41,7 @@ fn rounds(machine: &Machine, vcpu: &Vcpu) -> u64 {
 fn runs_and_switches_and_remaps() -> Result<(), Failed> {
     let (machine, vcpu) = open();
     assert_eq!(machine.source().description(), "demo guest, running on /dev/kvm");
-    let memory = &**machine.source().memory();
+    let memory = &*machine.source().memory();
     let read = Access::new(AccessKind::Read, Privilege::Supervisor);
     let remapped = machine.source().landmarks().iter().find(|l| l.name == "remapped").unwrap().address;
     let user_data = machine.source().landmarks().iter().find(|l| l.name == "user-data").unwrap().address;

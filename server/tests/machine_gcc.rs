@@ -102,7 +102,7 @@ fn translates() -> Result<(), Failed> {
         std::thread::sleep(Duration::from_millis(5));
     };
     assert_ne!(halted.registers.cr3, entered, "the guest runs on its own tables");
-    let memory = &**machine.source().memory();
+    let memory = &*machine.source().memory();
     let walker = halted.walker.as_ref().unwrap();
     let (notes, count) = (halted.registers.rax, halted.registers.rbx);
     assert_eq!(count, 2 + 64 + 8);

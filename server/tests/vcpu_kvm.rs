@@ -310,7 +310,7 @@ fn all_of_memory_is_mapped_to_itself() -> Result<(), Failed> {
         let machine = spec.parse::<MachineSpec>()?.open();
         std::fs::remove_file(&file)?;
         let machine = machine?;
-        let memory = &**machine.source().memory();
+        let memory = &*machine.source().memory();
         assert_eq!(memory.size(), bytes);
         let read = Access::new(AccessKind::Read, Privilege::Supervisor);
         for index in [0, 15] {

@@ -81,6 +81,14 @@ pub(super) const STEP: &str = concat!(examples!("pagewalk step"), exit_codes!())
 pub(super) const MACHINES: &str =
     concat!(examples!("pagewalk machines", "pagewalk machines --machine demo"), exit_codes!());
 
+pub(super) const ATTACH: &str = concat!(
+    examples!("pagewalk attach other=demo:plain"),
+    "\n\nSPEC is what `pagewalkd --machine` takes; files and sockets are the daemon's.",
+    exit_codes!()
+);
+
+pub(super) const DETACH: &str = concat!(examples!("pagewalk detach other --end-guest"), exit_codes!());
+
 pub(super) const EXPLAIN_FAULT: &str = concat!(
     examples!(
         "pagewalk explain-fault --error-code 0x7 --cr2 0x402000",

@@ -3,6 +3,7 @@
 //! Data flows one way: arguments -> request -> [`crate::Client`] -> response -> `render` or `json` -> `output`.
 
 mod access;
+mod attach;
 mod batch;
 mod connection;
 mod doctor;
@@ -81,6 +82,12 @@ enum Verb {
     /// List the machines that the daemon serves
     #[command(after_help = examples::MACHINES)]
     Machines,
+    /// Have the daemon take in a machine: attach to a guest, or make one
+    #[command(after_help = examples::ATTACH)]
+    Attach(attach::AttachArgs),
+    /// Have the daemon let go of a machine; an attached guest goes on as it is
+    #[command(after_help = examples::DETACH)]
+    Detach(attach::DetachArgs),
     /// Explain a page fault that somebody saw
     #[command(after_help = examples::EXPLAIN_FAULT)]
     ExplainFault(explain_fault::Args),
@@ -134,6 +141,8 @@ async fn dispatch(cli: Cli, output: Output) -> Result<ExitCode, Failure> {
         Verb::Resume => run_control::resume(&context).await,
         Verb::Step => run_control::step(&context).await,
         Verb::Machines => machines::run(&context).await,
+        Verb::Attach(args) => attach::attach(&context, args).await,
+        Verb::Detach(args) => attach::detach(&context, args).await,
         Verb::ExplainFault(args) => explain_fault::run(&context, &args).await,
         Verb::Doctor => doctor::run(&context).await,
     }

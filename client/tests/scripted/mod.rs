@@ -395,6 +395,23 @@ impl machine::MachineService for Scripted {
         }))
     }
 
+    async fn attach_machine(
+        &self,
+        request: Request<v1::AttachMachineRequest>,
+    ) -> Result<Response<v1::AttachMachineResponse>, Status> {
+        Ok(Response::new(v1::AttachMachineResponse {
+            machine: Some(v1::Machine { description: request.into_inner().spec, ..script_machine() }),
+            provenance: Some(v1::Provenance::default()),
+        }))
+    }
+
+    async fn detach_machine(
+        &self,
+        _: Request<v1::DetachMachineRequest>,
+    ) -> Result<Response<v1::DetachMachineResponse>, Status> {
+        Ok(Response::new(v1::DetachMachineResponse { provenance: Some(v1::Provenance::default()) }))
+    }
+
     async fn get_machine(
         &self,
         request: Request<v1::GetMachineRequest>,

@@ -7,13 +7,14 @@ use crate::machine::Machine;
 pub(crate) fn machine(machine: &Machine) -> v1::Machine {
     let source = machine.source();
     let capabilities = source.capabilities();
+    let memory = source.memory();
+    let lost = machine.lost();
     v1::Machine {
         id: machine.id().to_owned(),
         source: source.kind().to_owned(),
         description: source.description().to_owned(),
-        memory_bytes: source.memory().size(),
-        regions: source
-            .memory()
+        memory_bytes: memory.size(),
+        regions: memory
             .regions()
             .iter()
             .map(|region| v1::MemoryRegion {
@@ -29,6 +30,8 @@ pub(crate) fn machine(machine: &Machine) -> v1::Machine {
             can_pause: capabilities.can_pause,
             can_set_registers: capabilities.can_set_registers,
             live: capabilities.live,
+            can_write_memory: capabilities.can_write_memory,
+            ends_when_detached: capabilities.ends_when_detached,
         }),
         landmarks: source
             .landmarks()
@@ -40,5 +43,7 @@ pub(crate) fn machine(machine: &Machine) -> v1::Machine {
             })
             .collect(),
         maxphyaddr: u32::from(source.cpu().maxphyaddr),
+        state: if lost.is_none() { v1::MachineState::Alive } else { v1::MachineState::Lost }.into(),
+        state_reason: lost.as_deref().unwrap_or_default().to_owned(),
     }
 }

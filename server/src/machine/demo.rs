@@ -13,7 +13,7 @@ use pagewalk::{CpuProfile, Vendor};
 use super::boot::Entry;
 use super::kvm::Vm;
 use super::memory::GuestRam;
-use super::{Capabilities, LocalSource, OpenError};
+use super::{Capabilities, Health, LocalSource, OpenError};
 use crate::vcpu::{PlainBackend, Vcpu};
 
 pub use image::{
@@ -49,6 +49,7 @@ fn open_kvm(id: &str) -> Result<LocalSource, OpenError> {
         capabilities: vm.capabilities(),
         cpu,
         landmarks: image::landmarks(&cpu),
+        health: Health::default(),
     })
 }
 
@@ -68,11 +69,14 @@ fn open_plain(id: &str, why: &str) -> Result<LocalSource, OpenError> {
             can_pause: false,
             can_step: false,
             can_set_registers: true,
+            can_write_memory: true,
+            ends_when_detached: true,
             real_nested: false,
             nested_reason: "nothing executes in plain memory".to_owned(),
         },
         cpu,
         landmarks: image::landmarks(&cpu),
+        health: Health::default(),
     })
 }
 

@@ -21,7 +21,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::boot::{Entry, GDT};
 use super::memory::{GuestRam, MemoryError, Region};
-use super::{Capabilities, LocalSource, OpenError, elf};
+use super::{Capabilities, Health, LocalSource, OpenError, elf};
 use crate::vcpu::Vcpu;
 use crate::vcpu::kvm::{Features, KvmBackend};
 
@@ -155,6 +155,8 @@ impl Vm {
             can_pause: true,
             can_step: self.features.guest_debug,
             can_set_registers: true,
+            can_write_memory: true,
+            ends_when_detached: true,
             real_nested: false,
             nested_reason: nested_reason.to_owned(),
         }
@@ -262,6 +264,7 @@ pub(super) fn open_elf(id: &str, file: &Path, memory_size: u64, cpus: u32) -> Re
         capabilities: vm.capabilities(),
         cpu: vm.cpu(),
         landmarks: Vec::new(),
+        health: Health::default(),
     })
 }
 

@@ -4,15 +4,22 @@
 //! load itself, so the host addresses of the regions are taken once and a load is one bounds check and one relaxed
 //! atomic load. Regions are page-aligned and never move or shrink while the [`GuestRam`] lives. Memory that the guest
 //! cannot write (a ROM) is known as such, and the walker never writes it either.
+//!
+//! Memory of others (an attached guest's, a dump's) is only ever read: mapped from a file where that can be done, and walked
+//! at the same speed; fetched piece by piece where it cannot. Stretches that have to be fetched are looked for last.
 #![allow(unsafe_code)] // Atomic access to memory that the guest writes at the same time has no safe form.
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use pagewalk::{Backing, ExchangeError, Gpa, Memory};
 use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress,
+    VolatileSlice,
 };
+
+use super::mapping::{Fetch, FileMapping};
 
 const PAGE: u64 = 4096;
 
@@ -44,6 +51,19 @@ pub enum MemoryError {
     /// The host gave no memory, or regions overlap.
     #[error("cannot map guest memory: {0}")]
     Map(String),
+    /// Two regions share an address.
+    #[error("memory regions overlap at {0:#x}")]
+    Overlap(u64),
+    /// A region lies outside the file, or not at a word of it.
+    #[error("memory region {start:#x}+{size:#x} does not lie in whole words of its file at {offset:#x}")]
+    Outside {
+        /// Start of the region.
+        start: u64,
+        /// Its size.
+        size: u64,
+        /// Offset in the file.
+        offset: u64,
+    },
     /// An access outside the memory.
     #[error("guest memory at {gpa:#x}: {problem}")]
     Access {
@@ -52,6 +72,15 @@ pub enum MemoryError {
         /// What was wrong.
         problem: String,
     },
+}
+
+/// Where the bytes of a region are that belongs to somebody else.
+#[derive(Clone)]
+pub enum Place {
+    /// In a mapped file, from this byte on, which must be a whole word's.
+    Mapped(Arc<FileMapping>, u64),
+    /// To be fetched, from this offset on.
+    Fetched(Arc<dyn Fetch>, u64),
 }
 
 /// One region as the host sees it.
@@ -83,13 +112,42 @@ impl Window {
         // as long as `self`, and everyone in this process reaches it by atomic or volatile accesses only.
         Some(unsafe { AtomicU64::from_ptr(word) })
     }
+
+    /// The bytes from `gpa` on that lie in this window, `most` at most.
+    fn bytes(&self, gpa: Gpa, most: usize) -> Option<VolatileSlice<'_>> {
+        let offset = gpa.0.checked_sub(self.start).filter(|offset| *offset < self.words * 8)?;
+        let size = usize::try_from(self.words * 8 - offset).map_or(most, |left| left.min(most));
+        // SAFETY: the range lies inside the mapping, which lives as long as `self`; it is accessed as in `word`.
+        Some(unsafe { VolatileSlice::new(self.origin.wrapping_add(gpa.0 as usize), size) })
+    }
+}
+
+/// A stretch whose bytes have to be fetched.
+struct Fetched {
+    start: u64,
+    size: u64,
+    read_only: bool,
+    from: Arc<dyn Fetch>,
+    offset: u64,
+}
+
+impl Fetched {
+    /// Offset of `gpa` where the bytes come from, and how many there are from there on.
+    fn find(&self, gpa: Gpa) -> Option<(u64, u64)> {
+        let offset = gpa.0.checked_sub(self.start).filter(|offset| *offset < self.size)?;
+        Some((self.offset + offset, self.size - offset))
+    }
 }
 
 /// The memory of a machine.
 pub struct GuestRam {
     first: Window,
     rest: Box<[Window]>,
+    /// The memory that is ours. Empty where all of it is somebody else's.
     map: GuestMemoryMmap,
+    /// The files that windows lead into where it is not.
+    files: Box<[Arc<FileMapping>]>,
+    fetched: Box<[Fetched]>,
     regions: Box<[Region]>,
 }
 
@@ -149,7 +207,64 @@ impl GuestRam {
         }
         let mut windows = windows.into_iter();
         let first = windows.next().ok_or(MemoryError::Empty)?;
-        Ok(Self { first, rest: windows.collect(), map, regions: regions.into() })
+        let (files, fetched) = Default::default();
+        Ok(Self { first, rest: windows.collect(), map, files, fetched, regions: regions.into() })
+    }
+
+    /// Memory that belongs to somebody else, and is only ever read. The first region should be the largest: it is the one that
+    /// is looked into first.
+    ///
+    /// # Errors
+    /// When there is no region, one is not made of whole pages or not in its file, or two overlap.
+    pub fn of_others(regions: impl IntoIterator<Item = (Region, Place)>) -> Result<Self, MemoryError> {
+        let (mut windows, mut files, mut fetched, mut all) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for (region, place) in regions {
+            let Region { start: Gpa(start), size, read_only } = region;
+            if start % PAGE != 0 || size % PAGE != 0 || size == 0 || start.checked_add(size).is_none() {
+                return Err(MemoryError::Unaligned { start, size });
+            }
+            match place {
+                Place::Mapped(file, offset) => {
+                    let host = file
+                        .place(offset, size)
+                        .filter(|host| host.cast::<u64>().is_aligned())
+                        .ok_or(MemoryError::Outside { start, size, offset })?;
+                    let origin = host.wrapping_sub(start as usize);
+                    windows.push(Window { start, words: size / 8, origin, read_only });
+                    if !files.iter().any(|known| Arc::ptr_eq(known, &file)) {
+                        files.push(file);
+                    }
+                }
+                Place::Fetched(from, offset) => {
+                    if offset.checked_add(size).is_none() {
+                        return Err(MemoryError::Outside { start, size, offset });
+                    }
+                    fetched.push(Fetched { start, size, read_only, from, offset });
+                }
+            }
+            all.push(region);
+        }
+        all.sort_by_key(|region| region.start.0);
+        for pair in all.windows(2) {
+            if let [low, high] = pair
+                && low.start.0 + low.size > high.start.0
+            {
+                return Err(MemoryError::Overlap(high.start.0));
+            }
+        }
+        if all.is_empty() {
+            return Err(MemoryError::Empty);
+        }
+        let mut windows = windows.into_iter();
+        let nothing = Window { start: 0, words: 0, origin: std::ptr::null_mut(), read_only: false };
+        Ok(Self {
+            first: windows.next().unwrap_or(nothing),
+            rest: windows.collect(),
+            map: GuestMemoryMmap::new(),
+            files: files.into(),
+            fetched: fetched.into(),
+            regions: all.into(),
+        })
     }
 
     /// The regions, by address.
@@ -164,7 +279,52 @@ impl GuestRam {
         self.regions.iter().map(|r| r.size).sum()
     }
 
-    /// The mapping, for those who load images into it or hand it to a hypervisor.
+    /// Whether it can be written: memory of others cannot.
+    #[must_use]
+    pub fn is_ours(&self) -> bool {
+        self.files.is_empty() && self.fetched.is_empty()
+    }
+
+    /// Whether most of it has to be fetched, so that a walk may block: to be done where that holds up nobody.
+    ///
+    /// Where only a small part has to be (a device's memory, a ROM), a walk that strays there fetches in place, some
+    /// microseconds for an entry.
+    #[must_use]
+    pub fn blocks(&self) -> bool {
+        self.fetched.iter().map(|stretch| stretch.size).sum::<u64>() > self.size() / 2
+    }
+
+    /// Whether a file behind it was found shorter than it was: some of what was read may be zeroes that nobody wrote.
+    #[must_use]
+    pub fn is_broken(&self) -> bool {
+        self.files.iter().any(|file| file.is_broken())
+    }
+
+    /// Copies bytes from `gpa` on, until `into` is full or memory ends, and gives their number. Each byte is read once; what
+    /// the guest writes meanwhile is there or not, byte by byte.
+    ///
+    /// # Errors
+    /// When the host does not give what is there.
+    pub fn read(&self, gpa: Gpa, into: &mut [u8]) -> Result<usize, MemoryError> {
+        let mut done = 0;
+        while let Some(rest) = into.get_mut(done..).filter(|rest| !rest.is_empty())
+            && let Some(at) = gpa.0.checked_add(done as u64).map(Gpa)
+        {
+            if let Some(bytes) = self.windows().find_map(|window| window.bytes(at, rest.len())) {
+                done += bytes.copy_to(rest);
+            } else if let Some((from, offset, left)) = self.fetched_at(at) {
+                let size = usize::try_from(left).map_or(rest.len(), |left| left.min(rest.len()));
+                from.fetch(offset, &mut rest[..size])
+                    .map_err(|e| MemoryError::Access { gpa: at.0, problem: e.to_string() })?;
+                done += size;
+            } else {
+                break;
+            }
+        }
+        Ok(done)
+    }
+
+    /// The mapping, for those who load images into it or hand it to a hypervisor. Empty for memory of others.
     #[must_use]
     pub fn map(&self) -> &GuestMemoryMmap {
         &self.map
@@ -185,8 +345,9 @@ impl GuestRam {
     /// # Errors
     /// When the word is not all in memory, or not aligned.
     pub fn write_u64(&self, gpa: Gpa, value: u64) -> Result<(), MemoryError> {
-        let word = self
-            .window(gpa)
+        let word = Some(self)
+            .filter(|memory| memory.is_ours())
+            .and_then(|memory| memory.window(gpa))
             .and_then(|w| w.word(gpa))
             .ok_or_else(|| MemoryError::Access { gpa: gpa.0, problem: "no aligned word of memory".into() })?;
         word.store(value.to_le(), Ordering::Release);
@@ -199,9 +360,26 @@ impl GuestRam {
         if holds(&self.first) { Some(&self.first) } else { self.rest.iter().find(|w| holds(w)) }
     }
 
+    fn windows(&self) -> impl Iterator<Item = &Window> {
+        std::iter::once(&self.first).chain(&self.rest)
+    }
+
+    fn fetched_at(&self, gpa: Gpa) -> Option<(&dyn Fetch, u64, u64)> {
+        self.fetched
+            .iter()
+            .find_map(|stretch| stretch.find(gpa).map(|(offset, left)| (stretch.from.as_ref(), offset, left)))
+    }
+
     #[cold]
     fn load_rest(&self, gpa: Gpa) -> Option<u64> {
-        self.rest.iter().find_map(|w| w.word(gpa)).map(|w| u64::from_le(w.load(Ordering::Relaxed)))
+        if let Some(word) = self.rest.iter().find_map(|w| w.word(gpa)) {
+            return Some(u64::from_le(word.load(Ordering::Relaxed)));
+        }
+        // Stretches are whole pages, so that an aligned word lies in one.
+        let (from, offset, _) = self.fetched_at(gpa).filter(|_| gpa.0.is_multiple_of(8))?;
+        let mut word = [0; 8];
+        from.fetch(offset, &mut word).ok()?;
+        Some(u64::from_le_bytes(word))
     }
 }
 
@@ -216,7 +394,8 @@ impl Memory for GuestRam {
 
     fn compare_exchange_u64(&self, gpa: Gpa, current: u64, new: u64) -> Result<(), ExchangeError> {
         let window = self.window(gpa).ok_or(ExchangeError::Unbacked)?;
-        if window.read_only {
+        // Memory of others is mapped without the right to write.
+        if window.read_only || !self.is_ours() {
             return Err(ExchangeError::ReadOnly);
         }
         let word = window.word(gpa).ok_or(ExchangeError::Unbacked)?;
@@ -227,10 +406,13 @@ impl Memory for GuestRam {
 
     #[inline]
     fn backing(&self, gpa: Gpa) -> Backing {
-        match self.window(gpa) {
+        let read_only = self.window(gpa).map(|window| window.read_only).or_else(|| {
+            self.fetched.iter().find(|stretch| stretch.find(gpa).is_some()).map(|stretch| stretch.read_only)
+        });
+        match read_only {
             None => Backing::None,
-            Some(window) if window.read_only => Backing::ReadOnly,
-            Some(_) => Backing::Ram,
+            Some(true) => Backing::ReadOnly,
+            Some(false) => Backing::Ram,
         }
     }
 }
@@ -282,6 +464,71 @@ mod tests {
         assert_eq!(ram.compare_exchange_u64(Gpa(0x10_0000), 0, 6), Err(ExchangeError::ReadOnly));
         assert_eq!(ram.compare_exchange_u64(Gpa(0x3000), 0, 6), Err(ExchangeError::Unbacked));
         assert_eq!(ram.load_u64(Gpa(0x1008)), Some(5));
+    }
+
+    /// Two pages of a file above one that is fetched, with each byte its page's number.
+    fn others() -> GuestRam {
+        use std::io::Write as _;
+        let mut file = tempfile::tempfile().unwrap();
+        let bytes: Vec<u8> = (0..3u8).flat_map(|page| [page; 4096]).collect();
+        file.write_all(&bytes).unwrap();
+        let mapping = FileMapping::of(&file).unwrap();
+        let region = |start, size, read_only| Region { start: Gpa(start), size, read_only };
+        GuestRam::of_others([
+            (region(0x2000, 0x2000, false), Place::Mapped(mapping, 0x1000)),
+            (region(0x1000, 0x1000, true), Place::Fetched(Arc::new(file), 0)),
+        ])
+        .unwrap()
+    }
+
+    #[test]
+    fn memory_of_others_is_read_and_never_written() {
+        let ram = others();
+        assert_eq!(ram.regions().iter().map(|r| r.start.0).collect::<Vec<_>>(), [0x1000, 0x2000]);
+        let words = [0x1000, 0x1ff8, 0x2000, 0x3ff8, 0x4000, 0xff8, 0x1004].map(|gpa| ram.load_u64(Gpa(gpa)));
+        let repeated = |byte: u8| Some(u64::from_le_bytes([byte; 8]));
+        assert_eq!(words, [repeated(0), repeated(0), repeated(1), repeated(2), None, None, None]);
+        assert_eq!(ram.backing(Gpa(0x1fff)), Backing::ReadOnly);
+        assert_eq!(ram.backing(Gpa(0x2000)), Backing::Ram);
+        assert_eq!(ram.compare_exchange_u64(Gpa(0x2000), 0, 1), Err(ExchangeError::ReadOnly));
+        assert!(ram.write_u64(Gpa(0x2000), 1).is_err() && ram.write(Gpa(0x2000), &[1]).is_err());
+        assert!(!ram.is_ours() && !ram.blocks() && !ram.is_broken());
+    }
+
+    #[test]
+    fn bytes_are_read_across_regions_until_memory_ends() {
+        let ram = others();
+        let mut bytes = [0xff; 0x3000];
+        assert_eq!(ram.read(Gpa(0x1fff), &mut bytes).unwrap(), 0x2001);
+        assert_eq!((bytes[0], bytes[1], bytes[0x1001], bytes[0x2001]), (0, 1, 2, 0xff));
+        assert_eq!(ram.read(Gpa(0x4000), &mut bytes).unwrap(), 0);
+        assert_eq!(ram.read(Gpa(u64::MAX), &mut bytes).unwrap(), 0);
+        let ours = two_regions();
+        ours.write(Gpa(0x2ffe), &[5, 6]).unwrap();
+        assert_eq!(ours.read(Gpa(0x2ffe), &mut bytes).unwrap(), 2);
+        assert_eq!(bytes[..2], [5, 6]);
+    }
+
+    #[test]
+    fn refuses_regions_of_others_that_cannot_be() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(0x2000).unwrap();
+        let mapping = FileMapping::of(&file).unwrap();
+        let at = |start, size, offset| {
+            let region = Region { start: Gpa(start), size, read_only: false };
+            (region, Place::Mapped(Arc::clone(&mapping), offset))
+        };
+        assert!(matches!(GuestRam::of_others([]), Err(MemoryError::Empty)));
+        assert!(matches!(GuestRam::of_others([at(0, 0x3000, 0)]), Err(MemoryError::Outside { .. })));
+        assert!(matches!(GuestRam::of_others([at(0, 0x1000, 4)]), Err(MemoryError::Outside { .. })));
+        assert!(matches!(GuestRam::of_others([at(0, 0x1000, u64::MAX)]), Err(MemoryError::Outside { .. })));
+        assert!(matches!(GuestRam::of_others([at(1, 0x1000, 0)]), Err(MemoryError::Unaligned { .. })));
+        assert!(matches!(
+            GuestRam::of_others([at(u64::MAX - 0xfff, 0x1000, 0)]),
+            Err(MemoryError::Unaligned { .. })
+        ));
+        let twice = [at(0x1000, 0x1000, 0), at(0, 0x2000, 0)];
+        assert!(matches!(GuestRam::of_others(twice), Err(MemoryError::Overlap(0x1000))));
     }
 
     #[test]

@@ -6,12 +6,14 @@
 mod boot;
 pub mod demo;
 mod elf;
+mod health;
 mod kvm;
+mod mapping;
 mod memory;
+mod registry;
+mod sigbus;
 mod spec;
 
-use std::collections::BTreeMap;
-use std::fmt;
 use std::sync::Arc;
 
 use pagewalk::CpuProfile;
@@ -19,8 +21,11 @@ use pagewalk::CpuProfile;
 use crate::vcpu::{SpawnError, Vcpu};
 
 pub use elf::{ElfError, ElfProblem};
+pub use health::Health;
 pub use kvm::KvmError;
-pub use memory::{GuestRam, MemoryError, Region};
+pub use mapping::{Fetch, FileMapping};
+pub use memory::{GuestRam, MemoryError, Place, Region};
+pub use registry::{AttachError, DetachError, LookupError, Machine, Machines};
 pub use spec::{MachineSpec, SourceSpec, SpecError};
 
 /// An address worth asking about.
@@ -45,6 +50,10 @@ pub struct Capabilities {
     pub can_step: bool,
     /// Registers can be written.
     pub can_set_registers: bool,
+    /// Memory can be written, accessed and dirty bits included.
+    pub can_write_memory: bool,
+    /// The guest runs in this process, and ends when its machine is detached.
+    pub ends_when_detached: bool,
     /// The real vCPU can be put into guest mode.
     pub real_nested: bool,
     /// Why it can or cannot.
@@ -57,8 +66,8 @@ pub trait Source: Send + Sync {
     fn kind(&self) -> &str;
     /// What it is, for a person.
     fn description(&self) -> &str;
-    /// Its memory.
-    fn memory(&self) -> &Arc<GuestRam>;
+    /// Its memory, as it is laid out now.
+    fn memory(&self) -> Arc<GuestRam>;
     /// Its vCPUs, by index.
     fn vcpus(&self) -> &[Arc<Vcpu>];
     /// What can be done with it.
@@ -68,6 +77,13 @@ pub trait Source: Send + Sync {
     /// Addresses worth asking about.
     fn landmarks(&self) -> &[Landmark] {
         &[]
+    }
+    /// Whether it is still there.
+    fn health(&self) -> &Health;
+    /// What tells this guest from all others on the host, so that it is not attached twice. `None` for a guest that nobody
+    /// else could name.
+    fn identity(&self) -> Option<&str> {
+        None
     }
 }
 
@@ -88,6 +104,8 @@ pub struct LocalSource {
     pub cpu: CpuProfile,
     /// Addresses worth asking about.
     pub landmarks: Vec<Landmark>,
+    /// Whether it is still there: a guest in this process always is, unless a file behind its memory is truncated.
+    pub health: Health,
 }
 
 impl Source for LocalSource {
@@ -99,8 +117,8 @@ impl Source for LocalSource {
         &self.description
     }
 
-    fn memory(&self) -> &Arc<GuestRam> {
-        &self.memory
+    fn memory(&self) -> Arc<GuestRam> {
+        Arc::clone(&self.memory)
     }
 
     fn vcpus(&self) -> &[Arc<Vcpu>] {
@@ -117,6 +135,10 @@ impl Source for LocalSource {
 
     fn landmarks(&self) -> &[Landmark] {
         &self.landmarks
+    }
+
+    fn health(&self) -> &Health {
+        &self.health
     }
 }
 
@@ -135,137 +157,4 @@ pub enum OpenError {
     /// A vCPU cannot be started.
     #[error(transparent)]
     Spawn(#[from] SpawnError),
-}
-
-/// A machine under its id.
-#[derive(Clone)]
-pub struct Machine {
-    id: String,
-    source: Arc<dyn Source>,
-}
-
-impl fmt::Debug for Machine {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Machine")
-            .field("id", &self.id)
-            .field("kind", &self.source.kind())
-            .finish_non_exhaustive()
-    }
-}
-
-impl Machine {
-    /// Names a source.
-    pub fn new(id: impl Into<String>, source: Arc<dyn Source>) -> Self {
-        Self { id: id.into(), source }
-    }
-
-    /// Its id, unique in the daemon.
-    #[must_use]
-    pub fn id(&self) -> &str {
-        &self.id
-    }
-
-    /// Where it comes from.
-    #[must_use]
-    pub fn source(&self) -> &dyn Source {
-        &*self.source
-    }
-
-    /// One of its vCPUs.
-    ///
-    /// # Errors
-    /// Says how many there are.
-    pub fn vcpu(&self, index: u32) -> Result<&Arc<Vcpu>, LookupError> {
-        let vcpus = self.source.vcpus();
-        usize::try_from(index).ok().and_then(|i| vcpus.get(i)).ok_or_else(|| LookupError::NoVcpu {
-            machine: self.id.clone(),
-            index,
-            count: vcpus.len(),
-        })
-    }
-}
-
-/// Why a name leads to nothing.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum LookupError {
-    /// No machine was named, and there is not exactly one.
-    #[error("name a machine: {}", list(.ids))]
-    Unnamed {
-        /// The ids there are.
-        ids: Vec<String>,
-    },
-    /// No machine of that name.
-    #[error("there is no machine `{id}`: {}", list(.ids))]
-    NoMachine {
-        /// The id that was asked for.
-        id: String,
-        /// The ids there are.
-        ids: Vec<String>,
-    },
-    /// No vCPU of that index.
-    #[error("machine `{machine}` has no vCPU {index}: it has {count}, from 0")]
-    NoVcpu {
-        /// The machine.
-        machine: String,
-        /// The index that was asked for.
-        index: u32,
-        /// How many vCPUs there are.
-        count: usize,
-    },
-}
-
-fn list(ids: &[String]) -> String {
-    if ids.is_empty() { "there is none".to_owned() } else { format!("there are `{}`", ids.join("`, `")) }
-}
-
-/// Two machines want the same id.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("two machines are called `{id}`: name one of them otherwise, as in `--machine other=SPEC`")]
-pub struct DuplicateId {
-    /// The id.
-    pub id: String,
-}
-
-/// The machines of the daemon, by id.
-#[derive(Debug, Default)]
-pub struct Machines {
-    by_id: BTreeMap<String, Arc<Machine>>,
-}
-
-impl Machines {
-    /// A registry of `machines`.
-    ///
-    /// # Errors
-    /// When two have the same id.
-    pub fn new(machines: impl IntoIterator<Item = Machine>) -> Result<Self, DuplicateId> {
-        let mut by_id = BTreeMap::new();
-        for machine in machines {
-            let id = machine.id.clone();
-            if by_id.insert(id.clone(), Arc::new(machine)).is_some() {
-                return Err(DuplicateId { id });
-            }
-        }
-        Ok(Self { by_id })
-    }
-
-    /// The machine `id`; empty means the only one.
-    ///
-    /// # Errors
-    /// Lists the ids there are.
-    pub fn get(&self, id: &str) -> Result<&Arc<Machine>, LookupError> {
-        let ids = || self.by_id.keys().cloned().collect();
-        if id.is_empty() {
-            let mut all = self.by_id.values();
-            return match (all.next(), all.next()) {
-                (Some(only), None) => Ok(only),
-                _ => Err(LookupError::Unnamed { ids: ids() }),
-            };
-        }
-        self.by_id.get(id).ok_or_else(|| LookupError::NoMachine { id: id.to_owned(), ids: ids() })
-    }
-
-    /// All machines, by id.
-    pub fn iter(&self) -> impl Iterator<Item = &Arc<Machine>> {
-        self.by_id.values()
-    }
 }

@@ -175,6 +175,13 @@ fn decimal(text: &str) -> Option<u64> {
 }
 
 impl MachineSpec {
+    /// What the specification names that belongs to one guest, so that no two machines may name it.
+    pub(super) fn names(&self) -> Option<String> {
+        match &self.source {
+            SourceSpec::Demo { .. } | SourceSpec::Kvm { .. } => None,
+        }
+    }
+
     /// Makes the machine. Its guest, if it can, runs at once.
     ///
     /// # Errors

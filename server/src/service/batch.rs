@@ -27,6 +27,8 @@ const DEFAULT_FAULTS: u32 = 4096;
 const SLICE: usize = 4096;
 /// Under a second dimension a walk is six times as many steps.
 const NESTED_SLICE: usize = 1024;
+/// In memory that has to be fetched entry by entry, a walk takes microseconds.
+const BLOCKING_SLICE: usize = 256;
 
 pub(super) async fn translate(
     daemon: &Daemon,
@@ -52,17 +54,25 @@ pub(super) async fn translate(
         fault_count: 0,
     };
     let memory = target.machine.source().memory();
-    let size = if walker.ngpa_walk().is_some() { NESTED_SLICE } else { SLICE };
     let mut start = 0;
-    let slice = || {
-        start += answer.walk(&walker, memory, &access, &column, start, size);
-        if start < count { Slice::More } else { Slice::Last }
-    };
-    daemon.turns.take(slice).await;
+    if memory.blocks() {
+        while start < count {
+            let walk =
+                |memory: &GuestRam| answer.walk(&walker, memory, &access, &column, start, BLOCKING_SLICE);
+            start += target.read(daemon, deadline, walk).await?;
+        }
+    } else {
+        let size = if walker.ngpa_walk().is_some() { NESTED_SLICE } else { SLICE };
+        let slice = || {
+            start += answer.walk(&walker, &memory, &access, &column, start, size);
+            if start < count { Slice::More } else { Slice::Last }
+        };
+        daemon.turns.take(slice).await;
+    }
 
     Ok(v1::BatchTranslateResponse {
         head: v1::BatchTranslateResponseHead {
-            provenance: Some(daemon.provenance(&target, &snapshot)),
+            provenance: Some(daemon.provenance(&target, &snapshot)?),
             faults: answer.faults,
             fault_count: answer.fault_count,
         },

@@ -15,6 +15,7 @@ use super::Daemon;
 use super::resolve::Target;
 use super::translation::{check_width, ladder, title, walker};
 use crate::convert::{self, fault::Code};
+use crate::machine::GuestRam;
 use crate::render::Ladder;
 use crate::status::Error;
 use crate::vcpu::Snapshot;
@@ -25,6 +26,7 @@ pub(super) fn fault(
     daemon: &Daemon,
     target: &Target,
     snapshot: &Arc<Snapshot>,
+    memory: &GuestRam,
     request: v1::ExplainFaultRequest,
 ) -> Result<v1::ExplainFaultResponse, Error> {
     let mut state = request.r#override;
@@ -36,8 +38,8 @@ pub(super) fn fault(
     }
     let walker = walker(state.as_ref(), snapshot)?;
     let again = match request.seen {
-        Some(Seen::PageFault(seen)) => page_fault(target, snapshot, &walker, seen)?,
-        Some(Seen::NestedPageFault(seen)) => nested_page_fault(target, &walker, seen)?,
+        Some(Seen::PageFault(seen)) => page_fault(target, snapshot, &walker, memory, seen)?,
+        Some(Seen::NestedPageFault(seen)) => nested_page_fault(&walker, memory, seen)?,
         None => return Err(Error::invalid("seen", "required: page_fault or nested_page_fault")),
     };
     Ok(v1::ExplainFaultResponse {
@@ -52,7 +54,7 @@ pub(super) fn fault(
             .as_ref()
             .ok()
             .map(|page| convert::translation::translation(page, walker.gva_walk().format())),
-        provenance: Some(daemon.provenance(target, snapshot)),
+        provenance: Some(daemon.provenance(target, snapshot)?),
     })
 }
 
@@ -69,6 +71,7 @@ fn page_fault(
     target: &Target,
     snapshot: &Snapshot,
     walker: &Walker,
+    memory: &GuestRam,
     seen: v1::PageFault,
 ) -> Result<Again, Error> {
     let code = seen.error_code;
@@ -76,8 +79,7 @@ fn page_fault(
     check_width(walker, gva, "page_fault.cr2")?;
     let access = access(code, snapshot)?;
     let mut trace = Trace::new();
-    let memory = target.machine.source().memory();
-    let outcome = walker.translate_with(memory.as_ref(), Gva(gva), &access, AdPolicy::Observe, &mut trace);
+    let outcome = walker.translate_with(memory, Gva(gva), &access, AdPolicy::Observe, &mut trace);
     let kind = FaultKind::PageFault { error_code: code };
     let matches = outcome.as_ref().is_err_and(|fault| fault.kind == kind);
     let decoded = convert::fault::decode(u64::from(code), Code::PageFault);
@@ -91,7 +93,7 @@ fn page_fault(
     Ok(Again { outcome, trace, matches, decoded, explanation })
 }
 
-fn nested_page_fault(target: &Target, walker: &Walker, seen: v1::NestedPageFault) -> Result<Again, Error> {
+fn nested_page_fault(walker: &Walker, memory: &GuestRam, seen: v1::NestedPageFault) -> Result<Again, Error> {
     let info = seen.exit_info_1;
     let ngpa = convert::address::parse(seen.nested_gpa, "nested_page_fault.nested_gpa")?;
     let Some(second) = walker.ngpa_walk() else {
@@ -139,8 +141,7 @@ fn nested_page_fault(target: &Target, walker: &Walker, seen: v1::NestedPageFault
     };
     let access = Access::new(kind, if supervisor { Privilege::Supervisor } else { Privilege::User });
     let mut trace = Trace::new();
-    let memory = target.machine.source().memory();
-    let outcome = second.translate(memory.as_ref(), NestedGpa(ngpa), &access, phase, &mut trace);
+    let outcome = second.translate(memory, NestedGpa(ngpa), &access, phase, &mut trace);
     let kind = FaultKind::NestedPageFault { exit_info_1: info };
     let matches = outcome.as_ref().is_err_and(|fault| fault.kind == kind);
     let decoded = convert::fault::decode(info, Code::NestedPageFault);

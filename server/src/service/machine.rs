@@ -1,12 +1,23 @@
 //! `MachineService`.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::machine_service_server::MachineService;
+use tokio::time::timeout_at;
 use tonic::{Request, Response, Status};
 
 use super::Daemon;
+use super::resolve::deadline;
 use crate::convert;
+use crate::machine::{Machine, MachineSpec};
 use crate::status::Error;
+
+/// Longest specification that is looked at: a path and some options.
+const SPEC_MAX: usize = 8192;
+/// How often it is looked whether a detached machine is still in use.
+const IN_USE: Duration = Duration::from_millis(20);
 
 #[tonic::async_trait]
 impl MachineService for Daemon {
@@ -15,7 +26,7 @@ impl MachineService for Daemon {
         _: Request<v1::ListMachinesRequest>,
     ) -> Result<Response<v1::ListMachinesResponse>, Status> {
         Ok(Response::new(v1::ListMachinesResponse {
-            machines: self.machines.iter().map(|machine| convert::machine::machine(machine)).collect(),
+            machines: self.machines.all().iter().map(|machine| convert::machine::machine(machine)).collect(),
             provenance: Some(v1::Provenance { host: self.host.to_string(), ..Default::default() }),
             daemon_version: env!("CARGO_PKG_VERSION").to_owned(),
         }))
@@ -27,8 +38,63 @@ impl MachineService for Daemon {
     ) -> Result<Response<v1::GetMachineResponse>, Status> {
         let machine = self.machines.get(&request.into_inner().machine).map_err(Error::from)?;
         Ok(Response::new(v1::GetMachineResponse {
-            machine: Some(convert::machine::machine(machine)),
-            provenance: Some(self.machine_provenance(machine)),
+            machine: Some(convert::machine::machine(&machine)),
+            provenance: Some(self.machine_provenance(&machine)),
         }))
     }
+
+    async fn attach_machine(
+        &self,
+        request: Request<v1::AttachMachineRequest>,
+    ) -> Result<Response<v1::AttachMachineResponse>, Status> {
+        let deadline = deadline(&request);
+        let spec = spec(&request.into_inner().spec)?;
+        let machines = Arc::clone(&self.machines);
+        let opened = tokio::task::spawn_blocking(move || machines.open(&spec));
+        // Whoever stops waiting leaves an attach behind that ends by itself, one way or the other.
+        let machine = match timeout_at(deadline.into(), opened).await {
+            Ok(Ok(opened)) => opened.map_err(Error::from)?,
+            Ok(Err(panicked)) => return Err(Error::Failed(panicked.to_string()).into()),
+            Err(_) => return Err(Error::Deadline.into()),
+        };
+        Ok(Response::new(v1::AttachMachineResponse {
+            machine: Some(convert::machine::machine(&machine)),
+            provenance: Some(self.machine_provenance(&machine)),
+        }))
+    }
+
+    async fn detach_machine(
+        &self,
+        request: Request<v1::DetachMachineRequest>,
+    ) -> Result<Response<v1::DetachMachineResponse>, Status> {
+        let request = request.into_inner();
+        if request.machine.is_empty() {
+            return Err(Error::invalid(
+                "machine",
+                "required: the id of the machine to detach, also of the only one",
+            )
+            .into());
+        }
+        let machine = self.machines.detach(&request.machine, request.end_guest).map_err(Error::from)?;
+        tracing::info!(machine = %machine.id(), "detached");
+        let provenance = Some(self.machine_provenance(&machine));
+        tokio::spawn(let_go(machine));
+        Ok(Response::new(v1::DetachMachineResponse { provenance }))
+    }
+}
+
+fn spec(text: &str) -> Result<MachineSpec, Error> {
+    if text.len() > SPEC_MAX {
+        return Err(Error::invalid("spec", format!("longer than {SPEC_MAX} bytes")));
+    }
+    text.parse().map_err(|problem| Error::invalid("spec", format!("{problem}")))
+}
+
+/// Drops a machine once no call uses it, on a thread that may wait for its vCPUs to end.
+async fn let_go(machine: Arc<Machine>) {
+    while Arc::strong_count(&machine) > 1 {
+        tokio::time::sleep(IN_USE).await;
+    }
+    // A runtime that stops drops the machine as well.
+    let _ = tokio::task::spawn_blocking(move || drop(machine)).await;
 }

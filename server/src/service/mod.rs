@@ -17,7 +17,7 @@ use pagewalk_proto::v1::machine_service_server::MachineServiceServer;
 use pagewalk_proto::v1::translation_service_server::TranslationServiceServer;
 use pagewalk_proto::v1::vcpu_service_server::VcpuServiceServer;
 use pagewalk_proto::v1::walker_service_server::WalkerServiceServer;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tonic::service::Routes;
 
 pub(crate) use turns::Turns;
@@ -31,9 +31,14 @@ pub(crate) struct Daemon {
     pub(crate) host: Arc<str>,
     /// Turns true when the daemon drains: streams end.
     pub(crate) draining: watch::Receiver<bool>,
+    /// Places for calls that read memory which may block: see `resolve::Target::read`.
+    pub(crate) blocking: Arc<Semaphore>,
     /// Turns of bulk work.
     pub(crate) turns: Arc<Turns>,
 }
+
+/// Calls that may wait for the host to give them memory, at once. More wait for a place, up to their deadlines.
+pub(crate) const BLOCKING: usize = 16;
 
 /// Largest request that is decoded. No request of this contract, but for batches, needs a tenth of it.
 const REQUEST_BYTES: usize = 64 << 10;

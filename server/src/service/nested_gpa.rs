@@ -10,6 +10,7 @@ use super::Daemon;
 use super::resolve::Target;
 use super::translation::{ad_policy, ladder, second, walker};
 use crate::convert;
+use crate::machine::GuestRam;
 use crate::render::{self, Ladder};
 use crate::status::Error;
 use crate::vcpu::Snapshot;
@@ -18,6 +19,7 @@ pub(super) fn translate(
     daemon: &Daemon,
     target: &Target,
     snapshot: &Arc<Snapshot>,
+    memory: &GuestRam,
     request: v1::TranslateNestedGpaRequest,
 ) -> Result<v1::TranslateNestedGpaResponse, Error> {
     let ngpa = convert::address::parse(request.address, "address")?;
@@ -31,9 +33,6 @@ pub(super) fn translate(
     }
     let walker = walker(request.r#override.as_ref(), snapshot)?;
     convert::access::check(&access, &walker)?;
-    let mut provenance = daemon.provenance(target, snapshot);
-    provenance.validated = request.validate;
-
     let asked = format!(
         "nGPA {ngpa:#x}, {}, {}",
         convert::access::describe(&access),
@@ -45,7 +44,10 @@ pub(super) fn translate(
         target.machine.id(),
         snapshot.generation
     );
-    let memory = target.machine.source().memory();
+    let provenance = |torn| {
+        let provenance = daemon.provenance(target, snapshot)?;
+        Ok::<_, Error>(Some(v1::Provenance { validated: request.validate, torn, ..provenance }))
+    };
     let Some(walk) = walker.ngpa_walk() else {
         let backing = memory.backing(Gpa(ngpa));
         let explanation = format!(
@@ -56,18 +58,18 @@ pub(super) fn translate(
             outcome: Some(Outcome::Translation(convert::translation::identity(ngpa, backing))),
             steps: Vec::new(),
             explanation: if request.explain { explanation } else { String::new() },
-            provenance: Some(provenance),
+            provenance: provenance(false)?,
             identity: true,
         });
     };
 
     let mut trace = Trace::new();
     let outcome = if request.trace || request.explain || request.validate {
-        walk.translate(memory.as_ref(), NestedGpa(ngpa), &access, phase, &mut trace)
+        walk.translate(memory, NestedGpa(ngpa), &access, phase, &mut trace)
     } else {
-        walk.translate(memory.as_ref(), NestedGpa(ngpa), &access, phase, &mut NoTrace)
+        walk.translate(memory, NestedGpa(ngpa), &access, phase, &mut NoTrace)
     };
-    provenance.torn = request.validate && !trace.steps().iter().all(|step| step.is_current(memory.as_ref()));
+    let torn = request.validate && !trace.steps().iter().all(|step| step.is_current(memory));
     let explanation = if request.explain {
         let title = format!("{asked}: {} {whose}", second(walk));
         Ladder { nested_alone: true, ..ladder(&title, &walker, trace.steps(), &outcome) }.to_string()
@@ -82,7 +84,7 @@ pub(super) fn translate(
         }),
         steps: steps.iter().map(|step| convert::step::step(step, &walker)).collect(),
         explanation,
-        provenance: Some(provenance),
+        provenance: provenance(torn)?,
         identity: false,
     })
 }

@@ -4,12 +4,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pagewalk_proto::v1;
+use tokio::runtime::{Handle, RuntimeFlavor};
+use tokio::time::timeout_at;
 use tonic::Request;
 
 use super::Daemon;
 use crate::convert::snapshot::{age, run_state};
 use crate::layer::Deadline;
-use crate::machine::Machine;
+use crate::machine::{GuestRam, Machine};
 use crate::status::Error;
 use crate::vcpu::{Snapshot, Vcpu};
 
@@ -18,21 +20,25 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A vCPU and the machine it belongs to.
 pub(super) struct Target {
-    pub(super) machine: Arc<Machine>,
+    // Before the machine: whoever waits for the machine to be let go of finds the vCPU let go of, too.
     pub(super) vcpu: Arc<Vcpu>,
+    pub(super) machine: Arc<Machine>,
 }
 
 impl Daemon {
     pub(super) fn target(&self, vcpu: Option<v1::VcpuRef>) -> Result<Target, Error> {
         let named = vcpu.unwrap_or_default();
-        let machine = Arc::clone(self.machines.get(&named.machine)?);
+        let machine = self.machines.get(&named.machine)?;
         let vcpu = Arc::clone(machine.vcpu(named.vcpu)?);
-        Ok(Target { machine, vcpu })
+        still_there(&machine)?;
+        Ok(Target { vcpu, machine })
     }
 
-    /// Where an answer about a vCPU comes from.
-    pub(super) fn provenance(&self, target: &Target, snapshot: &Snapshot) -> v1::Provenance {
-        v1::Provenance {
+    /// Where an answer about a vCPU comes from. Asked for last: what was read of a machine that was lost meanwhile is no
+    /// answer.
+    pub(super) fn provenance(&self, target: &Target, snapshot: &Snapshot) -> Result<v1::Provenance, Error> {
+        still_there(&target.machine)?;
+        Ok(v1::Provenance {
             machine: target.machine.id().to_owned(),
             vcpu: target.vcpu.index(),
             source: target.machine.source().kind().to_owned(),
@@ -43,7 +49,7 @@ impl Daemon {
             validated: false,
             torn: false,
             host: self.host.to_string(),
-        }
+        })
     }
 
     /// Where an answer about a machine comes from.
@@ -57,7 +63,44 @@ impl Daemon {
     }
 }
 
+pub(super) fn still_there(machine: &Machine) -> Result<(), Error> {
+    match machine.lost() {
+        None => Ok(()),
+        Some(reason) => Err(Error::Lost { machine: machine.id().to_owned(), reason }),
+    }
+}
+
+/// Why nothing more can be said of a machine that is gone: `lost` says what became of it, if it was not detached.
+pub(super) fn gone(machine: &Machine, lost: Option<Arc<str>>) -> Error {
+    let machine = machine.id().to_owned();
+    match lost {
+        Some(reason) => Error::Lost { machine, reason },
+        None => Error::Detached { machine },
+    }
+}
+
 impl Target {
+    /// Has `work` read the machine's memory. Where that may block, it waits for one of a few places first, and holds up no
+    /// other call.
+    pub(super) async fn read<T>(
+        &self,
+        daemon: &Daemon,
+        deadline: Instant,
+        work: impl FnOnce(&GuestRam) -> T,
+    ) -> Result<T, Error> {
+        let memory = self.machine.source().memory();
+        if !memory.blocks() {
+            return Ok(work(&memory));
+        }
+        let place = timeout_at(deadline.into(), daemon.blocking.acquire()).await;
+        let _place = place.map_err(|_| Error::Deadline)?;
+        Ok(match Handle::current().runtime_flavor() {
+            // This thread has nobody to hand its other work to.
+            RuntimeFlavor::CurrentThread => work(&memory),
+            _ => tokio::task::block_in_place(|| work(&memory)),
+        })
+    }
+
     /// The state to answer from, as fresh as the request wants it.
     pub(super) async fn snapshot(&self, freshness: i32, deadline: Instant) -> Result<Arc<Snapshot>, Error> {
         match v1::Freshness::try_from(freshness) {

@@ -13,6 +13,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::resolve::{Target, deadline};
 use super::{Daemon, batch, explain, nested_gpa, stream};
 use crate::convert;
+use crate::machine::GuestRam;
 use crate::render::Ladder;
 use crate::status::Error;
 use crate::vcpu::Snapshot;
@@ -34,20 +35,22 @@ impl TranslationService for Daemon {
         check_width(&walker, gva, "address")?;
         convert::access::check(&access, &walker)?;
 
-        let memory = target.machine.source().memory();
+        may_set(policy, &target)?;
+
         let mut trace = Trace::new();
         let recorded = request.trace || request.explain || request.validate;
-        let outcome = if recorded {
-            walker.translate_with(memory.as_ref(), Gva(gva), &access, policy, &mut trace)
-        } else {
-            walker.translate_with(memory.as_ref(), Gva(gva), &access, policy, &mut NoTrace)
+        let walk = |memory: &GuestRam| {
+            let outcome = if recorded {
+                walker.translate_with(memory, Gva(gva), &access, policy, &mut trace)
+            } else {
+                walker.translate_with(memory, Gva(gva), &access, policy, &mut NoTrace)
+            };
+            let torn = request.validate && !trace.steps().iter().all(|step| step.is_current(memory));
+            (outcome, torn)
         };
-
-        let mut provenance = self.provenance(&target, &snapshot);
-        if request.validate {
-            provenance.validated = true;
-            provenance.torn = !trace.steps().iter().all(|step| step.is_current(memory.as_ref()));
-        }
+        let (outcome, torn) = target.read(self, deadline, walk).await?;
+        let provenance = self.provenance(&target, &snapshot)?;
+        let provenance = v1::Provenance { validated: request.validate, torn, ..provenance };
         let steps = if request.trace { trace.steps() } else { &[] };
         let explanation = if request.explain {
             let title = title(&target, &snapshot, &walker, &access, gva);
@@ -93,7 +96,8 @@ impl TranslationService for Daemon {
         let request = request.into_inner();
         let target = self.target(request.vcpu.clone())?;
         let snapshot = target.snapshot(request.freshness, deadline).await?;
-        Ok(Response::new(nested_gpa::translate(self, &target, &snapshot, request)?))
+        let walk = |memory: &GuestRam| nested_gpa::translate(self, &target, &snapshot, memory, request);
+        Ok(Response::new(target.read(self, deadline, walk).await??))
     }
 
     async fn explain_fault(
@@ -104,7 +108,8 @@ impl TranslationService for Daemon {
         let request = request.into_inner();
         let target = self.target(request.vcpu.clone())?;
         let snapshot = target.snapshot(request.freshness, deadline).await?;
-        Ok(Response::new(explain::fault(self, &target, &snapshot, request)?))
+        let walk = |memory: &GuestRam| explain::fault(self, &target, &snapshot, memory, request);
+        Ok(Response::new(target.read(self, deadline, walk).await??))
     }
 }
 
@@ -146,6 +151,17 @@ pub(super) fn second(walk: &NgpaWalk) -> String {
             format!("{} EPT, EPTP {:#x}", ept.page_walk().format().mode(), ept.eptp())
         }
     }
+}
+
+/// Whether the tables of this machine may be written.
+pub(super) fn may_set(policy: AdPolicy, target: &Target) -> Result<(), Error> {
+    if policy == AdPolicy::Observe || target.machine.source().capabilities().can_write_memory {
+        return Ok(());
+    }
+    let kind = target.machine.source().kind();
+    Err(Error::Precondition(format!(
+        "AD_POLICY_SET writes accessed and dirty bits, and the memory of a machine from source `{kind}` is only read: use AD_POLICY_OBSERVE"
+    )))
 }
 
 /// What was asked, of whom: the first line of a ladder.

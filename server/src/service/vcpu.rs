@@ -19,7 +19,7 @@ impl VcpuService for Daemon {
         let vcpus = machine.source().vcpus();
         Ok(Response::new(v1::ListVcpusResponse {
             vcpus: vcpus.iter().map(|vcpu| convert::snapshot::vcpu_info(vcpu, &vcpu.latest())).collect(),
-            provenance: Some(self.machine_provenance(machine)),
+            provenance: Some(self.machine_provenance(&machine)),
         }))
     }
 
@@ -33,7 +33,7 @@ impl VcpuService for Daemon {
         let snapshot = target.snapshot(request.freshness, deadline).await?;
         Ok(Response::new(v1::GetRegistersResponse {
             registers: Some(convert::registers::registers(&snapshot.registers)),
-            provenance: Some(self.provenance(&target, &snapshot)),
+            provenance: Some(self.provenance(&target, &snapshot)?),
         }))
     }
 
@@ -48,7 +48,7 @@ impl VcpuService for Daemon {
         let snapshot = target.vcpu.set_registers(changes, deadline).await.map_err(Error::from)?;
         Ok(Response::new(v1::SetRegistersResponse {
             registers: Some(convert::registers::registers(&snapshot.registers)),
-            provenance: Some(self.provenance(&target, &snapshot)),
+            provenance: Some(self.provenance(&target, &snapshot)?),
         }))
     }
 
@@ -61,7 +61,7 @@ impl VcpuService for Daemon {
         let snapshot = target.vcpu.pause(deadline).await.map_err(Error::from)?;
         Ok(Response::new(v1::PauseVcpuResponse {
             vcpu: Some(convert::snapshot::vcpu_info(&target.vcpu, &snapshot)),
-            provenance: Some(self.provenance(&target, &snapshot)),
+            provenance: Some(self.provenance(&target, &snapshot)?),
         }))
     }
 
@@ -74,7 +74,7 @@ impl VcpuService for Daemon {
         let snapshot = target.vcpu.resume(deadline).await.map_err(Error::from)?;
         Ok(Response::new(v1::ResumeVcpuResponse {
             vcpu: Some(convert::snapshot::vcpu_info(&target.vcpu, &snapshot)),
-            provenance: Some(self.provenance(&target, &snapshot)),
+            provenance: Some(self.provenance(&target, &snapshot)?),
         }))
     }
 
@@ -88,7 +88,7 @@ impl VcpuService for Daemon {
         Ok(Response::new(v1::StepVcpuResponse {
             vcpu: Some(convert::snapshot::vcpu_info(&target.vcpu, &snapshot)),
             registers: Some(convert::registers::registers(&snapshot.registers)),
-            provenance: Some(self.provenance(&target, &snapshot)),
+            provenance: Some(self.provenance(&target, &snapshot)?),
         }))
     }
 }

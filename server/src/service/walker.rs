@@ -1,6 +1,7 @@
 //! `WalkerService`.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use pagewalk_proto::v1;
@@ -13,7 +14,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::Daemon;
-use super::resolve::{Target, deadline};
+use super::resolve::{Target, deadline, gone};
 use crate::convert;
 use crate::status::Error;
 use crate::vcpu::{NestedMode, NptOverlay, Snapshot};
@@ -29,7 +30,7 @@ impl Daemon {
             gva_walk: Some(convert::format::page_walk(walker.gva_walk())),
             ngpa_walk: walker.ngpa_walk().map(|walk| convert::format::page_walk(walk.page_walk())),
             nested: Some(convert::nested::nested_mode(&snapshot.nested)),
-            provenance: Some(self.provenance(target, snapshot)),
+            provenance: Some(self.provenance(target, snapshot)?),
         })
     }
 }
@@ -153,10 +154,12 @@ struct Watcher {
 impl Watcher {
     async fn run(mut self, updates: mpsc::Sender<Result<v1::GetWalkerStateResponse, Status>>) {
         let mut draining = self.daemon.draining.clone();
+        let machine = Arc::clone(&self.target.machine);
         let ended = tokio::select! {
             ended = self.send_all(&updates) => ended,
             () = updates.closed() => return,
             _ = draining.wait_for(|draining| *draining) => Some(Error::ShuttingDown),
+            lost = machine.when_gone() => Some(gone(&machine, lost)),
         };
         if let Some(error) = ended {
             // Waits for a slow reader; one that has gone needs no reason.

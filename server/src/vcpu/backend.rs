@@ -4,6 +4,7 @@ use std::ptr::NonNull;
 
 use super::command::VcpuError;
 use super::registers::{RegisterChanges, Registers};
+use super::snapshot::RunState;
 
 /// Why a backend came back from running.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,7 +45,7 @@ pub trait Backend: Send + 'static {
         None
     }
 
-    /// Lets the guest run until something happens that the thread has to know.
+    /// Lets the guest run until something happens that the thread has to know. Not called for one that runs elsewhere.
     fn run(&mut self) -> Exit;
 
     /// Executes one instruction, whatever kicks arrive meanwhile.
@@ -64,6 +65,33 @@ pub trait Backend: Send + 'static {
     /// # Errors
     /// Says which register was refused.
     fn set_registers(&mut self, changes: &RegisterChanges) -> Result<(), VcpuError>;
+
+    /// Registers that [`Backend::registers`] cannot read, each with the value that it gives instead: `PAT=0x7040600070406`.
+    fn assumed(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// What the guest does, and why, where another process runs it, which may stop it on somebody else's account: asked for
+    /// whenever the thread looks up. `None` where [`Backend::run`] runs it.
+    fn elsewhere(&mut self) -> Option<(RunState, String)> {
+        None
+    }
+
+    /// Stops a guest that runs elsewhere.
+    ///
+    /// # Errors
+    /// When whoever runs it does not.
+    fn pause(&mut self) -> Result<(), VcpuError> {
+        Err(VcpuError::Unsupported("nothing here runs elsewhere".into()))
+    }
+
+    /// Lets a guest run on that runs elsewhere.
+    ///
+    /// # Errors
+    /// As [`Backend::pause`].
+    fn resume(&mut self) -> Result<(), VcpuError> {
+        Err(VcpuError::Unsupported("nothing here runs elsewhere".into()))
+    }
 
     /// The byte through which a kick reaches [`Backend::run`].
     fn immediate_exit(&mut self) -> Option<ImmediateExit> {

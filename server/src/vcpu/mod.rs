@@ -155,6 +155,11 @@ impl Vcpu {
         }
     }
 
+    /// Has the thread look what a guest does that runs elsewhere. Does not wait for it.
+    pub fn look(&self) {
+        self.shared.kicker.kick();
+    }
+
     /// The generation of the walkers, and its changes. Holds the newest only: a slow reader skips generations.
     #[must_use]
     pub fn subscribe(&self) -> watch::Receiver<u64> {

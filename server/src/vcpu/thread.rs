@@ -50,9 +50,10 @@ pub(super) struct VcpuThread<B> {
 /// The first snapshot of a vCPU, before its thread runs.
 pub(super) fn first_snapshot<B: Backend>(backend: &mut B, cpu: CpuProfile) -> Result<Snapshot, String> {
     let registers = backend.registers()?;
-    let (run_state, run_state_reason) = match backend.static_reason() {
-        Some(reason) => (RunState::Static, reason),
-        None => (RunState::Running, String::new()),
+    let (run_state, run_state_reason) = match (backend.static_reason(), backend.elsewhere()) {
+        (Some(reason), _) => (RunState::Static, reason),
+        (None, Some(elsewhere)) => elsewhere,
+        (None, None) => (RunState::Running, String::new()),
     };
     let walker = NestedMode::Off.walker(registers.control(), &cpu);
     Ok(Snapshot {
@@ -61,7 +62,7 @@ pub(super) fn first_snapshot<B: Backend>(backend: &mut B, cpu: CpuProfile) -> Re
         taken: Instant::now(),
         run_state,
         run_state_reason,
-        assumed: with_limits(Vec::new(), &registers, &walker),
+        assumed: with_limits(backend.assumed(), &registers, &walker),
         walker,
         registers,
         cpu,
@@ -91,6 +92,8 @@ impl<B: Backend> VcpuThread<B> {
         // Without kicks the vCPU could never be made to come out: better not to run it.
         let on_thread = shared.kicker.enter(backend.immediate_exit())?;
         let first = shared.published.latest();
+        let elsewhere = backend.elsewhere().is_some();
+        let stays = elsewhere || first.run_state == RunState::Static;
         let mut driver = Driver {
             name,
             cpu,
@@ -98,7 +101,8 @@ impl<B: Backend> VcpuThread<B> {
             shared: &shared,
             commands,
             publisher,
-            activity: if first.run_state == RunState::Static { Activity::Stay } else { Activity::Run },
+            activity: if stays { Activity::Stay } else { Activity::Run },
+            elsewhere,
             run_state: first.run_state,
             reason: first.run_state_reason.clone(),
             nested: NestedMode::Off,
@@ -127,6 +131,8 @@ struct Driver<'a, B> {
     commands: mpsc::Receiver<Command>,
     publisher: Publisher,
     activity: Activity,
+    /// Another process runs the guest.
+    elsewhere: bool,
     run_state: RunState,
     reason: String,
     nested: NestedMode,
@@ -134,6 +140,9 @@ struct Driver<'a, B> {
 
 impl<B: Backend> Driver<'_, B> {
     fn turn(&mut self, ticket: u64, on_thread: &OnThread<'_>) {
+        if self.elsewhere && self.look_elsewhere() {
+            self.publish(ticket);
+        }
         while let Ok(command) = self.commands.try_recv() {
             if !command.reply.is_closed() {
                 let reply = self.perform(&command.action, ticket);
@@ -172,6 +181,26 @@ impl<B: Backend> Driver<'_, B> {
         }
     }
 
+    /// Takes note of what a guest does that runs elsewhere, and says whether that has changed.
+    fn look_elsewhere(&mut self) -> bool {
+        let Ok(Some((run_state, reason))) = self.guarded(Backend::elsewhere) else { return false };
+        let changed = (run_state, &reason) != (self.run_state, &self.reason);
+        if changed {
+            self.enter(Activity::Stay, run_state, reason);
+        }
+        changed
+    }
+
+    /// Has whoever runs the guest stop it or let it go.
+    fn command_elsewhere(
+        &mut self,
+        command: impl FnOnce(&mut B) -> Result<(), VcpuError>,
+    ) -> Result<(), VcpuError> {
+        self.guarded(command).map_err(VcpuError::Hypervisor)??;
+        self.look_elsewhere();
+        Ok(())
+    }
+
     /// Takes note of why the guest came out.
     fn after(&mut self, exit: Exit) {
         match exit {
@@ -202,19 +231,26 @@ impl<B: Backend> Driver<'_, B> {
         match action {
             Action::Pause => {
                 self.must_execute()?;
-                if !matches!(self.activity, Activity::Pause) {
+                if self.elsewhere {
+                    self.command_elsewhere(Backend::pause)?;
+                } else if !matches!(self.activity, Activity::Pause) {
                     self.enter(Activity::Pause, RunState::Paused, "paused on request".into());
                 }
             }
             Action::Resume => {
                 self.must_execute()?;
-                if matches!(self.activity, Activity::Pause) {
+                if self.elsewhere {
+                    self.command_elsewhere(Backend::resume)?;
+                } else if matches!(self.activity, Activity::Pause) {
                     self.enter(Activity::Run, RunState::Running, String::new());
                 }
             }
             Action::Step => {
                 self.must_execute()?;
                 match self.guarded(Backend::step) {
+                    Ok(Ok(_)) if self.elsewhere => {
+                        self.look_elsewhere();
+                    }
                     Ok(Ok(exit @ (Exit::Shutdown(_) | Exit::Failed(_)))) => self.after(exit),
                     Ok(Ok(_)) => self.after(Exit::Stepped),
                     Ok(Err(e)) => return Err(e),
@@ -260,7 +296,9 @@ impl<B: Backend> Driver<'_, B> {
         let previous = self.shared.published.latest();
         let read = self.guarded(Backend::registers);
         let (assumed, registers) = match read {
-            Ok(Ok(registers)) => (Vec::new(), registers),
+            Ok(Ok(registers)) => {
+                (self.backend.as_deref().map(Backend::assumed).unwrap_or_default(), registers)
+            }
             Ok(Err(problem)) | Err(problem) => self.without_registers(&problem, &previous),
         };
         let walker = self.nested.walker(registers.control(), &self.cpu);

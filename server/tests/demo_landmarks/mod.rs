@@ -103,7 +103,7 @@ pub(crate) fn translate(
 
 /// Checks every landmark, one-dimensional ones in `own` and those of the L2 in `nested`.
 pub(crate) fn check(machine: &Machine, own: &Snapshot, nested: &Snapshot) {
-    let memory = &**machine.source().memory();
+    let memory = &*machine.source().memory();
     let kinds = [AccessKind::Read, AccessKind::Write, AccessKind::Fetch];
     let space = demo::ADDRESS_SPACES.iter().position(|&root| root == own.registers.cr3).unwrap();
     let own_walker = own.walker.as_ref().unwrap();

@@ -295,7 +295,7 @@ async fn a_message_over_the_limit_and_no_message_at_all() {
         raw::call_with(bed.address, "pagewalk.v1.MachineService/GetMachine", "5S", b"\x0a\x01\xff");
     let answer = refusal(Err::<(), _>(malformed.await));
     assert_eq!(answer, (Code::InvalidArgument, "MALFORMED_MESSAGE".to_owned()));
-    for method in ["pagewalk.v1.MachineService/AttachMachine", "pagewalk.v2.MachineService/GetMachine"] {
+    for method in ["pagewalk.v1.MachineService/Nothing", "pagewalk.v2.MachineService/GetMachine"] {
         let answer = refusal(Err::<(), _>(raw::call_with(bed.address, method, "5S", b"").await));
         assert_eq!(answer, (Code::Unimplemented, "NO_SUCH_METHOD".to_owned()), "{method}");
     }

@@ -41,6 +41,8 @@ pub(crate) struct Bed {
     pub(crate) address: SocketAddr,
     /// The first machine.
     pub(crate) machine: Machine,
+    /// The last one.
+    pub(crate) last: Machine,
     pub(crate) channel: Channel,
     stop: oneshot::Sender<()>,
     task: JoinHandle<Result<(), ServeError>>,
@@ -57,7 +59,7 @@ impl Bed {
     }
 
     pub(crate) async fn of(config: Config, machines: Vec<Machine>) -> Self {
-        let machine = machines[0].clone();
+        let (machine, last) = (machines[0].clone(), machines[machines.len() - 1].clone());
         let server = Server::bind(&config, Machines::new(machines).unwrap()).await.unwrap();
         let address = server.addresses()[0];
         let (stop, stopped) = oneshot::channel();
@@ -66,7 +68,7 @@ impl Bed {
             let _ = stopped.await;
         }));
         let channel = connect(address).await;
-        Self { address, machine, channel, stop, task }
+        Self { address, machine, last, channel, stop, task }
     }
 
     /// Stops the daemon, which must end in time and without an error.

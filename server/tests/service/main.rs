@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod access_checks;
+mod attach;
 mod bad_input;
 mod batch;
 #[allow(dead_code, reason = "each test target uses its part")]

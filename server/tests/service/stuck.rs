@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Condvar, Mutex};
 
-use pagewalkd::machine::{Capabilities, LocalSource, Machine};
+use pagewalkd::machine::{Capabilities, Health, LocalSource, Machine};
 use pagewalkd::vcpu::{Backend, Exit, RegisterChanges, Registers, Vcpu, VcpuError};
 
 use crate::bed::open;
@@ -83,10 +83,11 @@ pub(crate) fn machine(id: &str, gate: &Gate) -> Machine {
         kind: "stuck",
         description: "a vCPU that does not come out".into(),
         vcpus: vec![vcpu],
-        memory: Arc::clone(source.memory()),
+        memory: source.memory(),
         capabilities: Capabilities { can_pause: true, live: true, ..source.capabilities().clone() },
         cpu: source.cpu(),
         landmarks: source.landmarks().to_vec(),
+        health: Health::default(),
     };
     Machine::new(id, Arc::new(source))
 }

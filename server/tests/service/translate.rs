@@ -29,7 +29,7 @@ fn outcome(answer: &v1::TranslateResponse) -> Outcome {
 /// The steps agree with each other, with the guest's memory and with the outcome.
 fn check_steps(bed: &Bed, gva: u64, answer: &v1::TranslateResponse) {
     use pagewalk::Memory as _;
-    let memory = &**bed.machine.source().memory();
+    let memory = &*bed.machine.source().memory();
     let steps = &answer.steps;
     assert!(steps.len() <= 35, "{}", steps.len());
     for step in steps {
@@ -175,7 +175,7 @@ async fn set_changes_accessed_and_dirty_bits_and_observe_does_not() {
     const ACCESSED: u64 = 1 << 5;
     const DIRTY: u64 = 1 << 6;
     let bed = Bed::plain().await;
-    let memory = &**bed.machine.source().memory();
+    let memory = &*bed.machine.source().memory();
     let ask = async |policy: v1::AdPolicy, kind| {
         let request = v1::TranslateRequest {
             ad_policy: policy.into(),

@@ -31,6 +31,7 @@ FaultKind = Literal[
     "unbacked",
     "contended",
 ]
+MachineState = Literal["unspecified", "alive", "lost"]
 NestedPhase = Literal["final", "table", "pdpte"]
 Dimension = Literal["guest", "nested"]
 PagingMode = Literal["none", "two_level", "pae", "four_level", "five_level", "ept_four_level", "ept_five_level"]
@@ -482,6 +483,8 @@ class Capabilities:
     can_pause: bool
     can_set_registers: bool
     live: bool
+    can_write_memory: bool
+    ends_when_detached: bool
 
 
 @dataclass(frozen=True)
@@ -506,6 +509,9 @@ class Machine:
     capabilities: Capabilities
     landmarks: tuple[Landmark, ...]
     maxphyaddr: int
+    state: MachineState
+    #: Why it is lost; empty while it is there.
+    state_reason: str
 
 
 @dataclass(frozen=True)

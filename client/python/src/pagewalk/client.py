@@ -452,6 +452,20 @@ class Client:
         request = machine_pb2.GetMachineRequest(machine=machine)
         return convert.machine(self._call(self._machine.GetMachine, request).machine)
 
+    def attach(self, spec: str) -> Machine:
+        """Have the daemon take in a machine, described as `pagewalkd --machine` takes it. Needs the role `control`."""
+        request = machine_pb2.AttachMachineRequest(spec=spec)
+        return convert.machine(self._call(self._machine.AttachMachine, request).machine)
+
+    def detach(self, machine: str, *, end_guest: bool = False) -> None:
+        """Have the daemon let go of a machine. Needs the role `control`.
+
+        An attached guest goes on as it is. One that runs in the daemon ends, to which `end_guest` has to agree.
+        """
+        self._call(
+            self._machine.DetachMachine, machine_pb2.DetachMachineRequest(machine=machine, end_guest=end_guest)
+        )
+
     def daemon_version(self) -> str:
         """Give the version of the daemon."""
         return self._call(self._machine.ListMachines, machine_pb2.ListMachinesRequest()).daemon_version

@@ -428,10 +428,14 @@ def machine(message: machine_pb2.Machine) -> answers.Machine:
             can_pause=can.can_pause,
             can_set_registers=can.can_set_registers,
             live=can.live,
+            can_write_memory=can.can_write_memory,
+            ends_when_detached=can.ends_when_detached,
         ),
         landmarks=tuple(
             answers.Landmark(name=mark.name, address=mark.address, description=mark.description)
             for mark in message.landmarks
         ),
         maxphyaddr=message.maxphyaddr,
+        state=_name(machine_pb2.MachineState.DESCRIPTOR, message.state),
+        state_reason=message.state_reason,
     )

@@ -4,7 +4,7 @@ use super::{
     paint,
     table::{Cell, Table},
 };
-use crate::v1::{GetMachineResponse, ListMachinesResponse, Machine};
+use crate::v1::{AttachMachineResponse, GetMachineResponse, ListMachinesResponse, Machine, MachineState};
 
 pub(in crate::cli) fn list(answer: &ListMachinesResponse) -> String {
     if answer.machines.is_empty() {
@@ -14,6 +14,10 @@ pub(in crate::cli) fn list(answer: &ListMachinesResponse) -> String {
 }
 
 pub(in crate::cli) fn one(answer: &GetMachineResponse) -> String {
+    answer.machine.as_ref().map_or_else(|| "the daemon described no machine".into(), machine)
+}
+
+pub(in crate::cli) fn attached(answer: &AttachMachineResponse) -> String {
     answer.machine.as_ref().map_or_else(|| "the daemon described no machine".into(), machine)
 }
 
@@ -29,12 +33,16 @@ fn machine(machine: &Machine) -> String {
     if !machine.description.is_empty() {
         parts.push(format!("  {}", paint::plain(&machine.description)));
     }
+    if machine.state() == MachineState::Lost {
+        parts.push(format!("  LOST: {}", paint::plain(&machine.state_reason)));
+    }
     if let Some(can) = &machine.capabilities {
         let words: Vec<&str> = [
             (can.live, "runs"),
             (can.can_pause, "pause and resume"),
             (can.can_step, "step"),
             (can.can_set_registers, "regs set"),
+            (can.can_write_memory, "write memory"),
             (can.real_nested, "nested mode on the real vCPU"),
         ]
         .into_iter()

@@ -7,6 +7,7 @@ import builtins
 import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
+import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import pagewalk.v1.types_pb2
 import sys
@@ -18,6 +19,34 @@ else:
     import typing_extensions
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
+
+class _MachineState:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _MachineStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_MachineState.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    MACHINE_STATE_UNSPECIFIED: _MachineState.ValueType  # 0
+    """Never sent."""
+    MACHINE_STATE_ALIVE: _MachineState.ValueType  # 1
+    """It is there."""
+    MACHINE_STATE_LOST: _MachineState.ValueType  # 2
+    """It went away, for good: its process ended, its memory file was truncated. Questions about it are refused with
+    UNAVAILABLE; it can be detached, and attached again once it is back.
+    """
+
+class MachineState(_MachineState, metaclass=_MachineStateEnumTypeWrapper):
+    """Whether a machine is still there."""
+
+MACHINE_STATE_UNSPECIFIED: MachineState.ValueType  # 0
+"""Never sent."""
+MACHINE_STATE_ALIVE: MachineState.ValueType  # 1
+"""It is there."""
+MACHINE_STATE_LOST: MachineState.ValueType  # 2
+"""It went away, for good: its process ended, its memory file was truncated. Questions about it are refused with
+UNAVAILABLE; it can be detached, and attached again once it is back.
+"""
+Global___MachineState: typing_extensions.TypeAlias = MachineState
 
 @typing.final
 class MemoryRegion(google.protobuf.message.Message):
@@ -56,6 +85,8 @@ class Capabilities(google.protobuf.message.Message):
     CAN_PAUSE_FIELD_NUMBER: builtins.int
     CAN_SET_REGISTERS_FIELD_NUMBER: builtins.int
     LIVE_FIELD_NUMBER: builtins.int
+    CAN_WRITE_MEMORY_FIELD_NUMBER: builtins.int
+    ENDS_WHEN_DETACHED_FIELD_NUMBER: builtins.int
     real_nested: builtins.bool
     """`SetNestedMode` can put the real vCPU into guest mode."""
     can_step: builtins.bool
@@ -66,6 +97,10 @@ class Capabilities(google.protobuf.message.Message):
     """`SetRegisters` works."""
     live: builtins.bool
     """The guest runs, so answers change."""
+    can_write_memory: builtins.bool
+    """Memory can be written: `WriteMemory` and `AD_POLICY_SET` work."""
+    ends_when_detached: builtins.bool
+    """The guest runs in the daemon, and ends when its machine is detached."""
     def __init__(
         self,
         *,
@@ -74,8 +109,10 @@ class Capabilities(google.protobuf.message.Message):
         can_pause: builtins.bool = ...,
         can_set_registers: builtins.bool = ...,
         live: builtins.bool = ...,
+        can_write_memory: builtins.bool = ...,
+        ends_when_detached: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["can_pause", b"can_pause", "can_set_registers", b"can_set_registers", "can_step", b"can_step", "live", b"live", "real_nested", b"real_nested"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["can_pause", b"can_pause", "can_set_registers", b"can_set_registers", "can_step", b"can_step", "can_write_memory", b"can_write_memory", "ends_when_detached", b"ends_when_detached", "live", b"live", "real_nested", b"real_nested"]) -> None: ...
 
 Global___Capabilities: typing_extensions.TypeAlias = Capabilities
 
@@ -120,6 +157,8 @@ class Machine(google.protobuf.message.Message):
     CAPABILITIES_FIELD_NUMBER: builtins.int
     LANDMARKS_FIELD_NUMBER: builtins.int
     MAXPHYADDR_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    STATE_REASON_FIELD_NUMBER: builtins.int
     id: builtins.str
     """Id, unique in this daemon; what `VcpuRef.machine` takes."""
     source: builtins.str
@@ -132,6 +171,10 @@ class Machine(google.protobuf.message.Message):
     """Number of its vCPUs."""
     maxphyaddr: builtins.int
     """Width of its physical addresses in bits, 32 to 52."""
+    state: Global___MachineState.ValueType
+    """Whether it is still there."""
+    state_reason: builtins.str
+    """Why it is lost, in English. Empty while it is there."""
     @property
     def regions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___MemoryRegion]:
         """Its memory, by address, without overlap."""
@@ -156,9 +199,11 @@ class Machine(google.protobuf.message.Message):
         capabilities: Global___Capabilities | None = ...,
         landmarks: collections.abc.Iterable[Global___Landmark] | None = ...,
         maxphyaddr: builtins.int = ...,
+        state: Global___MachineState.ValueType = ...,
+        state_reason: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["capabilities", b"capabilities"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["capabilities", b"capabilities", "description", b"description", "id", b"id", "landmarks", b"landmarks", "maxphyaddr", b"maxphyaddr", "memory_bytes", b"memory_bytes", "regions", b"regions", "source", b"source", "vcpus", b"vcpus"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["capabilities", b"capabilities", "description", b"description", "id", b"id", "landmarks", b"landmarks", "maxphyaddr", b"maxphyaddr", "memory_bytes", b"memory_bytes", "regions", b"regions", "source", b"source", "state", b"state", "state_reason", b"state_reason", "vcpus", b"vcpus"]) -> None: ...
 
 Global___Machine: typing_extensions.TypeAlias = Machine
 
@@ -249,3 +294,93 @@ class GetMachineResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["machine", b"machine", "provenance", b"provenance"]) -> None: ...
 
 Global___GetMachineResponse: typing_extensions.TypeAlias = GetMachineResponse
+
+@typing.final
+class AttachMachineRequest(google.protobuf.message.Message):
+    """The machine to take in."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: builtins.int
+    spec: builtins.str
+    """What the daemon's flag `--machine` takes, at most 8192 bytes: `demo`, `kvm:elf=FILE,mem=64M,cpus=1`, optionally
+    as `ID=SPEC`. Files and sockets are the daemon's, not the client's. Required.
+    """
+    def __init__(
+        self,
+        *,
+        spec: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["spec", b"spec"]) -> None: ...
+
+Global___AttachMachineRequest: typing_extensions.TypeAlias = AttachMachineRequest
+
+@typing.final
+class AttachMachineResponse(google.protobuf.message.Message):
+    """The machine that was taken in."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MACHINE_FIELD_NUMBER: builtins.int
+    PROVENANCE_FIELD_NUMBER: builtins.int
+    @property
+    def machine(self) -> Global___Machine:
+        """The machine."""
+
+    @property
+    def provenance(self) -> pagewalk.v1.types_pb2.Provenance:
+        """Where the answer comes from; about no vCPU in particular."""
+
+    def __init__(
+        self,
+        *,
+        machine: Global___Machine | None = ...,
+        provenance: pagewalk.v1.types_pb2.Provenance | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["machine", b"machine", "provenance", b"provenance"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["machine", b"machine", "provenance", b"provenance"]) -> None: ...
+
+Global___AttachMachineResponse: typing_extensions.TypeAlias = AttachMachineResponse
+
+@typing.final
+class DetachMachineRequest(google.protobuf.message.Message):
+    """The machine to let go of."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MACHINE_FIELD_NUMBER: builtins.int
+    END_GUEST_FIELD_NUMBER: builtins.int
+    machine: builtins.str
+    """Id of the machine. Required, also where there is only one."""
+    end_guest: builtins.bool
+    """Agrees to the end of a guest that runs in the daemon. Default: it does not."""
+    def __init__(
+        self,
+        *,
+        machine: builtins.str = ...,
+        end_guest: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["end_guest", b"end_guest", "machine", b"machine"]) -> None: ...
+
+Global___DetachMachineRequest: typing_extensions.TypeAlias = DetachMachineRequest
+
+@typing.final
+class DetachMachineResponse(google.protobuf.message.Message):
+    """A machine that was let go of."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PROVENANCE_FIELD_NUMBER: builtins.int
+    @property
+    def provenance(self) -> pagewalk.v1.types_pb2.Provenance:
+        """Where the answer comes from; about no vCPU in particular."""
+
+    def __init__(
+        self,
+        *,
+        provenance: pagewalk.v1.types_pb2.Provenance | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["provenance", b"provenance"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["provenance", b"provenance"]) -> None: ...
+
+Global___DetachMachineResponse: typing_extensions.TypeAlias = DetachMachineResponse

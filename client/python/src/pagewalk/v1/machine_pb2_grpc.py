@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class MachineServiceStub(object):
-    """Lists the machines that the daemon serves.
+    """Lists the machines that the daemon serves, and has them come and go.
     """
 
     def __init__(self, channel):
@@ -45,10 +45,20 @@ class MachineServiceStub(object):
                 request_serializer=pagewalk_dot_v1_dot_machine__pb2.GetMachineRequest.SerializeToString,
                 response_deserializer=pagewalk_dot_v1_dot_machine__pb2.GetMachineResponse.FromString,
                 _registered_method=True)
+        self.AttachMachine = channel.unary_unary(
+                '/pagewalk.v1.MachineService/AttachMachine',
+                request_serializer=pagewalk_dot_v1_dot_machine__pb2.AttachMachineRequest.SerializeToString,
+                response_deserializer=pagewalk_dot_v1_dot_machine__pb2.AttachMachineResponse.FromString,
+                _registered_method=True)
+        self.DetachMachine = channel.unary_unary(
+                '/pagewalk.v1.MachineService/DetachMachine',
+                request_serializer=pagewalk_dot_v1_dot_machine__pb2.DetachMachineRequest.SerializeToString,
+                response_deserializer=pagewalk_dot_v1_dot_machine__pb2.DetachMachineResponse.FromString,
+                _registered_method=True)
 
 
 class MachineServiceServicer(object):
-    """Lists the machines that the daemon serves.
+    """Lists the machines that the daemon serves, and has them come and go.
     """
 
     def ListMachines(self, request, context):
@@ -71,6 +81,30 @@ class MachineServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AttachMachine(self, request, context):
+        """Takes in a machine: attaches to a guest of somebody else's, or makes one.
+
+        Role: `control`.
+        Errors: INVALID_ARGUMENT for a specification that says nothing; ALREADY_EXISTS when there is a machine of that id, or
+        the same guest is attached already; FAILED_PRECONDITION, with what to do, when the guest cannot be had;
+        DEADLINE_EXCEEDED when it cannot be had in time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DetachMachine(self, request, context):
+        """Lets go of a machine. An attached guest goes on as it is: running if it runs, stopped if it is stopped. Calls that are
+        under way are answered; streams end with UNAVAILABLE.
+
+        Role: `control`.
+        Errors: INVALID_ARGUMENT when no machine is named; NOT_FOUND for an unknown one; FAILED_PRECONDITION when its guest
+        runs in the daemon and would end, unless the request agrees to that.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MachineServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -84,6 +118,16 @@ def add_MachineServiceServicer_to_server(servicer, server):
                     request_deserializer=pagewalk_dot_v1_dot_machine__pb2.GetMachineRequest.FromString,
                     response_serializer=pagewalk_dot_v1_dot_machine__pb2.GetMachineResponse.SerializeToString,
             ),
+            'AttachMachine': grpc.unary_unary_rpc_method_handler(
+                    servicer.AttachMachine,
+                    request_deserializer=pagewalk_dot_v1_dot_machine__pb2.AttachMachineRequest.FromString,
+                    response_serializer=pagewalk_dot_v1_dot_machine__pb2.AttachMachineResponse.SerializeToString,
+            ),
+            'DetachMachine': grpc.unary_unary_rpc_method_handler(
+                    servicer.DetachMachine,
+                    request_deserializer=pagewalk_dot_v1_dot_machine__pb2.DetachMachineRequest.FromString,
+                    response_serializer=pagewalk_dot_v1_dot_machine__pb2.DetachMachineResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'pagewalk.v1.MachineService', rpc_method_handlers)
@@ -93,7 +137,7 @@ def add_MachineServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class MachineService(object):
-    """Lists the machines that the daemon serves.
+    """Lists the machines that the daemon serves, and has them come and go.
     """
 
     @staticmethod
@@ -140,6 +184,60 @@ class MachineService(object):
             '/pagewalk.v1.MachineService/GetMachine',
             pagewalk_dot_v1_dot_machine__pb2.GetMachineRequest.SerializeToString,
             pagewalk_dot_v1_dot_machine__pb2.GetMachineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AttachMachine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pagewalk.v1.MachineService/AttachMachine',
+            pagewalk_dot_v1_dot_machine__pb2.AttachMachineRequest.SerializeToString,
+            pagewalk_dot_v1_dot_machine__pb2.AttachMachineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DetachMachine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pagewalk.v1.MachineService/DetachMachine',
+            pagewalk_dot_v1_dot_machine__pb2.DetachMachineRequest.SerializeToString,
+            pagewalk_dot_v1_dot_machine__pb2.DetachMachineResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,8 +57,40 @@ _MachineServiceGetMachineType = typing_extensions.TypeVar(
     ],
 )
 
-class MachineServiceStub(typing.Generic[_MachineServiceListMachinesType, _MachineServiceGetMachineType]):
-    """Lists the machines that the daemon serves."""
+_MachineServiceAttachMachineType = typing_extensions.TypeVar(
+    '_MachineServiceAttachMachineType',
+    grpc.UnaryUnaryMultiCallable[
+        pagewalk.v1.machine_pb2.AttachMachineRequest,
+        pagewalk.v1.machine_pb2.AttachMachineResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        pagewalk.v1.machine_pb2.AttachMachineRequest,
+        pagewalk.v1.machine_pb2.AttachMachineResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        pagewalk.v1.machine_pb2.AttachMachineRequest,
+        pagewalk.v1.machine_pb2.AttachMachineResponse,
+    ],
+)
+
+_MachineServiceDetachMachineType = typing_extensions.TypeVar(
+    '_MachineServiceDetachMachineType',
+    grpc.UnaryUnaryMultiCallable[
+        pagewalk.v1.machine_pb2.DetachMachineRequest,
+        pagewalk.v1.machine_pb2.DetachMachineResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        pagewalk.v1.machine_pb2.DetachMachineRequest,
+        pagewalk.v1.machine_pb2.DetachMachineResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        pagewalk.v1.machine_pb2.DetachMachineRequest,
+        pagewalk.v1.machine_pb2.DetachMachineResponse,
+    ],
+)
+
+class MachineServiceStub(typing.Generic[_MachineServiceListMachinesType, _MachineServiceGetMachineType, _MachineServiceAttachMachineType, _MachineServiceDetachMachineType]):
+    """Lists the machines that the daemon serves, and has them come and go."""
 
     @typing.overload
     def __init__(self: MachineServiceStub[
@@ -69,6 +101,14 @@ class MachineServiceStub(typing.Generic[_MachineServiceListMachinesType, _Machin
         grpc.UnaryUnaryMultiCallable[
             pagewalk.v1.machine_pb2.GetMachineRequest,
             pagewalk.v1.machine_pb2.GetMachineResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            pagewalk.v1.machine_pb2.AttachMachineRequest,
+            pagewalk.v1.machine_pb2.AttachMachineResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            pagewalk.v1.machine_pb2.DetachMachineRequest,
+            pagewalk.v1.machine_pb2.DetachMachineResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -81,6 +121,14 @@ class MachineServiceStub(typing.Generic[_MachineServiceListMachinesType, _Machin
         grpc.aio.UnaryUnaryMultiCallable[
             pagewalk.v1.machine_pb2.GetMachineRequest,
             pagewalk.v1.machine_pb2.GetMachineResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            pagewalk.v1.machine_pb2.AttachMachineRequest,
+            pagewalk.v1.machine_pb2.AttachMachineResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            pagewalk.v1.machine_pb2.DetachMachineRequest,
+            pagewalk.v1.machine_pb2.DetachMachineResponse,
         ],
     ], channel: grpc.aio.Channel) -> None: ...
 
@@ -98,6 +146,24 @@ class MachineServiceStub(typing.Generic[_MachineServiceListMachinesType, _Machin
     Errors: INVALID_ARGUMENT when no machine is named and there are several; NOT_FOUND for an unknown machine.
     """
 
+    AttachMachine: _MachineServiceAttachMachineType
+    """Takes in a machine: attaches to a guest of somebody else's, or makes one.
+
+    Role: `control`.
+    Errors: INVALID_ARGUMENT for a specification that says nothing; ALREADY_EXISTS when there is a machine of that id, or
+    the same guest is attached already; FAILED_PRECONDITION, with what to do, when the guest cannot be had;
+    DEADLINE_EXCEEDED when it cannot be had in time.
+    """
+
+    DetachMachine: _MachineServiceDetachMachineType
+    """Lets go of a machine. An attached guest goes on as it is: running if it runs, stopped if it is stopped. Calls that are
+    under way are answered; streams end with UNAVAILABLE.
+
+    Role: `control`.
+    Errors: INVALID_ARGUMENT when no machine is named; NOT_FOUND for an unknown one; FAILED_PRECONDITION when its guest
+    runs in the daemon and would end, unless the request agrees to that.
+    """
+
 MachineServiceAsyncStub: typing_extensions.TypeAlias = MachineServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         pagewalk.v1.machine_pb2.ListMachinesRequest,
@@ -107,10 +173,18 @@ MachineServiceAsyncStub: typing_extensions.TypeAlias = MachineServiceStub[
         pagewalk.v1.machine_pb2.GetMachineRequest,
         pagewalk.v1.machine_pb2.GetMachineResponse,
     ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        pagewalk.v1.machine_pb2.AttachMachineRequest,
+        pagewalk.v1.machine_pb2.AttachMachineResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        pagewalk.v1.machine_pb2.DetachMachineRequest,
+        pagewalk.v1.machine_pb2.DetachMachineResponse,
+    ],
 ]
 
 class MachineServiceServicer(metaclass=abc.ABCMeta):
-    """Lists the machines that the daemon serves."""
+    """Lists the machines that the daemon serves, and has them come and go."""
 
     @abc.abstractmethod
     def ListMachines(
@@ -134,6 +208,34 @@ class MachineServiceServicer(metaclass=abc.ABCMeta):
 
         Role: `read`.
         Errors: INVALID_ARGUMENT when no machine is named and there are several; NOT_FOUND for an unknown machine.
+        """
+
+    @abc.abstractmethod
+    def AttachMachine(
+        self,
+        request: pagewalk.v1.machine_pb2.AttachMachineRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[pagewalk.v1.machine_pb2.AttachMachineResponse, collections.abc.Awaitable[pagewalk.v1.machine_pb2.AttachMachineResponse]]:
+        """Takes in a machine: attaches to a guest of somebody else's, or makes one.
+
+        Role: `control`.
+        Errors: INVALID_ARGUMENT for a specification that says nothing; ALREADY_EXISTS when there is a machine of that id, or
+        the same guest is attached already; FAILED_PRECONDITION, with what to do, when the guest cannot be had;
+        DEADLINE_EXCEEDED when it cannot be had in time.
+        """
+
+    @abc.abstractmethod
+    def DetachMachine(
+        self,
+        request: pagewalk.v1.machine_pb2.DetachMachineRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[pagewalk.v1.machine_pb2.DetachMachineResponse, collections.abc.Awaitable[pagewalk.v1.machine_pb2.DetachMachineResponse]]:
+        """Lets go of a machine. An attached guest goes on as it is: running if it runs, stopped if it is stopped. Calls that are
+        under way are answered; streams end with UNAVAILABLE.
+
+        Role: `control`.
+        Errors: INVALID_ARGUMENT when no machine is named; NOT_FOUND for an unknown one; FAILED_PRECONDITION when its guest
+        runs in the daemon and would end, unless the request agrees to that.
         """
 
 def add_MachineServiceServicer_to_server(servicer: MachineServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -1,0 +1,157 @@
+//! Machines that come and go at run time, and machines that are lost.
+
+use std::sync::Arc;
+
+use pagewalk_proto::v1;
+use pagewalkd::machine::{Capabilities, Health, LocalSource, Machine};
+use tonic::Code;
+
+use crate::bed::{Bed, SOON, config, fault, open, page, read, refusal};
+use crate::stuck::{Gate, OpenAtEnd, machine as stuck_machine};
+
+fn attach(spec: &str) -> v1::AttachMachineRequest {
+    v1::AttachMachineRequest { spec: spec.to_owned() }
+}
+
+fn detach(machine: &str, end_guest: bool) -> v1::DetachMachineRequest {
+    v1::DetachMachineRequest { machine: machine.to_owned(), end_guest }
+}
+
+fn of(machine: &str, request: v1::TranslateRequest) -> v1::TranslateRequest {
+    v1::TranslateRequest { vcpu: Some(v1::VcpuRef { machine: machine.to_owned(), vcpu: 0 }), ..request }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_is_attached_asked_and_detached() {
+    let bed = Bed::plain().await;
+    let mut machines = bed.machines();
+    let answer = machines.attach_machine(attach("b=demo:plain")).await.unwrap().into_inner();
+    let machine = answer.machine.unwrap();
+    assert_eq!((machine.id.as_str(), machine.state()), ("b", v1::MachineState::Alive));
+    assert_eq!(answer.provenance.unwrap().machine, "b");
+    let can = machine.capabilities.unwrap();
+    assert!(can.can_write_memory && can.ends_when_detached);
+
+    let gva = bed.landmark("kernel-text");
+    assert_eq!(page(&bed.translate(of("b", read(gva))).await.unwrap()).gpa, 0x1_0000);
+    // Now that there are two, they have to be named.
+    assert_eq!(
+        refusal(bed.translate(read(gva)).await),
+        (Code::InvalidArgument, "MACHINE_NOT_NAMED".to_owned())
+    );
+    let refused = machines.detach_machine(detach("b", false)).await;
+    assert_eq!(refusal(refused), (Code::FailedPrecondition, "GUEST_WOULD_END".to_owned()));
+    machines.detach_machine(detach("b", true)).await.unwrap();
+    assert_eq!(
+        refusal(bed.translate(of("b", read(gva))).await),
+        (Code::NotFound, "MACHINE_NOT_FOUND".to_owned())
+    );
+    assert_eq!(page(&bed.translate(read(gva)).await.unwrap()).gpa, 0x1_0000);
+    bed.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn attaching_what_cannot_be_is_refused_with_what_to_do() {
+    let bed = Bed::plain().await;
+    let mut machines = bed.machines();
+    for (spec, code, reason, said) in [
+        ("", Code::InvalidArgument, "INVALID_FIELD", "no source"),
+        ("=demo", Code::InvalidArgument, "INVALID_FIELD", "id"),
+        ("x=nothing:y", Code::InvalidArgument, "INVALID_FIELD", "nothing"),
+        (&"x".repeat(9000), Code::InvalidArgument, "INVALID_FIELD", "8192"),
+        ("demo:plain", Code::AlreadyExists, "MACHINE_EXISTS", "already"),
+        ("x=kvm:elf=/nonexistent/kernel", Code::FailedPrecondition, "CANNOT_ATTACH", "/nonexistent/kernel"),
+    ] {
+        let status = machines.attach_machine(attach(spec)).await.unwrap_err();
+        assert!(status.message().contains(said), "{spec}: {status:?}");
+        assert_eq!(refusal(Err::<(), _>(status)), (code, reason.to_owned()), "{spec}");
+    }
+    for (id, code, reason) in
+        [("", Code::InvalidArgument, "INVALID_FIELD"), ("nobody", Code::NotFound, "MACHINE_NOT_FOUND")]
+    {
+        let refused = machines.detach_machine(detach(id, true)).await;
+        assert_eq!(refusal(refused), (code, reason.to_owned()), "{id:?}");
+    }
+    bed.unharmed().await;
+    bed.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_end_when_their_machine_goes() {
+    let bed = Bed::with(config(), &["a=demo:plain", "b=demo:plain"]).await;
+    let watch = |machine: &str| v1::WatchWalkerStateRequest {
+        vcpu: Some(v1::VcpuRef { machine: machine.to_owned(), vcpu: 0 }),
+        ..Default::default()
+    };
+    let mut detached = bed.walker().watch_walker_state(watch("b")).await.unwrap().into_inner();
+    let mut lost = bed.walker().watch_walker_state(watch("a")).await.unwrap().into_inner();
+    assert!(detached.message().await.unwrap().is_some() && lost.message().await.unwrap().is_some());
+    bed.machines().detach_machine(detach("b", true)).await.unwrap();
+    let end = tokio::time::timeout(SOON, detached.message()).await.unwrap();
+    assert_eq!(refusal(end), (Code::Unavailable, "MACHINE_DETACHED".to_owned()));
+
+    bed.machine.source().health().declare_lost("its process has ended");
+    let end = tokio::time::timeout(SOON, lost.message()).await.unwrap();
+    assert_eq!(refusal(end), (Code::Unavailable, "MACHINE_LOST".to_owned()));
+    bed.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_machine_says_so_and_the_others_go_on() {
+    let bed = Bed::with(config(), &["a=demo:plain", "b=demo:plain"]).await;
+    bed.machine.source().health().declare_lost("its process has ended");
+    let gva = bed.landmark("kernel-text");
+    let status = bed.translate(of("a", read(gva))).await.unwrap_err();
+    assert!(status.message().contains("its process has ended"), "{status:?}");
+    assert_eq!(refusal(Err::<(), _>(status)), (Code::Unavailable, "MACHINE_LOST".to_owned()));
+    assert_eq!(page(&bed.translate(of("b", read(gva))).await.unwrap()).gpa, 0x1_0000);
+    let listed = bed.machines().list_machines(v1::ListMachinesRequest {}).await.unwrap().into_inner();
+    let states: Vec<_> = listed.machines.iter().map(|m| (m.state(), m.state_reason.as_str())).collect();
+    assert_eq!(states, [(v1::MachineState::Lost, "its process has ended"), (v1::MachineState::Alive, "")]);
+    bed.machines().detach_machine(detach("a", true)).await.unwrap();
+    bed.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_under_way_when_the_machine_was_lost_is_no_answer() {
+    let gate = Gate::default();
+    let _end = OpenAtEnd(gate.clone());
+    let bed = Bed::of(config(), vec![open("demo:plain"), stuck_machine("stuck", &gate)]).await;
+    let gva = bed.landmark("kernel-text");
+    let request = v1::TranslateRequest { freshness: v1::Freshness::Sync.into(), ..of("stuck", read(gva)) };
+    let mut client = bed.translation();
+    let asked = tokio::spawn(async move { client.translate(request).await.map(drop) });
+    // The call waits for the vCPU; then the machine is lost, and only then does the vCPU answer.
+    let vcpu = bed.last.vcpu(0).unwrap();
+    while Arc::strong_count(vcpu) == 1 {
+        tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+    }
+    bed.last.source().health().declare_lost("its process has ended");
+    gate.open();
+    let answer = tokio::time::timeout(SOON, asked).await.unwrap().unwrap();
+    assert_eq!(refusal(answer), (Code::Unavailable, "MACHINE_LOST".to_owned()));
+    bed.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_that_is_only_read_refuses_accessed_and_dirty_bits() {
+    let demo = open("demo:plain");
+    let source = demo.source();
+    let only_read = LocalSource {
+        kind: "only-read",
+        description: "the demo machine, not to be written".into(),
+        vcpus: source.vcpus().to_vec(),
+        memory: source.memory(),
+        capabilities: Capabilities { can_write_memory: false, ..source.capabilities().clone() },
+        cpu: source.cpu(),
+        landmarks: source.landmarks().to_vec(),
+        health: Health::default(),
+    };
+    let bed = Bed::of(config(), vec![Machine::new("demo", Arc::new(only_read))]).await;
+    let gva = bed.landmark("kernel-text");
+    let set = v1::TranslateRequest { ad_policy: v1::AdPolicy::Set.into(), ..read(gva) };
+    assert_eq!(refusal(bed.translate(set).await), (Code::FailedPrecondition, "PRECONDITION".to_owned()));
+    assert_eq!(page(&bed.translate(read(gva)).await.unwrap()).gpa, 0x1_0000);
+    assert_eq!(fault(&bed.translate(read(bed.landmark("not-present"))).await.unwrap()).level, 1);
+    bed.stop().await;
+}

@@ -4,14 +4,55 @@
 //! accessed bit in each entry that was used, the dirty bit in each leaf whose page is written. A guest paging structure
 //! that lies behind NPT counts as written. (A CPU may set accessed bits of upper levels on a walk that faults; we do not.)
 
+use crate::fault::{Fault, FaultKind, Reason};
 use crate::memory::{ExchangeError, Memory};
-use crate::trace::{Held, Step};
+use crate::trace::{Held, Recorder as _, Step, Trace};
+use crate::translation::Translation;
+
+/// Walks that policy `Set` makes before it answers [`FaultKind::Contended`].
+pub const MAX_ATTEMPTS: usize = 8;
+
+/// Walks until the entries of a walk that was allowed still are what it decided on, and have their bits set. `trace` holds the
+/// steps of the last walk.
+pub(crate) fn walk_and_set<M: Memory>(
+    memory: &M,
+    trace: &mut Trace,
+    walk: impl Fn(&mut Trace) -> Result<Translation, Fault>,
+) -> Result<Translation, Fault> {
+    let mut changed = None;
+    for _ in 0..MAX_ATTEMPTS {
+        trace.clear();
+        let translation = walk(trace)?;
+        match commit(memory, trace.steps()) {
+            Commit::Done { skipped } => return Ok(Translation { ad_skipped: skipped, ..translation }),
+            Commit::Changed(step) => changed = Some(step),
+        }
+    }
+    Err(contended(changed))
+}
+
+/// The address is the caller's to say.
+#[cold]
+fn contended(changed: Option<Step>) -> Fault {
+    let step = changed.unwrap_or(Trace::EMPTY_STEP);
+    Fault {
+        kind: FaultKind::Contended,
+        address: 0,
+        dimension: step.dimension,
+        level: step.level,
+        entry_gpa: step.entry_gpa,
+        entry: step.entry,
+        bits: 0,
+        nested_gpa: None,
+        reason: Reason::Changing,
+    }
+}
 
 /// Compare-exchanges of one entry before the walk is taken to be contended.
 const EXCHANGES: usize = 4;
 
 /// What became of a commit.
-pub(crate) enum Commit {
+enum Commit {
     /// Every bit is set; the flag says that entries in read-only memory were left alone.
     Done { skipped: bool },
     /// This entry is no longer what the walk decided on.
@@ -19,7 +60,7 @@ pub(crate) enum Commit {
 }
 
 /// Sets the bits for the walk that `steps` record.
-pub(crate) fn commit<M: Memory>(memory: &M, steps: &[Step]) -> Commit {
+fn commit<M: Memory>(memory: &M, steps: &[Step]) -> Commit {
     let mut skipped = false;
     for step in steps {
         match commit_entry(memory, step) {

@@ -1,6 +1,6 @@
 //! The page format: everything that the meaning of an entry depends on, computed once for a set of registers.
 
-use crate::access::Access;
+use crate::access::{Access, AccessKind};
 use crate::entry::{EntryLayout, LongMode, TwoLevel};
 use crate::ept::{EPTP_ACCESSED_DIRTY, EPTP_SUPERVISOR_SHADOW_STACK, EptCapabilities, EptControls};
 use crate::lane::Masks;
@@ -293,8 +293,16 @@ impl PageFormat {
         }
     }
 
+    /// EPT: supervisor shadow-stack control, bit 7 of EPTP.
+    #[must_use]
+    pub fn supervisor_shadow_stack_control(&self) -> bool {
+        self.is_ept && self.permissions[AccessKind::ShadowStackRead as usize] == u16::MAX
+    }
+
+    /// What is ignored of a pointer before its address is checked: by linear-address masking or upper address ignore.
+    #[must_use]
     #[inline(always)]
-    pub(crate) fn masking(&self) -> Masking {
+    pub fn masking(&self) -> Masking {
         self.masking
     }
 

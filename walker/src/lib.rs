@@ -50,6 +50,7 @@ mod walker;
 mod window;
 
 pub use access::{Access, AccessKind, Privilege};
+pub use accessed_dirty::MAX_ATTEMPTS;
 pub use addr::{Gpa, Gva, NestedGpa, is_canonical};
 pub use batch::PageWord;
 pub use ept::{
@@ -64,6 +65,7 @@ pub use fault::{
     PFEC_RESERVED, PFEC_SHADOW_STACK, PFEC_USER, PFEC_WRITE, Reason,
 };
 pub use format::PageFormat;
+pub use masking::Masking;
 pub use memory::{Backing, ExchangeError, Memory};
 pub use memory_type::{EptMemoryType, MemoryType};
 pub use mode::{ControlRegisters, CpuProfile, PagingMode, StateError, Vendor};
@@ -73,5 +75,5 @@ pub use permission::Rights;
 pub use trace::{MAX_STEPS, NoTrace, Recorder, Step, Trace, Verdict};
 pub use translation::{NestedPage, PageSize, Translation};
 pub use walk::PageWalk;
-pub use walker::{AdPolicy, MAX_ATTEMPTS, Walker};
+pub use walker::{AdPolicy, Walker};
 pub use window::Window;

@@ -25,7 +25,7 @@ const SIGN: u64 = 1 << 63;
 
 /// What is ignored of the address of a data access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Masking {
+pub struct Masking {
     /// Low bits kept of a user pointer; 64 is all.
     user: u8,
     /// Low bits kept of a supervisor pointer.
@@ -35,7 +35,8 @@ pub(crate) struct Masking {
 }
 
 impl Masking {
-    pub(crate) const NONE: Self = Self { user: 64, supervisor: 64, upper_address_ignore: false };
+    /// Nothing is ignored.
+    pub const NONE: Self = Self { user: 64, supervisor: 64, upper_address_ignore: false };
 
     /// What these registers ask for; they are taken to be valid for their CPU.
     pub(crate) const fn new(registers: &ControlRegisters, mode: PagingMode) -> Self {
@@ -60,8 +61,28 @@ impl Masking {
         Self { user, supervisor, upper_address_ignore: false }
     }
 
+    /// Low bits that are kept of a pointer whose bit 63 is clear: 48 or 57; 64 is all. The highest of them is repeated in the
+    /// bits that are ignored.
+    #[must_use]
+    pub const fn user_width(&self) -> u32 {
+        self.user as u32
+    }
+
+    /// The same of a pointer whose bit 63 is set.
+    #[must_use]
+    pub const fn supervisor_width(&self) -> u32 {
+        self.supervisor as u32
+    }
+
+    /// Whether bit 63 is ignored as well: Upper Address Ignore.
+    #[must_use]
+    pub const fn upper_address_ignore(&self) -> bool {
+        self.upper_address_ignore
+    }
+
     /// The linear address that `access` to `pointer` translates.
-    pub(crate) const fn apply(self, pointer: u64, access: &Access) -> u64 {
+    #[must_use]
+    pub const fn apply(self, pointer: u64, access: &Access) -> u64 {
         let direct = access.is_stack()
             || access.is_shadow_stack()
             || matches!(access.privilege(), Privilege::ImplicitSupervisor);

@@ -4,17 +4,19 @@
 //! multiply.
 
 use crate::access::Access;
+use crate::accessed_dirty::walk_and_set;
 use crate::addr::{Gpa, NestedGpa};
 use crate::ept::{EptCapabilities, EptControls, EptWalk};
-use crate::fault::Fault;
+use crate::fault::{Fault, FaultKind};
 use crate::memory::Memory;
 use crate::memory_type::EptMemoryType;
 use crate::mode::{ControlRegisters, CpuProfile, StateError};
 use crate::npt::{NptControls, NptWalk};
 use crate::permission::Rights;
-use crate::trace::Recorder;
+use crate::trace::{Recorder, Trace};
 use crate::translation::{NestedPage, PageSize, Translation};
 use crate::walk::PageWalk;
+use crate::walker::AdPolicy;
 
 /// `ngpa_walk`: the page walk that L1 put under L2.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -135,6 +137,49 @@ impl NgpaWalk {
         recorder: &mut R,
     ) -> Result<Translation, Fault> {
         recorder.clear();
+        self.observe(memory, ngpa, access, phase, recorder)
+    }
+
+    /// [`Self::translate`], under `policy`: [`AdPolicy::Set`] sets the accessed and dirty bits that this dimension keeps. The
+    /// recorder holds the steps of the last attempt.
+    ///
+    /// # Errors
+    /// As [`Self::translate`]; with [`AdPolicy::Set`] also [`FaultKind::Contended`].
+    pub fn translate_with<M: Memory, R: Recorder>(
+        &self,
+        memory: &M,
+        ngpa: NestedGpa,
+        access: &Access,
+        phase: NestedPhase,
+        policy: AdPolicy,
+        recorder: &mut R,
+    ) -> Result<Translation, Fault> {
+        recorder.clear();
+        match policy {
+            AdPolicy::Observe => self.observe(memory, ngpa, access, phase, recorder),
+            AdPolicy::Set => {
+                let mut trace = Trace::new();
+                let walk = |trace: &mut Trace| self.observe(memory, ngpa, access, phase, trace);
+                let outcome = walk_and_set(memory, &mut trace, walk);
+                for step in trace.steps() {
+                    recorder.record(*step);
+                }
+                outcome.map_err(|fault| match fault.kind {
+                    FaultKind::Contended => Fault { nested_gpa: Some(ngpa), ..fault },
+                    _ => fault,
+                })
+            }
+        }
+    }
+
+    fn observe<M: Memory, R: Recorder>(
+        &self,
+        memory: &M,
+        ngpa: NestedGpa,
+        access: &Access,
+        phase: NestedPhase,
+        recorder: &mut R,
+    ) -> Result<Translation, Fault> {
         let answer = |page: NestedLeaf, rights| Translation {
             gpa: page.gpa,
             entry: 0,

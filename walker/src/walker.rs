@@ -3,13 +3,13 @@
 use core::hint::cold_path;
 
 use crate::access::Access;
-use crate::accessed_dirty::{Commit, commit};
+use crate::accessed_dirty::walk_and_set;
 use crate::addr::Gva;
-use crate::fault::{Fault, FaultKind, Reason};
+use crate::fault::{Fault, FaultKind};
 use crate::lane::Lane;
 use crate::memory::Memory;
 use crate::nested::NgpaWalk;
-use crate::trace::{NoTrace, Recorder, Step, Trace};
+use crate::trace::{NoTrace, Recorder, Trace};
 use crate::translation::Translation;
 use crate::walk::{PageWalk, translate};
 
@@ -22,9 +22,6 @@ pub enum AdPolicy {
     /// The bits that the access would set are set, after every dimension has allowed it.
     Set,
 }
-
-/// Walks that policy [`AdPolicy::Set`] makes before it answers [`FaultKind::Contended`].
-pub const MAX_ATTEMPTS: usize = 8;
 
 /// `gva_walk`, and `ngpa_walk` where L1 put EPT or NPT under L2.
 ///
@@ -145,31 +142,11 @@ impl Walker {
         access: &Access,
         trace: &mut Trace,
     ) -> Result<Translation, Fault> {
-        let mut changed = None;
-        for _ in 0..MAX_ATTEMPTS {
-            trace.clear();
-            let translation = self.observe(memory, gva, access, trace)?;
-            match commit(memory, trace.steps()) {
-                Commit::Done { skipped } => return Ok(Translation { ad_skipped: skipped, ..translation }),
-                Commit::Changed(step) => changed = Some(step),
+        walk_and_set(memory, trace, |trace| self.observe(memory, gva, access, trace)).map_err(|fault| {
+            match fault.kind {
+                FaultKind::Contended => Fault { address: gva.0, ..fault },
+                _ => fault,
             }
-        }
-        Err(contended(gva, changed))
-    }
-}
-
-#[cold]
-fn contended(gva: Gva, changed: Option<Step>) -> Fault {
-    let step = changed.unwrap_or(Trace::EMPTY_STEP);
-    Fault {
-        kind: FaultKind::Contended,
-        address: gva.0,
-        dimension: step.dimension,
-        level: step.level,
-        entry_gpa: step.entry_gpa,
-        entry: step.entry,
-        bits: 0,
-        nested_gpa: None,
-        reason: Reason::Changing,
+        })
     }
 }

@@ -49,6 +49,7 @@ VALUES: list[tuple[type, Descriptor, set[str]]] = [
     (answers.Fault, types_pb2.Fault.DESCRIPTOR, OUTCOME - {"address"}),
     (answers.EntryBits, types_pb2.EntryBits.DESCRIPTOR, set()),
     (answers.PageFormat, types_pb2.PageFormat.DESCRIPTOR, set()),
+    (answers.PointerMasking, types_pb2.PointerMasking.DESCRIPTOR, set()),
     (answers.PageWalk, types_pb2.PageWalk.DESCRIPTOR, set()),
     (answers.Npt, types_pb2.Npt.DESCRIPTOR, set()),
     (answers.Ept, types_pb2.Ept.DESCRIPTOR, set()),

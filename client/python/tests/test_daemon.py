@@ -191,6 +191,32 @@ def test_seen_nested_fault_is_explained(client: pagewalk.Client, landmarks: Land
     assert not other.matches
 
 
+def test_seen_ept_exits_are_explained(client: pagewalk.Client, landmarks: Landmarks) -> None:
+    # The demo machine's nested tables are sound EPT entries as well: walk length 4, write-back.
+    ept = pagewalk.Ept(eptp=landmarks["l2-ncr3"] | 0x1E)
+    state = pagewalk.WalkerOverride(cr3=landmarks["l2-cr3"], second_dimension=ept)
+    met = client.translate(landmarks["l2-npt-read-only"], "write", privilege="supervisor", override=state)
+    assert not met.ok
+    assert met.exit_qualification is not None
+    said = client.explain_ept_violation(
+        met.exit_qualification, met.nested_gpa, gva=landmarks["l2-npt-read-only"], override=state
+    )
+    assert said.matches
+    assert not said.now.ok
+    assert (said.now.entry, said.now.bits) == (met.entry, READ_ONLY)
+    sound = client.explain_ept_misconfiguration(met.nested_gpa, override=state)
+    assert sound.now.ok
+    assert not sound.matches
+
+
+def test_nested_gpa_sets_bits(client: pagewalk.Client, landmarks: Landmarks) -> None:
+    state = pagewalk.WalkerOverride(second_dimension=pagewalk.Npt(ncr3=landmarks["l2-ncr3"]))
+    for policy, accessed in (("observe", False), ("set", True)):
+        client.translate_nested_gpa(0x11000, "write", ad_policy=policy, override=state)  # type: ignore[arg-type]
+        steps = client.translate_nested_gpa(0x11000, override=state, trace=True).steps
+        assert all(bool(step.entry & 0x20) == accessed for step in steps), policy
+
+
 def test_walker_state_fits_the_registers(client: pagewalk.Client, paused: pagewalk.Machine) -> None:
     state = client.walker_state()
     cr3 = client.registers().cr3
@@ -200,6 +226,8 @@ def test_walker_state_fits_the_registers(client: pagewalk.Client, paused: pagewa
     assert page_format.mode in ("four_level", "five_level")
     assert page_format.levels == len(page_format.reserved_leaf) == len(page_format.reserved_table)
     assert len(page_format.permissions) == 16
+    assert not page_format.shadow_stacks
+    assert page_format.pointer_masking is None
     assert all(0 < word < 1 << 16 for word in page_format.permissions[:1])
     assert page_format.bits is not None
     assert page_format.bits.present == 1

@@ -92,7 +92,8 @@ pub(super) const DETACH: &str = concat!(examples!("pagewalk detach other --end-g
 pub(super) const EXPLAIN_FAULT: &str = concat!(
     examples!(
         "pagewalk explain-fault --error-code 0x7 --cr2 0x402000",
-        "pagewalk explain-fault --error-code 9 --cr2 0xffff_8000_0040_0000"
+        "pagewalk explain-fault --error-code 9 --cr2 0xffff_8000_0040_0000",
+        "pagewalk explain-fault --exit-qualification 0x1aa --guest-physical 0x13000 --eptp 0x5001e"
     ),
     exit_codes!()
 );

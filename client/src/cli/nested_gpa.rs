@@ -13,7 +13,7 @@ use super::{
     walker_override::OverrideArgs,
 };
 use crate::v1::{
-    Address, NestedPhase, TranslateNestedGpaRequest, TranslateNestedGpaResponse, address,
+    AdPolicy, Address, NestedPhase, TranslateNestedGpaRequest, TranslateNestedGpaResponse, address,
     translate_nested_gpa_response::Outcome,
 };
 
@@ -40,6 +40,9 @@ pub(super) struct Args {
     trace: bool,
     #[command(flatten)]
     freshness: FreshnessArgs,
+    /// Set the accessed and dirty bits of the second dimension that the access would set; needs the control role
+    #[arg(long)]
+    set: bool,
     /// What the address is accessed for
     #[arg(long, value_name = "PHASE", default_value = "final", help_heading = "Access")]
     phase: PhaseArg,
@@ -60,6 +63,7 @@ pub(super) async fn run(context: &Context, args: &Args) -> Result<ExitCode, Fail
         address: Some(Address { value: Some(address::Value::Number(args.address)) }),
         access: Some(args.access.message()),
         phase: phase.into(),
+        ad_policy: if args.set { AdPolicy::Set } else { AdPolicy::Observe }.into(),
         freshness: args.freshness.freshness().into(),
         r#override: args.walker.message(),
         trace: args.trace,

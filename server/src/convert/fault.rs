@@ -108,7 +108,7 @@ const EXIT_INFO_1: [Bit; 2] = [
 ];
 
 /// Intel SDM volume 3, "Exit Qualification for EPT Violations".
-const EXIT_QUALIFICATION: [Bit; 14] = [
+const EXIT_QUALIFICATION: [Bit; 16] = [
     (0, "READ", "the access was a data read", "no data read"),
     (1, "WRITE", "the access was a data write", "no data write"),
     (2, "FETCH", "the access was an instruction fetch", "no instruction fetch"),
@@ -121,8 +121,10 @@ const EXIT_QUALIFICATION: [Bit; 14] = [
     (9, "USER", "user-mode linear address", "supervisor-mode linear address, or not told"),
     (10, "RW", "the guest maps the page for writing", "the guest does not, or it is not told"),
     (11, "XD", "the guest maps the page as no-execute", "the guest does not, or it is not told"),
+    (12, "IRET", "IRET had unblocked NMIs", "no IRET had unblocked NMIs"),
     (13, "SS", "shadow-stack access", "no shadow-stack access"),
     (14, "SSS", "the page is a supervisor shadow stack", "the page is none, or it is not told"),
+    (16, "ASYNC", "not caused by an instruction", "caused by an instruction"),
 ];
 
 /// Whose bits [`decode`] tells.

@@ -1,5 +1,7 @@
 //! `ExplainFault`: what somebody saw, decoded, and the same access made again now.
 
+mod ept;
+
 use std::fmt::Write as _;
 use std::sync::Arc;
 
@@ -40,7 +42,12 @@ pub(super) fn fault(
     let again = match request.seen {
         Some(Seen::PageFault(seen)) => page_fault(target, snapshot, &walker, memory, seen)?,
         Some(Seen::NestedPageFault(seen)) => nested_page_fault(&walker, memory, seen)?,
-        None => return Err(Error::invalid("seen", "required: page_fault or nested_page_fault")),
+        Some(Seen::EptViolation(seen)) => ept::violation(&walker, memory, seen)?,
+        Some(Seen::EptMisconfiguration(seen)) => ept::misconfiguration(&walker, memory, seen)?,
+        None => {
+            let kinds = "page_fault, nested_page_fault, ept_violation or ept_misconfiguration";
+            return Err(Error::invalid("seen", format!("required: {kinds}")));
+        }
     };
     Ok(v1::ExplainFaultResponse {
         would_fault_now: again.outcome.is_err(),

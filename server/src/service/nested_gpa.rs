@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use pagewalk::{AdPolicy, Gpa, Memory as _, NestedGpa, NoTrace, Trace};
+use pagewalk::{Gpa, Memory as _, NestedGpa, NoTrace, Trace};
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::translate_nested_gpa_response::Outcome;
 
 use super::Daemon;
 use super::resolve::Target;
-use super::translation::{ad_policy, ladder, second, walker};
+use super::translation::{ad_policy, ladder, may_set, second, walker};
 use crate::convert;
 use crate::machine::GuestRam;
 use crate::render::{self, Ladder};
@@ -25,12 +25,8 @@ pub(super) fn translate(
     let ngpa = convert::address::parse(request.address, "address")?;
     let access = convert::access::nested(request.access, &snapshot.registers)?;
     let phase = convert::access::phase(request.phase)?;
-    if ad_policy(request.ad_policy)? == AdPolicy::Set {
-        return Err(Error::unimplemented(
-            "ad_policy",
-            "AD_POLICY_SET is not served yet for nGPAs; `Translate` sets the bits of both dimensions",
-        ));
-    }
+    let policy = ad_policy(request.ad_policy)?;
+    may_set(policy, target)?;
     let walker = walker(request.r#override.as_ref(), snapshot)?;
     convert::access::check(&access, &walker)?;
     let asked = format!(
@@ -65,9 +61,9 @@ pub(super) fn translate(
 
     let mut trace = Trace::new();
     let outcome = if request.trace || request.explain || request.validate {
-        walk.translate(memory, NestedGpa(ngpa), &access, phase, &mut trace)
+        walk.translate_with(memory, NestedGpa(ngpa), &access, phase, policy, &mut trace)
     } else {
-        walk.translate(memory, NestedGpa(ngpa), &access, phase, &mut NoTrace)
+        walk.translate_with(memory, NestedGpa(ngpa), &access, phase, policy, &mut NoTrace)
     };
     let torn = request.validate && !trace.steps().iter().all(|step| step.is_current(memory));
     let explanation = if request.explain {

@@ -1,6 +1,7 @@
 //! `TranslateNestedGpa`, and EPT as a second dimension that the request brings. The demo machine's NPT entries are EPT
 //! entries as well: P, R/W and U/S stand where R, W and X do, and all other bits but PS are clear.
 
+use pagewalk::Memory as _;
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::translate_nested_gpa_response::Outcome;
 use pagewalk_proto::v1::walker_override::SecondDimension;
@@ -230,7 +231,6 @@ async fn bad_requests_name_their_field() {
         (v1::TranslateNestedGpaRequest { address: None, ..good.clone() }, Code::InvalidArgument, "address"),
         (v1::TranslateNestedGpaRequest { access: None, ..good.clone() }, Code::InvalidArgument, "access"),
         (v1::TranslateNestedGpaRequest { phase: 4, ..good.clone() }, Code::InvalidArgument, "phase"),
-        (v1::TranslateNestedGpaRequest { ad_policy: 2, ..good.clone() }, Code::Unimplemented, "ad_policy"),
         (v1::TranslateNestedGpaRequest { ad_policy: 3, ..good.clone() }, Code::InvalidArgument, "ad_policy"),
         (access(|a| a.kind = 0), Code::InvalidArgument, "access.kind"),
         (access(|a| a.ac = Some(false)), Code::InvalidArgument, "access.ac"),
@@ -243,5 +243,53 @@ async fn bad_requests_name_their_field() {
         assert_eq!(refused.get_details_bad_request().unwrap().field_violations[0].field, field);
     }
     bed.unharmed().await;
+    bed.stop().await;
+}
+
+/// What `Set` leaves in the second dimension's entries, and that `Observe` leaves nothing.
+#[tokio::test]
+async fn set_changes_accessed_and_dirty_bits_of_the_second_dimension() {
+    use v1::AccessKind::{Read, Write};
+    use v1::NestedPhase::{Final, Pdpte, Table};
+    // NPT: bits 5 and 6; EPT: 8 and 9, where bit 6 of EPTP says so.
+    let with_bits = ept(EPTP | 1 << 6);
+    for (second, kind, phase, upper, leaf) in [
+        (npt(), Read, Final, 1 << 5, 1 << 5),
+        (npt(), Write, Final, 1 << 5, 3 << 5),
+        (npt(), Read, Table, 1 << 5, 3 << 5),
+        (with_bits.clone(), Read, Final, 1 << 8, 1 << 8),
+        (with_bits.clone(), Write, Final, 1 << 8, 3 << 8),
+        (with_bits.clone(), Read, Table, 1 << 8, 3 << 8),
+        (with_bits, Read, Pdpte, 1 << 8, 1 << 8),
+        (ept(EPTP), Write, Final, 0, 0),
+    ] {
+        let bed = Bed::plain().await;
+        let request = v1::TranslateNestedGpaRequest { phase: phase.into(), ..ask(DATA, kind, Some(second)) };
+        let observed = asked(&bed, request.clone()).await.unwrap();
+        let memory = bed.machine.source().memory();
+        let entry = |step: &v1::Step| memory.load_u64(pagewalk::Gpa(step.entry_gpa)).unwrap();
+        assert!(observed.steps.iter().all(|step| entry(step) == step.entry));
+        let set = v1::TranslateNestedGpaRequest { ad_policy: v1::AdPolicy::Set.into(), ..request.clone() };
+        let answer = asked(&bed, set).await.unwrap();
+        assert_eq!((&answer.outcome, &answer.steps), (&observed.outcome, &observed.steps));
+        for step in &observed.steps {
+            let wanted = if step.level == 1 { leaf } else { upper };
+            assert_eq!(entry(step), step.entry | wanted, "{kind:?} {phase:?} {step:?}");
+        }
+        assert!(asked(&bed, request).await.unwrap().outcome.is_some());
+        bed.stop().await;
+    }
+    // A fault sets nothing.
+    let bed = Bed::plain().await;
+    let request = v1::TranslateNestedGpaRequest {
+        ad_policy: v1::AdPolicy::Set.into(),
+        ..ask(READ_ONLY, Write, Some(npt()))
+    };
+    let answer = asked(&bed, request).await.unwrap();
+    assert_eq!(fault(&answer).exit_info_1, Some(0x1_0000_0007));
+    let memory = bed.machine.source().memory();
+    assert!(answer.steps.iter().all(|step| {
+        memory.load_u64(pagewalk::Gpa(step.entry_gpa)) == Some(step.entry) && step.entry & 3 << 5 == 0
+    }));
     bed.stop().await;
 }

@@ -134,17 +134,32 @@ prop_compose! {
     }
 }
 
+fn seen() -> impl Strategy<Value = Seen> {
+    prop_oneof![
+        (prop_oneof![4 => 0_u32..8, 2 => 0_u32..64, 1 => any::<u32>()], address())
+            .prop_map(|(error_code, cr2)| Seen::PageFault(v1::PageFault { error_code, cr2 })),
+        (
+            prop_oneof![4 => (4_u64..8, 1_u64..3).prop_map(|(low, high)| high << 32 | low), 1 => word()],
+            address()
+        )
+            .prop_map(|(exit_info_1, nested_gpa)| {
+                Seen::NestedPageFault(v1::NestedPageFault { exit_info_1, nested_gpa })
+            }),
+        (prop_oneof![4 => 0_u64..0x4000, 1 => word()], address(), of(address())).prop_map(
+            |(exit_qualification, nested_gpa, gva)| {
+                let gva = gva.flatten();
+                Seen::EptViolation(v1::EptViolation { exit_qualification, nested_gpa, gva })
+            }
+        ),
+        address()
+            .prop_map(|nested_gpa| { Seen::EptMisconfiguration(v1::EptMisconfiguration { nested_gpa }) }),
+    ]
+}
+
 prop_compose! {
     fn explain_fault()(
         vcpu in vcpu(),
-        seen in weighted(0.97, prop_oneof![
-            (prop_oneof![4 => 0_u32..8, 2 => 0_u32..64, 1 => any::<u32>()], address())
-                .prop_map(|(error_code, cr2)| Seen::PageFault(v1::PageFault { error_code, cr2 })),
-            (prop_oneof![4 => (4_u64..8, 1_u64..3).prop_map(|(low, high)| high << 32 | low), 1 => word()], address())
-                .prop_map(|(exit_info_1, nested_gpa)| {
-                    Seen::NestedPageFault(v1::NestedPageFault { exit_info_1, nested_gpa })
-                }),
-        ]),
+        seen in weighted(0.97, seen().boxed()),
         cr3 in of(cr3()),
         freshness in prop_oneof![40 => 0..=2, 1 => any::<i32>()],
         r#override in of(walker_override().boxed()),

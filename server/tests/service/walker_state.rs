@@ -56,6 +56,11 @@ fn gva_format() -> v1::PageFormat {
             protection_key: 0,
             frame: 0xffff_ffff_f000,
         }),
+        shadow_stacks: false,
+        pointer_masking: None,
+        encryption_mask: 0,
+        mode_based_execute: false,
+        supervisor_shadow_stack_control: false,
     }
 }
 

@@ -166,17 +166,17 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         "writes set the dirty bit above the leaf",
         &[(
             "descent.rs",
-            "verdict == Verdict::Leaf && purpose.access.is_write() &&",
-            "purpose.access.is_write() &&",
+            "let dirties = verdict == Verdict::Leaf && dirties_leaf;",
+            "let dirties = dirties_leaf;",
         )],
     ),
     mutant("the accessed bit is not set", &[("entry.rs", "Self::ACCESSED | if dirties", "if dirties")]),
     mutant(
         "a walk that faults sets accessed bits",
         &[(
-            "walker.rs",
-            "let translation = self.observe(memory, gva, access, trace)?;",
-            "let outcome = self.observe(memory, gva, access, trace);
+            "accessed_dirty.rs",
+            "let translation = walk(trace)?;",
+            "let outcome = walk(trace);
              if outcome.is_err() { let _ = commit(memory, trace.steps()); }
              let translation = outcome?;",
         )],

@@ -6,7 +6,7 @@ pub(crate) const MUTANTS: &[Mutant] = &[
     unseen(
         "a lost exchange is not walked again",
         &[(
-            "walker.rs",
+            "accessed_dirty.rs",
             "Commit::Changed(step) => changed = Some(step),",
             "Commit::Changed(_) => return Ok(translation),",
         )],

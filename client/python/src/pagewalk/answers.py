@@ -288,6 +288,17 @@ class EntryBits:
 
 
 @dataclass(frozen=True)
+class PointerMasking:
+    """Which bits of a pointer are ignored before its address is checked: by LAM or UAI."""
+
+    #: Low bits that are kept where bit 63 is clear: 48 or 57; 64 is all.
+    user_width: int
+    #: The same where bit 63 is set.
+    supervisor_width: int
+    bit_63_ignored: bool
+
+
+@dataclass(frozen=True)
 class PageFormat:
     """Everything about the entries of one dimension that the control registers and the CPU decide."""
 
@@ -307,6 +318,16 @@ class PageFormat:
     entry_bytes: int
     index_bits: int
     bits: EntryBits | None
+    #: CR4.CET: there are shadow-stack accesses.
+    shadow_stacks: bool
+    #: None where no bits of a pointer are ignored.
+    pointer_masking: PointerMasking | None
+    #: The bit that marks memory as encrypted; 0 where there is none.
+    encryption_mask: int
+    #: EPT: bit 10 of an entry is the user's right to execute.
+    mode_based_execute: bool
+    #: EPT: a supervisor's shadow-stack access needs bit 60 of the leaf.
+    supervisor_shadow_stack_control: bool
 
 
 @dataclass(frozen=True)

@@ -271,6 +271,7 @@ class Client:
         *,
         privilege: Privilege = "as_cpl",
         phase: NestedPhase = "final",
+        ad_policy: AdPolicy = "observe",
         freshness: Freshness = "latest",
         override: WalkerOverride | None = None,
         trace: bool = False,
@@ -291,6 +292,7 @@ class Client:
                 privilege=convert.number(types_pb2.Privilege.DESCRIPTOR, privilege, "privilege"),
             ),
             phase=convert.number(translation_pb2.NestedPhase.DESCRIPTOR, phase, "phase"),
+            ad_policy=convert.number(types_pb2.AdPolicy.DESCRIPTOR, ad_policy, "ad_policy"),
             freshness=convert.number(types_pb2.Freshness.DESCRIPTOR, freshness, "freshness"),
             override=convert.to_override(override),
             trace=trace,
@@ -336,6 +338,53 @@ class Client:
             nested_page_fault=translation_pb2.NestedPageFault(
                 exit_info_1=convert.to_word(exit_info_1, "exit_info_1"),
                 nested_gpa=convert.to_address(nested_gpa, "nested_gpa"),
+            ),
+            freshness=convert.number(types_pb2.Freshness.DESCRIPTOR, freshness, "freshness"),
+            override=convert.to_override(override),
+        )
+        return convert.fault_explanation(nested_gpa, self._call(self._translation.ExplainFault, request))
+
+    def explain_ept_violation(
+        self,
+        exit_qualification: int,
+        nested_gpa: int | str,
+        *,
+        gva: int | str | None = None,
+        freshness: Freshness = "latest",
+        override: WalkerOverride | None = None,
+        vcpu: int = 0,
+        machine: str = "",
+    ) -> FaultExplanation:
+        """Explain an EPT violation that somebody saw, by its exit qualification and guest-physical address.
+
+        `gva` is the guest-linear address, where bit 7 of the qualification says that it is valid.
+        """
+        request = translation_pb2.ExplainFaultRequest(
+            vcpu=convert.to_vcpu(machine, vcpu),
+            ept_violation=translation_pb2.EptViolation(
+                exit_qualification=convert.to_word(exit_qualification, "exit_qualification"),
+                nested_gpa=convert.to_address(nested_gpa, "nested_gpa"),
+                gva=None if gva is None else convert.to_address(gva, "gva"),
+            ),
+            freshness=convert.number(types_pb2.Freshness.DESCRIPTOR, freshness, "freshness"),
+            override=convert.to_override(override),
+        )
+        return convert.fault_explanation(nested_gpa, self._call(self._translation.ExplainFault, request))
+
+    def explain_ept_misconfiguration(
+        self,
+        nested_gpa: int | str,
+        *,
+        freshness: Freshness = "latest",
+        override: WalkerOverride | None = None,
+        vcpu: int = 0,
+        machine: str = "",
+    ) -> FaultExplanation:
+        """Explain an EPT misconfiguration that somebody saw, by its guest-physical address."""
+        request = translation_pb2.ExplainFaultRequest(
+            vcpu=convert.to_vcpu(machine, vcpu),
+            ept_misconfiguration=translation_pb2.EptMisconfiguration(
+                nested_gpa=convert.to_address(nested_gpa, "nested_gpa")
             ),
             freshness=convert.number(types_pb2.Freshness.DESCRIPTOR, freshness, "freshness"),
             override=convert.to_override(override),

@@ -345,6 +345,22 @@ def _page_format(message: types_pb2.PageFormat) -> answers.PageFormat:
         entry_bytes=message.entry_bytes,
         index_bits=message.index_bits,
         bits=_entry_bits(message.bits) if message.HasField("bits") else None,
+        shadow_stacks=message.shadow_stacks,
+        pointer_masking=_pointer_masking(message),
+        encryption_mask=message.encryption_mask,
+        mode_based_execute=message.mode_based_execute,
+        supervisor_shadow_stack_control=message.supervisor_shadow_stack_control,
+    )
+
+
+def _pointer_masking(message: types_pb2.PageFormat) -> answers.PointerMasking | None:
+    if not message.HasField("pointer_masking"):
+        return None
+    masking = message.pointer_masking
+    return answers.PointerMasking(
+        user_width=masking.user_width,
+        supervisor_width=masking.supervisor_width,
+        bit_63_ignored=masking.bit_63_ignored,
     )
 
 

@@ -4,7 +4,7 @@ use super::{
     hex, names, paint, permission_words,
     table::{Cell, Table},
 };
-use crate::v1::{EntryBits, PageFormat, PageWalk, PagingMode};
+use crate::v1::{EntryBits, PageFormat, PageWalk, PagingMode, PointerMasking};
 
 pub(super) fn walk(name: &str, walk: &PageWalk) -> String {
     let Some(format) = &walk.format else {
@@ -50,10 +50,39 @@ fn summary(walk: &PageWalk, format: &PageFormat) -> String {
         mask => format!("mask {mask:#010x}"),
     };
     table.row(["keys".into(), keys.into()]);
+    if format.shadow_stacks {
+        table.row(["stacks".into(), "shadow-stack accesses exist (CR4.CET)".into()]);
+    }
+    if let Some(masking) = &format.pointer_masking {
+        table.row(["pointers".into(), ignored(masking).into()]);
+    }
+    if format.encryption_mask != 0 {
+        table.row(["encryption".into(), format!("bit {}", span(format.encryption_mask)).into()]);
+    }
+    if format.mode_based_execute {
+        table.row(["execute".into(), "by mode (MBEC): X supervisors, bit 10 users".into()]);
+    }
+    if format.supervisor_shadow_stack_control {
+        table.row(["stacks".into(), "the supervisor's marked by bit 60 of the leaf".into()]);
+    }
     if format.bad_memory_type_xwr != 0 {
         table.row(["misconfigured".into(), hex(format.bad_memory_type_xwr).into()]);
     }
     table.render()
+}
+
+/// Which bits of a pointer are ignored.
+fn ignored(masking: &PointerMasking) -> String {
+    let highest = if masking.bit_63_ignored { 63 } else { 62 };
+    let part = |whose: &str, width: u32| match width {
+        64.. => format!("no bits of {whose}"),
+        _ => format!("bits {highest}:{width} of {whose}"),
+    };
+    format!(
+        "{} and {} ignored",
+        part("a user's (bit 63 clear)", masking.user_width),
+        part("a supervisor's (bit 63 set)", masking.supervisor_width)
+    )
 }
 
 fn reserved(format: &PageFormat) -> String {
@@ -109,6 +138,18 @@ fn span(mask: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ignored_bits_of_pointers() {
+        let said = |user_width, supervisor_width, bit_63_ignored| {
+            ignored(&PointerMasking { user_width, supervisor_width, bit_63_ignored })
+        };
+        let lam = "bits 62:57 of a user's (bit 63 clear) and no bits of a supervisor's (bit 63 set) ignored";
+        assert_eq!(said(57, 64, false), lam);
+        let uai =
+            "bits 63:57 of a user's (bit 63 clear) and bits 63:57 of a supervisor's (bit 63 set) ignored";
+        assert_eq!(said(57, 57, true), uai);
+    }
 
     #[test]
     fn masks_as_bit_numbers() {

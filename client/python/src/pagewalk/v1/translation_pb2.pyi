@@ -359,7 +359,9 @@ class TranslateNestedGpaRequest(google.protobuf.message.Message):
     phase: Global___NestedPhase.ValueType
     """What the address is accessed for. Default: NESTED_PHASE_FINAL."""
     ad_policy: pagewalk.v1.types_pb2.AdPolicy.ValueType
-    """What to do to accessed and dirty bits. Default: AD_POLICY_OBSERVE. AD_POLICY_SET is not served yet: UNIMPLEMENTED."""
+    """What to do to accessed and dirty bits of `ngpa_walk`: EPT has them only where EPTP enables them. The guest's own tables
+    stay as they are. Default: AD_POLICY_OBSERVE.
+    """
     freshness: pagewalk.v1.types_pb2.Freshness.ValueType
     """How recent the registers must be. Default: FRESHNESS_LATEST."""
     trace: builtins.bool
@@ -511,6 +513,62 @@ class NestedPageFault(google.protobuf.message.Message):
 Global___NestedPageFault: typing_extensions.TypeAlias = NestedPageFault
 
 @typing.final
+class EptViolation(google.protobuf.message.Message):
+    """An EPT violation that somebody saw: a VM exit of reason 48."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EXIT_QUALIFICATION_FIELD_NUMBER: builtins.int
+    NESTED_GPA_FIELD_NUMBER: builtins.int
+    GVA_FIELD_NUMBER: builtins.int
+    exit_qualification: builtins.int
+    """The exit qualification: bits 2:0 say what the access was, of which at least one is set. Bits 12 and 16, which tell of the
+    exit and not of the access, do not count. Bit 15 and bits above 16 are not known here: INVALID_ARGUMENT.
+    """
+    @property
+    def nested_gpa(self) -> pagewalk.v1.types_pb2.Address:
+        """The guest-physical address of the exit: the nGPA. Required."""
+
+    @property
+    def gva(self) -> pagewalk.v1.types_pb2.Address:
+        """The guest-linear address of the exit, where bit 7 of the qualification says that it is valid; else INVALID_ARGUMENT. With
+        it the explanation says where that address leads now, and knows under mode-based execute control whose page it is.
+        """
+
+    def __init__(
+        self,
+        *,
+        exit_qualification: builtins.int = ...,
+        nested_gpa: pagewalk.v1.types_pb2.Address | None = ...,
+        gva: pagewalk.v1.types_pb2.Address | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["gva", b"gva", "nested_gpa", b"nested_gpa"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["exit_qualification", b"exit_qualification", "gva", b"gva", "nested_gpa", b"nested_gpa"]) -> None: ...
+
+Global___EptViolation: typing_extensions.TypeAlias = EptViolation
+
+@typing.final
+class EptMisconfiguration(google.protobuf.message.Message):
+    """An EPT misconfiguration that somebody saw: a VM exit of reason 49. It tells no access."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NESTED_GPA_FIELD_NUMBER: builtins.int
+    @property
+    def nested_gpa(self) -> pagewalk.v1.types_pb2.Address:
+        """The guest-physical address of the exit: the nGPA. Required."""
+
+    def __init__(
+        self,
+        *,
+        nested_gpa: pagewalk.v1.types_pb2.Address | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["nested_gpa", b"nested_gpa"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["nested_gpa", b"nested_gpa"]) -> None: ...
+
+Global___EptMisconfiguration: typing_extensions.TypeAlias = EptMisconfiguration
+
+@typing.final
 class ExplainFaultRequest(google.protobuf.message.Message):
     """A fault to explain."""
 
@@ -519,6 +577,8 @@ class ExplainFaultRequest(google.protobuf.message.Message):
     VCPU_FIELD_NUMBER: builtins.int
     PAGE_FAULT_FIELD_NUMBER: builtins.int
     NESTED_PAGE_FAULT_FIELD_NUMBER: builtins.int
+    EPT_VIOLATION_FIELD_NUMBER: builtins.int
+    EPT_MISCONFIGURATION_FIELD_NUMBER: builtins.int
     CR3_FIELD_NUMBER: builtins.int
     FRESHNESS_FIELD_NUMBER: builtins.int
     OVERRIDE_FIELD_NUMBER: builtins.int
@@ -541,6 +601,14 @@ class ExplainFaultRequest(google.protobuf.message.Message):
         """A nested page fault."""
 
     @property
+    def ept_violation(self) -> Global___EptViolation:
+        """An EPT violation."""
+
+    @property
+    def ept_misconfiguration(self) -> Global___EptMisconfiguration:
+        """An EPT misconfiguration."""
+
+    @property
     def override(self) -> pagewalk.v1.types_pb2.WalkerOverride:
         """The caller's own walker state. Default: the vCPU's."""
 
@@ -550,16 +618,18 @@ class ExplainFaultRequest(google.protobuf.message.Message):
         vcpu: pagewalk.v1.types_pb2.VcpuRef | None = ...,
         page_fault: Global___PageFault | None = ...,
         nested_page_fault: Global___NestedPageFault | None = ...,
+        ept_violation: Global___EptViolation | None = ...,
+        ept_misconfiguration: Global___EptMisconfiguration | None = ...,
         cr3: builtins.int | None = ...,
         freshness: pagewalk.v1.types_pb2.Freshness.ValueType = ...,
         override: pagewalk.v1.types_pb2.WalkerOverride | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_cr3", b"_cr3", "cr3", b"cr3", "nested_page_fault", b"nested_page_fault", "override", b"override", "page_fault", b"page_fault", "seen", b"seen", "vcpu", b"vcpu"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_cr3", b"_cr3", "cr3", b"cr3", "freshness", b"freshness", "nested_page_fault", b"nested_page_fault", "override", b"override", "page_fault", b"page_fault", "seen", b"seen", "vcpu", b"vcpu"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_cr3", b"_cr3", "cr3", b"cr3", "ept_misconfiguration", b"ept_misconfiguration", "ept_violation", b"ept_violation", "nested_page_fault", b"nested_page_fault", "override", b"override", "page_fault", b"page_fault", "seen", b"seen", "vcpu", b"vcpu"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_cr3", b"_cr3", "cr3", b"cr3", "ept_misconfiguration", b"ept_misconfiguration", "ept_violation", b"ept_violation", "freshness", b"freshness", "nested_page_fault", b"nested_page_fault", "override", b"override", "page_fault", b"page_fault", "seen", b"seen", "vcpu", b"vcpu"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_cr3", b"_cr3"]) -> typing.Literal["cr3"] | None: ...
     @typing.overload
-    def WhichOneof(self, oneof_group: typing.Literal["seen", b"seen"]) -> typing.Literal["page_fault", "nested_page_fault"] | None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["seen", b"seen"]) -> typing.Literal["page_fault", "nested_page_fault", "ept_violation", "ept_misconfiguration"] | None: ...
 
 Global___ExplainFaultRequest: typing_extensions.TypeAlias = ExplainFaultRequest
 
@@ -576,7 +646,9 @@ class DecodedBit(google.protobuf.message.Message):
     bit: builtins.int
     """Number of the bit, from 0."""
     name: builtins.str
-    """The manuals' name: `P`, `W/R`, `U/S`, `RSVD`, `I/D`, `PK`, `SS`."""
+    """The manuals' name, as `P`, `W/R`, `U/S`, `RSVD`, `I/D`, `PK`, `SS`, or a short one of ours where they have none. Empty
+    for a bit that is not known here.
+    """
     set: builtins.bool
     """The bit is set."""
     meaning: builtins.str
@@ -610,7 +682,10 @@ class ExplainFaultResponse(google.protobuf.message.Message):
     would_fault_now: builtins.bool
     """The same access would fault now."""
     matches: builtins.bool
-    """The code seen is the one that the walk gives now. False with `would_fault_now`: it faults, but for another reason."""
+    """The code seen is the one that the walk gives now. False with `would_fault_now`: it faults, but for another reason. Of an
+    exit qualification bits 12:9 and 16 are not compared, nor bit 0 where bit 1 is set: whether a write was a read as
+    well.
+    """
     explanation: builtins.str
     """The explanation for a person: the code decoded, the walk, the entry and bits responsible. Always filled. Its layout
     is no part of the contract.
@@ -621,7 +696,9 @@ class ExplainFaultResponse(google.protobuf.message.Message):
 
     @property
     def decoded(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___DecodedBit]:
-        """The code's bits, from 0 upwards: every bit that the manuals define, set or not, and any other that is set."""
+        """The code's bits, from 0 upwards: every bit that the manuals define, set or not, and any other that is set. Empty for an
+        EPT misconfiguration, which has no code.
+        """
 
     @property
     def steps(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[pagewalk.v1.types_pb2.Step]:

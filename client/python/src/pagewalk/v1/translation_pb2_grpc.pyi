@@ -194,11 +194,11 @@ class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _T
     Where there is no second dimension, an L2's addresses are its L1's: the answer is the address itself, and `identity`
     says that nothing was walked.
 
-    Role: `read`.
+    Role: `read`; `control` with AD_POLICY_SET.
     Errors: INVALID_ARGUMENT for a missing address or access kind, an address that does not parse, an access with more
-    than kind and privilege, or registers that no CPU accepts; NOT_FOUND for an unknown machine or vCPU; UNIMPLEMENTED for
-    AD_POLICY_SET or an access kind that is not served yet; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the vCPU does not
-    come out in time.
+    than kind and privilege, or registers that no CPU accepts; NOT_FOUND for an unknown machine or vCPU;
+    FAILED_PRECONDITION for AD_POLICY_SET where the source does not allow it; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the
+    vCPU does not come out in time.
     """
 
     ExplainFault: _TranslationServiceExplainFaultType
@@ -209,7 +209,8 @@ class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _T
 
     Role: `read`.
     Errors: as `Translate`; also INVALID_ARGUMENT for codes with bits that no CPU sets together, and FAILED_PRECONDITION
-    for a nested page fault where the vCPU has no second dimension and the request brings none.
+    for a nested page fault, an EPT violation or an EPT misconfiguration where the vCPU has no second dimension of that
+    kind and the request brings none.
     """
 
 TranslationServiceAsyncStub: typing_extensions.TypeAlias = TranslationServiceStub[
@@ -296,11 +297,11 @@ class TranslationServiceServicer(metaclass=abc.ABCMeta):
         Where there is no second dimension, an L2's addresses are its L1's: the answer is the address itself, and `identity`
         says that nothing was walked.
 
-        Role: `read`.
+        Role: `read`; `control` with AD_POLICY_SET.
         Errors: INVALID_ARGUMENT for a missing address or access kind, an address that does not parse, an access with more
-        than kind and privilege, or registers that no CPU accepts; NOT_FOUND for an unknown machine or vCPU; UNIMPLEMENTED for
-        AD_POLICY_SET or an access kind that is not served yet; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the vCPU does not
-        come out in time.
+        than kind and privilege, or registers that no CPU accepts; NOT_FOUND for an unknown machine or vCPU;
+        FAILED_PRECONDITION for AD_POLICY_SET where the source does not allow it; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the
+        vCPU does not come out in time.
         """
 
     @abc.abstractmethod
@@ -316,7 +317,8 @@ class TranslationServiceServicer(metaclass=abc.ABCMeta):
 
         Role: `read`.
         Errors: as `Translate`; also INVALID_ARGUMENT for codes with bits that no CPU sets together, and FAILED_PRECONDITION
-        for a nested page fault where the vCPU has no second dimension and the request brings none.
+        for a nested page fault, an EPT violation or an EPT misconfiguration where the vCPU has no second dimension of that
+        kind and the request brings none.
         """
 
 def add_TranslationServiceServicer_to_server(servicer: TranslationServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -1422,6 +1422,11 @@ class PageFormat(google.protobuf.message.Message):
     ENTRY_BYTES_FIELD_NUMBER: builtins.int
     INDEX_BITS_FIELD_NUMBER: builtins.int
     BITS_FIELD_NUMBER: builtins.int
+    SHADOW_STACKS_FIELD_NUMBER: builtins.int
+    POINTER_MASKING_FIELD_NUMBER: builtins.int
+    ENCRYPTION_MASK_FIELD_NUMBER: builtins.int
+    MODE_BASED_EXECUTE_FIELD_NUMBER: builtins.int
+    SUPERVISOR_SHADOW_STACK_CONTROL_FIELD_NUMBER: builtins.int
     mode: Global___PagingMode.ValueType
     """Way of paging."""
     levels: builtins.int
@@ -1444,6 +1449,19 @@ class PageFormat(google.protobuf.message.Message):
     """Bytes of an entry, 4 or 8; 0 where paging is off."""
     index_bits: builtins.int
     """Bits of the address that index one table, 9 or 10; 0 where paging is off."""
+    shadow_stacks: builtins.bool
+    """There are shadow-stack accesses: CR4.CET is set. Such an access needs a leaf with W clear and D set under entries with W
+    set, and a page whose U is that of the access. Where false, it is decided and reported as a data access. Always false
+    in `ngpa_walk`.
+    """
+    encryption_mask: builtins.int
+    """The bit that marks memory as encrypted, as a mask: no bit of an address, and not reserved. 0 where there is none."""
+    mode_based_execute: builtins.bool
+    """EPT only: mode-based execute control. Bit 10 of an entry lets user-mode linear addresses be fetched from, and takes the
+    place of U in `permissions`; X is the supervisor's.
+    """
+    supervisor_shadow_stack_control: builtins.bool
+    """EPT only: supervisor shadow-stack control (bit 7 of EPTP). A supervisor's shadow-stack access needs bit 60 of the leaf."""
     @property
     def reserved_leaf(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Bits that must be 0 in an entry that maps a page, by level: index 0 is level 1. As many as `levels`. At a level that
@@ -1459,7 +1477,7 @@ class PageFormat(google.protobuf.message.Message):
     @property
     def permissions(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Permission words: sixteen words of 16 bits, without meaning where paging is off. A set bit means that the access is
-        refused. Shadow-stack accesses are decided by other rules.
+        refused. Shadow-stack accesses are decided by other rules: see `shadow_stacks`.
 
         Which word: bits 4:1 of the #PF error code that the access would have (W, U, RSVD, fetch), with RSVD's place (error
         code bit 3, index bit 2) taken by "RFLAGS.AC is set and the access is not implicit"; the fetch bit is set for
@@ -1470,6 +1488,12 @@ class PageFormat(google.protobuf.message.Message):
     @property
     def bits(self) -> Global___EntryBits:
         """Where the meanings sit in an entry. Absent where paging is off."""
+
+    @property
+    def pointer_masking(self) -> Global___PointerMasking:
+        """Which bits of a pointer are ignored before its address is checked. Absent where none are: without linear-address masking
+        (LAM) and upper address ignore (UAI), outside long mode, and in `ngpa_walk`.
+        """
 
     def __init__(
         self,
@@ -1487,11 +1511,46 @@ class PageFormat(google.protobuf.message.Message):
         entry_bytes: builtins.int = ...,
         index_bits: builtins.int = ...,
         bits: Global___EntryBits | None = ...,
+        shadow_stacks: builtins.bool = ...,
+        pointer_masking: Global___PointerMasking | None = ...,
+        encryption_mask: builtins.int = ...,
+        mode_based_execute: builtins.bool = ...,
+        supervisor_shadow_stack_control: builtins.bool = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["bits", b"bits"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bad_memory_type_xwr", b"bad_memory_type_xwr", "bits", b"bits", "entry_bytes", b"entry_bytes", "fetch_bit_reported", b"fetch_bit_reported", "index_bits", b"index_bits", "levels", b"levels", "linear_width", b"linear_width", "maxphyaddr", b"maxphyaddr", "mode", b"mode", "permissions", b"permissions", "protection_key_mask", b"protection_key_mask", "reserved_leaf", b"reserved_leaf", "reserved_table", b"reserved_table"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["bits", b"bits", "pointer_masking", b"pointer_masking"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["bad_memory_type_xwr", b"bad_memory_type_xwr", "bits", b"bits", "encryption_mask", b"encryption_mask", "entry_bytes", b"entry_bytes", "fetch_bit_reported", b"fetch_bit_reported", "index_bits", b"index_bits", "levels", b"levels", "linear_width", b"linear_width", "maxphyaddr", b"maxphyaddr", "mode", b"mode", "mode_based_execute", b"mode_based_execute", "permissions", b"permissions", "pointer_masking", b"pointer_masking", "protection_key_mask", b"protection_key_mask", "reserved_leaf", b"reserved_leaf", "reserved_table", b"reserved_table", "shadow_stacks", b"shadow_stacks", "supervisor_shadow_stack_control", b"supervisor_shadow_stack_control"]) -> None: ...
 
 Global___PageFormat: typing_extensions.TypeAlias = PageFormat
+
+@typing.final
+class PointerMasking(google.protobuf.message.Message):
+    """What is ignored of a pointer, by LAM (Intel) or UAI (AMD). Only data accesses in long mode have bits ignored, never
+    fetches; UAI also spares accesses through the stack segment, to shadow stacks, and implicit ones.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    USER_WIDTH_FIELD_NUMBER: builtins.int
+    SUPERVISOR_WIDTH_FIELD_NUMBER: builtins.int
+    BIT_63_IGNORED_FIELD_NUMBER: builtins.int
+    user_width: builtins.int
+    """Low bits that are kept of a pointer whose bit 63 is clear, and of which the highest is repeated in the bits that are
+    ignored: 48 or 57; 64 where all are kept.
+    """
+    supervisor_width: builtins.int
+    """The same of a pointer whose bit 63 is set."""
+    bit_63_ignored: builtins.bool
+    """Bit 63 is ignored as well: UAI. LAM keeps it, and asks it to equal the highest bit that is kept."""
+    def __init__(
+        self,
+        *,
+        user_width: builtins.int = ...,
+        supervisor_width: builtins.int = ...,
+        bit_63_ignored: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bit_63_ignored", b"bit_63_ignored", "supervisor_width", b"supervisor_width", "user_width", b"user_width"]) -> None: ...
+
+Global___PointerMasking: typing_extensions.TypeAlias = PointerMasking
 
 @typing.final
 class PageWalk(google.protobuf.message.Message):

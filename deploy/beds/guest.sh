@@ -9,7 +9,8 @@
 #                   initramfs in $work, its console on /dev/fd/3, and where its own words are of use, those in $work/log
 #   $ended          the exit code of an emulator whose guest has ended
 #
-# The program's output comes out here, and its exit code is this script's. 124 says that the time was up, 125 that the
+# The program's output comes out here, and its exit code is this script's. Where each of several programs is run, one line
+# "$bed: program ended with CODE" follows its output. 124 says that the time was up, 125 that the
 # bed itself failed.
 #
 #   PAGEWALK_BEDS          the cache folder; default ${XDG_CACHE_HOME:-~/.cache}/pagewalk-beds
@@ -35,7 +36,7 @@ check() {
     has_parts "${parts[@]}" || fail "the bed is not built: run $0 build"
 }
 
-# What runs first in the guest, as a script for busybox: init [ARGUMENT]...
+# What runs first in the guest, as a script for busybox: init COMMAND
 init() {
     local module load=true
     for module in "${modules[@]}"; do
@@ -49,7 +50,7 @@ init() {
 /bin/busybox mount -t proc none /proc
 code=125
 if $load; then
-    (. /environment; export PAGEWALK_BED=$bed; exec /program $(printf '%q ' "$@"))
+    (. /environment; export PAGEWALK_BED=$bed; $1)
     code=\$?
 fi
 echo "$bed: exit code \$code"
@@ -70,7 +71,7 @@ unsigned() {
     head -c $((bytes - signature)) "$1"
 }
 
-# The guest's files: initramfs PROGRAM [ARGUMENT]...
+# The guest's files: initramfs COMMAND PROGRAM... The programs are /program0 and so on.
 initramfs() {
     local module
     mkdir -p "$work/root/bin"
@@ -78,19 +79,42 @@ initramfs() {
         unsigned "$linux/${module%% *}.ko" >"$work/root/${module%% *}.ko"
     done
     cp "$linux/busybox" "$work/root/bin/"
-    cp "$1" "$work/root/program"
-    init "${@:2}" >"$work/root/init"
+    local number=0 program
+    for program in "${@:2}"; do
+        cp "$program" "$work/root/program$number"
+        chmod +x "$work/root/program$number"
+        number=$((number + 1))
+    done
+    init "$1" >"$work/root/init"
     export -p | grep -E '^declare -x PAGEWALK_' | sed 's/^declare -x/export/' >"$work/root/environment" || true
-    chmod +x "$work/root/init" "$work/root/program"
+    chmod +x "$work/root/init"
     archive "$work/root" >"$work/initramfs"
 }
 
+# Runs one program with its arguments.
 run() {
-    [ -f "$1" ] && [ -x "$1" ] || fail "$1 is no program"
+    boot "exec /program0 $(printf '%q ' "${@:2}")" "$1"
+}
+
+# Runs each program without arguments, one after the other.
+run_each() {
+    local number command=true
+    for ((number = 0; number < $#; number++)); do
+        command+="; /program$number; echo \"$bed: program ended with \$?\""
+    done
+    boot "$command" "$@"
+}
+
+# Boots the guest to run a command that needs these programs: boot COMMAND PROGRAM...
+boot() {
+    local program
+    for program in "${@:2}"; do
+        [ -f "$program" ] && [ -x "$program" ] || fail "$program is no program"
+        if LC_ALL=C ldd "$program" 2>/dev/null | grep -q '=>'; then
+            fail "$program is linked dynamically; the guest has no libraries (for Rust: -C target-feature=+crt-static)"
+        fi
+    done
     check
-    if LC_ALL=C ldd "$1" 2>/dev/null | grep -q '=>'; then
-        fail "$1 is linked dynamically; the guest has no libraries (for Rust: -C target-feature=+crt-static)"
-    fi
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
     initramfs "$@"
@@ -123,6 +147,7 @@ guest() {
         build) build ;;
         check) check ;;
         run) [ $# -ge 2 ] || fail "run what? usage: $0 run PROGRAM [ARGUMENT]..."; shift; run "$@" ;;
-        *) fail "usage: $0 build | check | run PROGRAM [ARGUMENT]..." ;;
+        run-each) [ $# -ge 2 ] || fail "run what? usage: $0 run-each PROGRAM..."; shift; run_each "$@" ;;
+        *) fail "usage: $0 build | check | run PROGRAM [ARGUMENT]... | run-each PROGRAM..." ;;
     esac
 }

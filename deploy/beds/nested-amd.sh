@@ -4,6 +4,7 @@
 #   nested-amd.sh build                    downloads QEMU, a kernel and busybox into the cache folder; installs nothing
 #   nested-amd.sh check                    says whether the bed is there
 #   nested-amd.sh run PROGRAM [ARGUMENT]   boots the guest and runs PROGRAM, a static binary, next to its /dev/kvm
+#   nested-amd.sh run-each PROGRAM...        boots the guest and runs these programs one after the other
 #
 # Output, exit codes and environment: guest.sh.
 #

@@ -4,6 +4,7 @@
 #   nested-intel.sh build                    downloads Bochs, a kernel and busybox into the cache folder; installs nothing
 #   nested-intel.sh check                    says whether the bed is there
 #   nested-intel.sh run PROGRAM [ARGUMENT]   boots the guest and runs PROGRAM, a static binary, next to its /dev/kvm
+#   nested-intel.sh run-each PROGRAM...        boots the guest and runs these programs one after the other
 #
 # Output, exit codes and environment: guest.sh. The guest's clock counts instructions: its seconds are about as long as
 # ours.

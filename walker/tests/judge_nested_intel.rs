@@ -52,6 +52,10 @@ const BED: &str = "nested-intel";
 fn main() {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
+    // For programs that are run without arguments.
+    if let Ok(only) = std::env::var("PAGEWALK_ONLY") {
+        (arguments.filter, arguments.nocapture) = (Some(only), true);
+    }
     let trials = if inside(BED) { judges() } else { boots() };
     libtest_mimic::run(&arguments, trials).exit();
 }

@@ -2,11 +2,15 @@
 //!
 //! Each mutant is the walker with one rule broken in its source, one for every slip that walkers are known for. It is
 //! built in a scratch folder together with the judges, which run against it with few cases: a mutant that no judge
-//! disagrees with is a disagreement here. The unmutated copy runs first and has to pass under the same counts.
+//! disagrees with is a disagreement here. The unmutated copy runs first and has to pass under the same counts. A judge ends at its
+//! twentieth disagreement: the table tells no more.
 //!
 //! The kernel's walker on this backend has no 5-level, 32-bit or PAE paging, no PKRU and no second dimension. The mutants of
 //! those are put before `properties`, `legacy_modes` and `access_checks`, whose tests say what the manual does, and before
 //! `judge_oracle`. So are those of EPT, a few of them before `ept`, its worked examples.
+//!
+//! What an L1 sees of its L2 under EPT is put before kvm_intel, in its bed: these mutants are built for it one by one, and run
+//! one after the other in one guest. Without that bed they are skipped.
 //!
 //! Each CPU works on a copy of its own. `PAGEWALK_MUTANTS=WORDS,WORDS` takes those mutants alone whose slip contains one of the texts.
 
@@ -17,6 +21,8 @@ mod access_checks;
 mod bed;
 #[path = "mutants/ept.rs"]
 mod ept;
+#[path = "mutants/exits.rs"]
+mod exits;
 #[path = "mutants/kernel.rs"]
 mod kernel;
 #[path = "mutants/keys.rs"]
@@ -38,6 +44,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use bed::Machine;
+use bed::boot::STATIC_TARGET;
 use bed::judge::{Judge, skipped};
 use libtest_mimic::{Arguments, Failed, Trial};
 
@@ -49,6 +56,11 @@ const RULES: &[&str] = &["properties", "legacy_modes", "access_checks", "judge_o
 const CHECKS: &[&str] = &["access_checks"];
 const EPT: &[&str] = &["ept"];
 const ORACLE: &[&str] = &["judge_oracle"];
+/// Runs in a guest.
+const KVM_INTEL: &[&str] = &["judge_nested_intel"];
+const BED: &str = "nested-intel";
+/// Disagreements after which a judge has seen enough.
+const STOP_AT: &str = "20";
 
 struct Mutant {
     slip: &'static str,
@@ -72,6 +84,12 @@ const fn unseen(
     Mutant { slip, judges: ORACLE, changes }
 }
 
+impl Mutant {
+    fn is_for_a_bed(&self) -> bool {
+        self.judges == KVM_INTEL
+    }
+}
+
 const TABLES: &[&[Mutant]] = &[
     kernel::MUTANTS,
     modes::MUTANTS,
@@ -80,6 +98,7 @@ const TABLES: &[&[Mutant]] = &[
     npt::MUTANTS,
     ept::MUTANTS,
     second_dimension::MUTANTS,
+    exits::MUTANTS,
     race::MUTANTS,
 ];
 
@@ -118,30 +137,43 @@ fn places() -> Result<(), Failed> {
     if wrong.is_empty() { Ok(()) } else { Err(format!("say how the rules are written now:{wrong}").into()) }
 }
 
+/// The table: a judge, and what it is called there.
+const COLUMNS: [(&str, &str); 8] = [
+    ("judge_translate", "kvm-translate"),
+    ("judge_execution", "kvm-execution"),
+    ("properties", "properties"),
+    ("legacy_modes", "legacy modes"),
+    ("access_checks", "checks"),
+    ("ept", "EPT"),
+    ("judge_oracle", "oracle"),
+    ("judge_nested_intel", "kvm_intel"),
+];
+
 fn judge() -> Result<(), Failed> {
     let mut judge = Judge::new("mutants")?;
     let mutants = mutants()?;
+    let mutants: Vec<_> = match bed::boot::check(BED)? {
+        Ok(()) => mutants,
+        Err(reason) => {
+            if mutants.iter().any(|mutant| mutant.is_for_a_bed()) {
+                skipped(BED, &reason)?;
+            }
+            mutants.into_iter().filter(|mutant| !mutant.is_for_a_bed()).collect()
+        }
+    };
     let verdicts = verdicts(&mutants, judge.seed())?;
-    println!(
-        "  {:<82} {:>14} {:>14} {:>12} {:>12} {:>12} {:>12} {:>12}",
-        "mutant", "kvm-translate", "kvm-execution", "properties", "legacy modes", "checks", "EPT", "oracle"
-    );
+    print!("  {:<82}", "mutant");
+    for (_, title) in COLUMNS {
+        print!(" {title:>13}");
+    }
+    println!();
     for (mutant, verdicts) in mutants.iter().zip(verdicts) {
-        let column = |name: &str| {
+        print!("  {:<82}", mutant.slip);
+        for (name, _) in COLUMNS {
             let at = mutant.judges.iter().position(|judge| *judge == name);
-            at.map_or_else(|| "-".to_owned(), |at| verdicts[at].to_string())
-        };
-        println!(
-            "  {:<82} {:>14} {:>14} {:>12} {:>12} {:>12} {:>12} {:>12}",
-            mutant.slip,
-            column("judge_translate"),
-            column("judge_execution"),
-            column("properties"),
-            column("legacy_modes"),
-            column("access_checks"),
-            column("ept"),
-            column("judge_oracle")
-        );
+            print!(" {:>13}", at.map_or_else(|| "-".to_owned(), |at| verdicts[at].to_string()));
+        }
+        println!();
         judge.case();
         if !verdicts.iter().any(Verdict::caught) {
             judge.disagree(|| format!("nobody noticed: {}", mutant.slip));
@@ -173,7 +205,11 @@ fn verdicts(mutants: &[&Mutant], seed: u64) -> Result<Vec<Vec<Verdict>>, Failed>
             let at = next.fetch_add(1, Ordering::Relaxed);
             let Some(mutant) = mutants.get(at) else { return Ok(()) };
             copy.mutate(mutant)?;
-            *results[at].lock().unwrap() = copy.verdicts(mutant.judges, seed)?;
+            if mutant.is_for_a_bed() {
+                fs::copy(copy.build_for_bed()?, program(at))?;
+            } else {
+                *results[at].lock().unwrap() = copy.verdicts(mutant.judges, seed)?;
+            }
             copy.restore(mutant)?;
         }
     };
@@ -182,7 +218,45 @@ fn verdicts(mutants: &[&Mutant], seed: u64) -> Result<Vec<Vec<Verdict>>, Failed>
         let workers: Vec<_> = (0..copies).map(|number| scope.spawn(move || work(number))).collect();
         workers.into_iter().try_for_each(|worker| worker.join().unwrap())
     })?;
+    let for_bed: Vec<usize> = (0..mutants.len()).filter(|at| mutants[*at].is_for_a_bed()).collect();
+    for (at, verdict) in for_bed.iter().zip(in_bed(&for_bed, seed)?) {
+        results[*at].lock().unwrap().push(verdict);
+    }
     Ok(results.into_iter().map(|verdicts| verdicts.into_inner().unwrap()).collect())
+}
+
+/// Where a mutant's program for the bed is kept until all of them are built.
+fn program(at: usize) -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("mutant-{at}"))
+}
+
+/// What kvm_intel says of these mutants, in one guest.
+fn in_bed(mutants: &[usize], seed: u64) -> Result<Vec<Verdict>, Failed> {
+    if mutants.is_empty() {
+        return Ok(Vec::new());
+    }
+    let programs: Vec<_> = mutants.iter().map(|at| program(*at)).collect();
+    let run = Command::new(bed::boot::script(BED))
+        .arg("run-each")
+        .args(&programs)
+        .env("PAGEWALK_KVM_INTEL", "nested=1 ept=1")
+        .env("PAGEWALK_ONLY", "vmentry")
+        .env("PAGEWALK_JUDGE_CASES", "2000")
+        .env("PAGEWALK_SEED", seed.to_string())
+        .env("PAGEWALK_STOP_AT", "1")
+        .output()?;
+    programs.iter().try_for_each(fs::remove_file)?;
+    let output = String::from_utf8_lossy(&run.stdout);
+    // Each program's words end in its exit code.
+    let end = format!("{BED}: program ended with ");
+    let said: Vec<&str> = output.split(&end).collect();
+    if said.len() != programs.len() + 1 {
+        return Err(
+            format!("{} programs, {} ends in the bed:\n{output}", programs.len(), said.len() - 1).into()
+        );
+    }
+    // The last of its judges: the one that it stopped in.
+    Ok(said[..programs.len()].iter().map(|said| Verdict::of(said, false)).collect())
 }
 
 /// What one judge said of one walker.
@@ -194,6 +268,14 @@ struct Verdict {
 }
 
 impl Verdict {
+    /// From what a program said: the last word of its last judge.
+    fn of(output: &str, passed: bool) -> Verdict {
+        let last_line =
+            output.lines().rev().find_map(|line| line.strip_prefix("judge ")?.split_once(" cases, "));
+        let disagreements = last_line.and_then(|(_, rest)| rest.split(' ').next()?.parse().ok());
+        Verdict { passed, disagreements }
+    }
+
     /// A judge that fails for another reason than disagreement has noticed nothing.
     fn caught(&self) -> bool {
         self.disagreements.map_or(!self.passed, |count| count > 0)
@@ -225,10 +307,10 @@ impl Copy {
                 fs::remove_dir_all(&folder_in_copy)?;
             }
         }
-        for folder in ["src", "tests/bed", "tests/execution", "tests/oracle"] {
+        for folder in ["src", "tests/bed", "tests/execution", "tests/nested", "tests/oracle"] {
             copy_folder(&walker.join(folder), &copy.root.join(folder))?;
         }
-        for judge in KERNEL.iter().chain(RULES).chain(EPT) {
+        for judge in KERNEL.iter().chain(RULES).chain(EPT).chain(KVM_INTEL) {
             let file = format!("tests/{judge}.rs");
             fs::copy(walker.join(&file), copy.root.join(&file))?;
         }
@@ -266,31 +348,64 @@ impl Copy {
     }
 
     fn verdicts(&self, judges: &[&str], seed: u64) -> Result<Vec<Verdict>, Failed> {
-        let cargo = |cases: &str, arguments: &[&str]| {
-            let mut command = Command::new(env!("CARGO"));
-            command.args(["test", "--quiet", "--offline"]).args(arguments).current_dir(&self.root);
-            command.env("CARGO_TARGET_DIR", self.root.join("target")).env_remove("PAGEWALK_FULL");
-            command.env("PAGEWALK_JUDGE_CASES", cases).env("PAGEWALK_SEED", seed.to_string());
-            command.output()
+        let programs = self.build(judges, &[], None)?;
+        let verdict = |(judge, program): (&&str, PathBuf)| {
+            let cases = if ORACLE.contains(judge) { ORACLE_CASES } else { CASES };
+            let run = Command::new(program)
+                .current_dir(&self.root)
+                .env_remove("PAGEWALK_FULL")
+                .env("PAGEWALK_JUDGE_CASES", cases)
+                .env("PAGEWALK_SEED", seed.to_string())
+                .env("PAGEWALK_STOP_AT", STOP_AT)
+                .output()?;
+            let output = String::from_utf8_lossy(&run.stdout);
+            let verdict = Verdict::of(&output, run.status.success());
+            if verdict.disagreements.is_none() && KERNEL.contains(judge) {
+                return Err(Failed::from(format!("{judge} came to no end:\n{output}")));
+            }
+            Ok(verdict)
         };
-        let tests: Vec<&str> = judges.iter().flat_map(|judge| ["--test", judge]).collect();
-        let built = cargo(CASES, &[&tests[..], &["--no-run"]].concat())?;
+        judges.iter().zip(programs).map(verdict).collect()
+    }
+
+    /// The judge of the bed, linked statically.
+    fn build_for_bed(&self) -> Result<PathBuf, Failed> {
+        let flags = "-C target-feature=+crt-static -C strip=symbols -C opt-level=1";
+        let programs = self.build(KVM_INTEL, &["--target", STATIC_TARGET], Some(flags))?;
+        programs.into_iter().next().ok_or_else(|| "no program was built".into())
+    }
+
+    /// Builds tests, and says where they are, in this order.
+    fn build(&self, tests: &[&str], arguments: &[&str], flags: Option<&str>) -> Result<Vec<PathBuf>, Failed> {
+        let mut command = Command::new(env!("CARGO"));
+        command.args([
+            "test",
+            "--quiet",
+            "--offline",
+            "--no-run",
+            "--message-format",
+            "json-render-diagnostics",
+        ]);
+        command.args(arguments).args(tests.iter().flat_map(|test| ["--test", test]));
+        command.current_dir(&self.root).env("CARGO_TARGET_DIR", self.root.join("target"));
+        if let Some(flags) = flags {
+            command.env(bed::boot::static_flags(), flags);
+        }
+        let built = command.output()?;
         if !built.status.success() {
             return Err(format!("does not build: {}", String::from_utf8_lossy(&built.stderr)).into());
         }
-        let verdict = |judge: &&str| {
-            let cases = if ORACLE.contains(judge) { ORACLE_CASES } else { CASES };
-            let run = cargo(cases, &["--test", judge])?;
-            let output = String::from_utf8_lossy(&run.stdout);
-            let last_line =
-                output.lines().find_map(|line| line.strip_prefix("judge ")?.split_once(" cases, "));
-            let disagreements = last_line.and_then(|(_, rest)| rest.split(' ').next()?.parse().ok());
-            if disagreements.is_none() && KERNEL.contains(judge) {
-                return Err(Failed::from(format!("{judge} came to no end:\n{output}")));
-            }
-            Ok(Verdict { passed: run.status.success(), disagreements })
+        let messages = String::from_utf8_lossy(&built.stdout);
+        let programs: Vec<PathBuf> = messages.lines().filter_map(bed::boot::executable).collect();
+        let program = |test: &&str| {
+            let prefix = format!("{test}-");
+            let is_it = |it: &&PathBuf| {
+                it.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix))
+            };
+            let found = programs.iter().find(is_it).cloned();
+            found.ok_or_else(|| Failed::from(format!("cargo names no executable of {test}")))
         };
-        judges.iter().map(verdict).collect()
+        tests.iter().map(program).collect()
     }
 }
 
@@ -326,6 +441,10 @@ proptest = { version = "1", default-features = false, features = ["std"] }
 
 [[test]]
 name = "judge_execution"
+harness = false
+
+[[test]]
+name = "judge_nested_intel"
 harness = false
 
 [[test]]

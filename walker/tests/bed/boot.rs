@@ -8,7 +8,8 @@ use libtest_mimic::Failed;
 
 use super::judge::skipped;
 
-const TARGET: &str = "x86_64-unknown-linux-gnu";
+/// What a bed's programs are built for.
+pub(crate) const STATIC_TARGET: &str = "x86_64-unknown-linux-gnu";
 /// The bed gives up after this long.
 const SECONDS: &str = "600";
 
@@ -30,18 +31,39 @@ pub(crate) fn inside(bed: &str) -> bool {
     std::env::var("PAGEWALK_BED").is_ok_and(|it| it == bed)
 }
 
+/// Where a bed's script is.
+pub(crate) fn script(bed: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../deploy/beds/{bed}.sh"))
+}
+
+/// Whether the bed was built, or why it cannot be used.
+pub(crate) fn check(bed: &str) -> Result<Result<(), String>, Failed> {
+    let check = Command::new(script(bed)).arg("check").output()?;
+    let said = || String::from_utf8_lossy(&check.stderr).trim().to_owned();
+    Ok(if check.status.success() { Ok(()) } else { Err(said()) })
+}
+
+/// The variable by which cargo takes flags for [`STATIC_TARGET`] alone.
+pub(crate) fn static_flags() -> String {
+    format!("CARGO_TARGET_{}_RUSTFLAGS", STATIC_TARGET.to_uppercase().replace('-', "_"))
+}
+
+/// The executable that a message of cargo's names, if it names one.
+pub(crate) fn executable(message: &str) -> Option<PathBuf> {
+    let (path, _) = message.split_once("\"executable\":\"")?.1.split_once('"')?;
+    Some(PathBuf::from(path))
+}
+
 /// The program has to pass, and each of its judges to end without a disagreement.
 pub(crate) fn boot(wanted: &Boot<'_>) -> Result<(), Failed> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let script = root.join(format!("deploy/beds/{}.sh", wanted.bed));
-    let check = Command::new(&script).arg("check").output()?;
-    if !check.status.success() {
-        return skipped(wanted.bed, String::from_utf8_lossy(&check.stderr).trim());
+    if let Err(reason) = check(wanted.bed)? {
+        return skipped(wanted.bed, &reason);
     }
     let program = build(&root, wanted.program)?;
     let cases = std::env::var("PAGEWALK_JUDGE_CASES").unwrap_or_else(|_| wanted.cases.to_string());
     let (variable, value) = wanted.parameters;
-    let mut run = Command::new(&script)
+    let mut run = Command::new(script(wanted.bed))
         .arg("run")
         .arg(program)
         .arg("--nocapture")
@@ -79,21 +101,26 @@ pub(crate) fn boot(wanted: &Boot<'_>) -> Result<(), Failed> {
 
 /// Links a test target of this package statically, and says where it is.
 fn build(root: &Path, test: &str) -> Result<PathBuf, Failed> {
-    let flags = format!("CARGO_TARGET_{}_RUSTFLAGS", TARGET.to_uppercase().replace('-', "_"));
     let output = Command::new(env!("CARGO"))
-        .args(["test", "--no-run", "--quiet", "--release", "--locked", "-p", "pagewalk", "--target", TARGET])
+        .args([
+            "test",
+            "--no-run",
+            "--quiet",
+            "--release",
+            "--locked",
+            "-p",
+            "pagewalk",
+            "--target",
+            STATIC_TARGET,
+        ])
         .args(["--test", test, "--message-format", "json-render-diagnostics"])
         .current_dir(root)
-        .env(flags, "-C target-feature=+crt-static -C strip=symbols")
+        .env(static_flags(), "-C target-feature=+crt-static -C strip=symbols")
         .stderr(Stdio::inherit())
         .output()?;
     if !output.status.success() {
-        return Err(format!("{test} cannot be built for {TARGET}: {}", output.status).into());
+        return Err(format!("{test} cannot be built for {STATIC_TARGET}: {}", output.status).into());
     }
     let messages = String::from_utf8(output.stdout)?;
-    let path = messages.lines().find_map(|message| {
-        let (path, _) = message.split_once("\"executable\":\"")?.1.split_once('"')?;
-        Some(PathBuf::from(path))
-    });
-    path.ok_or_else(|| format!("cargo names no executable of {test}").into())
+    messages.lines().find_map(executable).ok_or_else(|| format!("cargo names no executable of {test}").into())
 }

@@ -2,7 +2,7 @@
 //!
 //! Environment: `PAGEWALK_SEED` (decimal or `0x`) repeats a run, `PAGEWALK_JUDGE_CASES` asks for more or fewer cases,
 //! `PAGEWALK_FULL=1` for a full enumeration where a judge has one, and `PAGEWALK_REQUIRE=kvm,...` turns a skipped bed
-//! into a failure. Inside a bed, `PAGEWALK_BED` is its name, and comes first in the judge's.
+//! into a failure. `PAGEWALK_STOP_AT` ends a judge, and its process, at that many disagreements. Inside a bed, `PAGEWALK_BED` is its name, and comes first in the judge's.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -22,6 +22,7 @@ pub(crate) struct Judge {
     disagreements: u64,
     classes: BTreeMap<(&'static str, u64), u64>,
     exemptions: BTreeMap<&'static str, u64>,
+    stop_at: Option<u64>,
 }
 
 impl Judge {
@@ -42,6 +43,7 @@ impl Judge {
             disagreements: 0,
             classes: BTreeMap::new(),
             exemptions: BTreeMap::new(),
+            stop_at: number("PAGEWALK_STOP_AT")?,
         })
     }
 
@@ -84,6 +86,16 @@ impl Judge {
                 describe()
             );
         }
+        if self.stop_at == Some(self.disagreements) {
+            self.last_line();
+            std::process::exit(1);
+        }
+    }
+
+    fn last_line(&self) {
+        let Judge { name, cases, disagreements, started, .. } = self;
+        let seconds = started.elapsed().as_secs_f64();
+        println!("judge {name}: {cases} cases, {disagreements} disagreements, {seconds:.1} s");
     }
 
     /// Prints the table and the last line. It fails on a disagreement, and on a class that had too few cases for its
@@ -113,13 +125,9 @@ impl Judge {
         if !starved.is_empty() {
             println!("STARVED{starved}");
         }
-        let Judge { name, cases, disagreements, .. } = self;
-        println!(
-            "judge {name}: {cases} cases, {disagreements} disagreements, {:.1} s",
-            self.started.elapsed().as_secs_f64()
-        );
-        if disagreements > 0 {
-            return Err(format!("{disagreements} disagreements").into());
+        self.last_line();
+        if self.disagreements > 0 {
+            return Err(format!("{} disagreements", self.disagreements).into());
         }
         if !starved.is_empty() {
             return Err(format!("starved classes:{starved}").into());

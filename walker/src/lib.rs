@@ -32,6 +32,7 @@ mod ept;
 mod fault;
 mod format;
 mod lane;
+pub mod map;
 mod masking;
 mod memory;
 mod memory_type;

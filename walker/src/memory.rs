@@ -42,6 +42,19 @@ pub trait Memory {
         self.load_u64(Gpa(table.0 & !0xfff | offset & 0xff8))
     }
 
+    /// Loads all of the 4 KiB table at `table` into `entries`, each 64-bit entry in one atomic access, and says whether that table
+    /// is wholly in memory; where it is not, `entries` holds nothing that counts. Bits 11:0 of `table` do not count.
+    #[inline]
+    fn load_table(&self, table: Gpa, entries: &mut [u64; 512]) -> bool {
+        let mut offset = 0;
+        for entry in entries {
+            let Some(loaded) = self.load_in_table(table, offset) else { return false };
+            *entry = loaded;
+            offset += 8;
+        }
+        true
+    }
+
     /// Replaces the 64-bit entry at `gpa` if it still holds `current`.
     ///
     /// # Errors
@@ -56,6 +69,13 @@ pub trait Memory {
 
     /// What lies behind `gpa`.
     fn backing(&self, gpa: Gpa) -> Backing;
+
+    /// What lies behind `gpa`, and for how many bytes from there on, one at least, that is so. By default as far as its 4 KiB
+    /// page reaches: memory that begins or ends within one says how far.
+    #[inline]
+    fn backing_run(&self, gpa: Gpa) -> (Backing, u64) {
+        (self.backing(gpa), 0x1000 - (gpa.0 & 0xfff))
+    }
 
     /// Loads the 32-bit entry at `gpa` in one atomic access, or `None` where no memory is.
     #[inline]
@@ -111,6 +131,11 @@ impl<M: Memory + ?Sized> Memory for &M {
     }
 
     #[inline]
+    fn load_table(&self, table: Gpa, entries: &mut [u64; 512]) -> bool {
+        (**self).load_table(table, entries)
+    }
+
+    #[inline]
     fn compare_exchange_u64(&self, gpa: Gpa, current: u64, new: u64) -> Result<(), ExchangeError> {
         (**self).compare_exchange_u64(gpa, current, new)
     }
@@ -118,6 +143,11 @@ impl<M: Memory + ?Sized> Memory for &M {
     #[inline]
     fn backing(&self, gpa: Gpa) -> Backing {
         (**self).backing(gpa)
+    }
+
+    #[inline]
+    fn backing_run(&self, gpa: Gpa) -> (Backing, u64) {
+        (**self).backing_run(gpa)
     }
 }
 

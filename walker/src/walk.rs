@@ -136,7 +136,18 @@ pub(crate) fn translate<M: Memory, R: Recorder>(
         return Err(Refusal::without_entry(Reason::NonCanonical).in_guest(format, access, gva));
     }
     // The address that is translated is the one that a fault reports.
-    let gva = masked;
+    linear(walk, second, memory, masked, access, recorder)
+}
+
+/// [`translate`] of a canonical address, from which nothing is masked. A shadow-stack access comes only where there are some.
+pub(crate) fn linear<M: Memory, R: Recorder>(
+    walk: &PageWalk,
+    second: Option<&NgpaWalk>,
+    memory: &M,
+    gva: u64,
+    access: &Access,
+    recorder: &mut R,
+) -> Result<Translation, Fault> {
     let page = match walk.format.mode() {
         PagingMode::None => Ok(unpaged(gva)),
         PagingMode::TwoLevel => paged::<TwoLevel, M, R>(walk, second, memory, gva, access, recorder),

@@ -50,6 +50,18 @@ impl Memory for Window<'_> {
         Some(u64::from_le(word.load(Ordering::Relaxed)))
     }
 
+    #[inline]
+    fn load_table(&self, table: Gpa, entries: &mut [u64; 512]) -> bool {
+        let first = (table.0 & !0xfff) / 8;
+        let words =
+            usize::try_from(first).ok().and_then(|first| self.words.get(first..)?.first_chunk::<512>());
+        let Some(words) = words else { return false };
+        for (entry, word) in entries.iter_mut().zip(words) {
+            *entry = u64::from_le(word.load(Ordering::Relaxed));
+        }
+        true
+    }
+
     fn compare_exchange_u64(&self, gpa: Gpa, current: u64, new: u64) -> Result<(), ExchangeError> {
         let word = self.word(gpa).ok_or(ExchangeError::Unbacked)?;
         word.compare_exchange(current.to_le(), new.to_le(), Ordering::AcqRel, Ordering::Relaxed)
@@ -60,6 +72,14 @@ impl Memory for Window<'_> {
     #[inline]
     fn backing(&self, gpa: Gpa) -> Backing {
         if gpa.0 < self.words.len() as u64 * 8 { Backing::Ram } else { Backing::None }
+    }
+
+    #[inline]
+    fn backing_run(&self, gpa: Gpa) -> (Backing, u64) {
+        match (self.words.len() as u64 * 8).checked_sub(gpa.0) {
+            None | Some(0) => (Backing::None, u64::MAX.wrapping_sub(gpa.0)),
+            Some(left) => (Backing::Ram, left),
+        }
     }
 }
 

@@ -113,6 +113,16 @@ impl Window {
         Some(unsafe { AtomicU64::from_ptr(word) })
     }
 
+    /// The 4 KiB table at `gpa`, if it lies in this window: windows are made of whole pages.
+    #[inline]
+    fn table(&self, gpa: Gpa) -> Option<&[AtomicU64; 512]> {
+        let gpa = Gpa(gpa.0 & !(PAGE - 1));
+        let first: *const AtomicU64 = self.word(gpa)?;
+        // SAFETY: `first` is aligned and lies inside the mapping, which is made of whole 4 KiB pages and lives as long as
+        // `self`: so do the 511 words behind it. All accesses to them are atomic or volatile.
+        Some(unsafe { &*first.cast() })
+    }
+
     /// The bytes from `gpa` on that lie in this window, `most` at most.
     fn bytes(&self, gpa: Gpa, most: usize) -> Option<VolatileSlice<'_>> {
         let offset = gpa.0.checked_sub(self.start).filter(|offset| *offset < self.words * 8)?;
@@ -381,6 +391,22 @@ impl GuestRam {
         from.fetch(offset, &mut word).ok()?;
         Some(u64::from_le_bytes(word))
     }
+
+    /// A table by one fetch: the guest may change it meanwhile, but no entry is half of one value and half of another unless the
+    /// host copies less than a word at a time.
+    #[cold]
+    fn fetch_table(&self, table: Gpa, entries: &mut [u64; 512]) -> bool {
+        let mut bytes = [0; PAGE as usize];
+        let Some((from, offset, _)) = self.fetched_at(Gpa(table.0 & !(PAGE - 1))) else { return false };
+        if from.fetch(offset, &mut bytes).is_err() {
+            return false;
+        }
+        let (words, _) = bytes.as_chunks::<8>();
+        for (entry, word) in entries.iter_mut().zip(words) {
+            *entry = u64::from_le_bytes(*word);
+        }
+        true
+    }
 }
 
 impl Memory for GuestRam {
@@ -389,6 +415,19 @@ impl Memory for GuestRam {
         match self.first.word(gpa) {
             Some(word) => Some(u64::from_le(word.load(Ordering::Relaxed))),
             None => self.load_rest(gpa),
+        }
+    }
+
+    #[inline]
+    fn load_table(&self, table: Gpa, entries: &mut [u64; 512]) -> bool {
+        match self.window(table).and_then(|window| window.table(table)) {
+            Some(words) => {
+                for (entry, word) in entries.iter_mut().zip(words) {
+                    *entry = u64::from_le(word.load(Ordering::Relaxed));
+                }
+                true
+            }
+            None => self.fetch_table(table, entries),
         }
     }
 
@@ -414,6 +453,15 @@ impl Memory for GuestRam {
             Some(true) => Backing::ReadOnly,
             Some(false) => Backing::Ram,
         }
+    }
+
+    fn backing_run(&self, gpa: Gpa) -> (Backing, u64) {
+        let above = |region: &Region| region.start.0.checked_sub(gpa.0).filter(|bytes| *bytes > 0);
+        let within =
+            |region: &Region| gpa.0.checked_sub(region.start.0).filter(|offset| *offset < region.size);
+        let left = self.regions.iter().find_map(|region| Some(region.size - within(region)?));
+        let gap = || self.regions.iter().filter_map(above).min().unwrap_or(u64::MAX - gpa.0);
+        (self.backing(gpa), left.unwrap_or_else(gap))
     }
 }
 
@@ -454,6 +502,36 @@ mod tests {
         assert_eq!(ram.backing(Gpa(0x2fff)), Backing::Ram);
         assert_eq!(ram.backing(Gpa(0x3000)), Backing::None);
         assert_eq!(ram.backing(Gpa(0x10_0fff)), Backing::ReadOnly);
+    }
+
+    #[test]
+    fn runs_of_backing_end_with_their_regions() {
+        let ram = two_regions();
+        for (gpa, run) in [
+            (0, (Backing::None, 0x1000)),
+            (0xfff, (Backing::None, 1)),
+            (0x1000, (Backing::Ram, 0x2000)),
+            (0x2fff, (Backing::Ram, 1)),
+            (0x3000, (Backing::None, 0xf_d000)),
+            (0x10_0800, (Backing::ReadOnly, 0x800)),
+            (0x10_1000, (Backing::None, u64::MAX - 0x10_1000)),
+        ] {
+            assert_eq!(ram.backing_run(Gpa(gpa)), run, "{gpa:#x}");
+        }
+    }
+
+    #[test]
+    fn loads_a_table_whole_or_not_at_all() {
+        let ram = two_regions();
+        let mut entries = [1; 512];
+        ram.write_u64(Gpa(0x2000), 7).unwrap();
+        ram.write_u64(Gpa(0x2ff8), 8).unwrap();
+        assert!(ram.load_table(Gpa(0x2fff), &mut entries));
+        assert_eq!((entries[0], entries[1], entries[511]), (7, 0, 8));
+        assert!(ram.load_table(Gpa(0x10_0000), &mut entries));
+        for outside in [0, 0x3000, 0xf_f000, u64::MAX] {
+            assert!(!ram.load_table(Gpa(outside), &mut entries), "{outside:#x}");
+        }
     }
 
     #[test]

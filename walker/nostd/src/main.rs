@@ -7,9 +7,11 @@
 
 use core::arch::{asm, global_asm};
 use core::hint::black_box;
+use core::ops::ControlFlow;
 use core::panic::PanicInfo;
 use core::sync::atomic::{AtomicU64, Ordering};
 
+use pagewalk::map::{Map, Progress, Report};
 use pagewalk::{
     Access, AccessKind, AdPolicy, ControlRegisters, CpuProfile, Dimension, Fault, FaultKind, Gpa, Gva,
     NgpaWalk, NoTrace, PageWalk, Privilege, Reason, StateError, Trace, Translation, Vendor, Walker, Window,
@@ -123,9 +125,24 @@ fn check() -> Result<u8, StateError> {
         trace_is_whole(&trace) && get(0xb028) == 0x5007 | ACCESSED | DIRTY,
         gpa(walker.translate_with(&memory, Gva(0), &load, AdPolicy::Observe, &mut trace))
             == Some(Gpa(0x5000)),
+        mapped(Map::new(walker)) == Some((0x20_4000, 0x1000)),
+        mapped(Map::new(nested)) == Some((0x2000, 0x20_3000)),
     ];
     let wrong = checks.iter().position(|right| !right);
     Ok(wrong.map_or(0, |number| number as u8 + 1))
+}
+
+/// How much is mapped, and how much is present and leads nowhere.
+fn mapped(map: Map) -> Option<(u64, u64)> {
+    let mut map = black_box(map.reporting(Report::Problems));
+    let (mut pages, mut problems) = (0, 0);
+    let sink = |extent: pagewalk::map::Extent| {
+        let bytes = if extent.outcome.is_ok() { &mut pages } else { &mut problems };
+        *bytes += extent.bytes;
+        ControlFlow::Continue(())
+    };
+    let progress = map.advance(&Window::new(&MEMORY), u64::MAX, sink);
+    (progress == Progress::Done).then_some((pages, problems))
 }
 
 /// 4 x (4 + 1) + 4 entries.

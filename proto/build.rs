@@ -5,10 +5,11 @@ use std::{env, error::Error, fs, path::PathBuf};
 use prost::Message as _;
 use prost_types::{FileDescriptorProto, FileDescriptorSet};
 
-const FILES: [&str; 5] = [
+const FILES: [&str; 6] = [
     "pagewalk/v1/types.proto",
     "pagewalk/v1/translation.proto",
     "pagewalk/v1/walker.proto",
+    "pagewalk/v1/mapping.proto",
     "pagewalk/v1/vcpu.proto",
     "pagewalk/v1/machine.proto",
 ];

@@ -3,18 +3,16 @@
 use std::time::Duration;
 
 use pagewalk_proto::v1::{
-    self, machine_service_client::MachineServiceClient, translation_service_client::TranslationServiceClient,
-    vcpu_service_client::VcpuServiceClient, walker_service_client::WalkerServiceClient,
+    self, machine_service_client::MachineServiceClient, mapping_service_client::MappingServiceClient,
+    translation_service_client::TranslationServiceClient, vcpu_service_client::VcpuServiceClient,
+    walker_service_client::WalkerServiceClient,
 };
 use tonic::{IntoStreamingRequest, Request, Response, Status, transport::Channel};
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-use crate::{
-    connection::ConnectionError, endpoint::Endpoint, error::Error, translations::Translations,
-    watch::WalkerUpdates,
-};
+use crate::{answers::Answers, connection::ConnectionError, endpoint::Endpoint, error::Error};
 
 /// How long a call may take unless told otherwise.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(10);
@@ -45,6 +43,22 @@ macro_rules! unary {
         pub async fn $method(&self, request: v1::$request) -> Result<v1::$response, Error> {
             let mut service = $service::new(self.channel.clone());
             self.bounded(service.$method(self.request(request))).await
+        }
+    )*};
+}
+
+macro_rules! streams {
+    ($($(#[$doc:meta])* $method:ident: $service:ident, $request:ident -> $response:ident;)*) => {$(
+        $(#[$doc])*
+        ///
+        /// Only the stream's start has a deadline.
+        ///
+        /// # Errors
+        /// If the daemon cannot be reached, refuses, or does not begin to answer in time.
+        pub async fn $method(&self, request: v1::$request) -> Result<Answers<v1::$response>, Error> {
+            let mut service = $service::new(self.channel.clone());
+            let stream = self.bounded(service.$method(request)).await?;
+            Ok(Answers::new(stream, self.endpoint.clone()))
         }
     )*};
 }
@@ -129,26 +143,24 @@ impl Client {
     pub async fn stream_translate(
         &self,
         requests: impl IntoStreamingRequest<Message = v1::StreamTranslateRequest>,
-    ) -> Result<Translations, Error> {
+    ) -> Result<Answers<v1::StreamTranslateResponse>, Error> {
         let stream = self.bounded(self.translation().stream_translate(requests)).await?;
-        Ok(Translations::new(stream, self.endpoint.clone()))
+        Ok(Answers::new(stream, self.endpoint.clone()))
     }
 
     fn translation(&self) -> TranslationServiceClient<Channel> {
         TranslationServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_ANSWER)
     }
 
-    /// Streams the walker state: what it is now, then each change. Only the stream's start has a deadline.
-    ///
-    /// # Errors
-    /// If the daemon cannot be reached, refuses, or does not begin to answer in time.
-    pub async fn watch_walker_state(
-        &self,
-        request: v1::WatchWalkerStateRequest,
-    ) -> Result<WalkerUpdates, Error> {
-        let mut service = WalkerServiceClient::new(self.channel.clone());
-        let stream = self.bounded(service.watch_walker_state(request)).await?;
-        Ok(WalkerUpdates::new(stream, self.endpoint.clone()))
+    streams! {
+        /// Streams the walker state: what it is now, then each change, the newest always among them.
+        watch_walker_state: WalkerServiceClient, WatchWalkerStateRequest -> GetWalkerStateResponse;
+        /// Lists the mappings of an address space. The answer with `last` set ends the list.
+        list_mappings: MappingServiceClient, ListMappingsRequest -> ListMappingsResponse;
+        /// Finds the guest virtual addresses that lead to a guest physical one. The answer with `last` set ends the search.
+        find_mappings: MappingServiceClient, FindMappingsRequest -> FindMappingsResponse;
+        /// Translates a range for one access. The answer with `last` set ends it.
+        translate_range: TranslationServiceClient, TranslateRangeRequest -> TranslateRangeResponse;
     }
 
     /// Whether the daemon says that it serves, by the standard health protocol.

@@ -21,15 +21,15 @@
 //! # }
 //! ```
 
+mod answers;
 pub mod cli;
 mod client;
 mod connection;
 mod endpoint;
 mod error;
 mod tls;
-mod translations;
-mod watch;
 
+pub use answers::Answers;
 pub use client::{Client, DEFAULT_DEADLINE};
 pub use connection::{ConnectionError, Problem};
 pub use endpoint::{DEFAULT_ADDRESS, Endpoint, EndpointError};
@@ -37,5 +37,3 @@ pub use error::{Error, Refusal};
 pub use pagewalk_proto::{Column, v1};
 pub use tls::{Identity, Tls};
 pub use tonic::Code;
-pub use translations::Translations;
-pub use watch::WalkerUpdates;

@@ -12,7 +12,9 @@ use std::{
 use daemon::Daemon;
 use serde_json::Value;
 
-const VERBS: [&str; 12] = [
+const VERBS: [&str; 14] = [
+    "maps",
+    "find",
     "translate",
     "walker",
     "nested",
@@ -107,6 +109,11 @@ fn walkers_and_nested_mode() {
 #[test]
 fn nested_physical_addresses() {
     golden("nested-gpa");
+}
+
+#[test]
+fn maps_of_an_address_space() {
+    golden("maps");
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use pagewalk_proto::FILE_DESCRIPTOR_SET;
 use pagewalk_proto::v1::machine_service_server::MachineServiceServer;
+use pagewalk_proto::v1::mapping_service_server::MappingServiceServer;
 use pagewalk_proto::v1::translation_service_server::TranslationServiceServer;
 use pagewalk_proto::v1::vcpu_service_server::VcpuServiceServer;
 use pagewalk_proto::v1::walker_service_server::WalkerServiceServer;
@@ -24,7 +25,7 @@ use crate::config::Config;
 use crate::layer::{DeadlineLayer, LimitLayer, ReasonLayer, TraceLayer};
 use crate::listen::{Incoming, ListenError, TlsError, UdsListener, bind_tcp};
 use crate::machine::Machines;
-use crate::service::{BLOCKING, Daemon, Turns, add_to};
+use crate::service::{BLOCKING, Daemon, Turns, add_to, slices};
 
 /// Streams that one connection may have open.
 const STREAMS: u32 = 256;
@@ -94,6 +95,7 @@ impl Server {
             machines: Arc::new(machines),
             host: host_name(),
             draining: observer,
+            slices: slices(),
             blocking: Arc::new(Semaphore::new(BLOCKING)),
             turns: Arc::new(Turns::new()),
         };
@@ -210,6 +212,7 @@ async fn set_health(health: &HealthReporter, serving: bool) {
     set!(
         TranslationServiceServer<Daemon>,
         WalkerServiceServer<Daemon>,
+        MappingServiceServer<Daemon>,
         VcpuServiceServer<Daemon>,
         MachineServiceServer<Daemon>
     );

@@ -62,7 +62,9 @@ impl Rights {
         Self(self.0 & !other.0)
     }
 
-    pub(crate) const fn or(self, other: Self) -> Self {
+    /// The rights that this or `other` has.
+    #[must_use]
+    pub const fn or(self, other: Self) -> Self {
         Self(self.0 | other.0)
     }
 }

@@ -24,7 +24,7 @@ pub(super) const PAGEWALK: &str = concat!(
         "pagewalk --json walker"
     ),
     exit_codes!(
-        "  1  `translate`, `batch`, `nested-gpa`: the access would fault; `doctor`: a check failed\n"
+        "  1  `translate`, `batch`, `nested-gpa`: the access would fault; `find`: nothing leads there; `doctor`: a check failed\n"
     )
 );
 
@@ -65,6 +65,23 @@ pub(super) const NESTED_GPA: &str = concat!(
     ),
     "\n\nWithout a second dimension an L2's addresses are its L1's, and the answer says so.",
     exit_codes!("  1  answered, and the access would fault\n")
+);
+
+pub(super) const MAPS: &str = concat!(
+    examples!(
+        "pagewalk maps",
+        "pagewalk maps --range 0xffff800000010000..0xffff800000020000 --problems",
+        "pagewalk maps --wx --kernel",
+        "pagewalk maps --page-size 2M --cr3 0x21000",
+        "pagewalk maps --cr3 0x1000 --ncr3 0x50000"
+    ),
+    "\n\nPages that continue each other are one line. A and D: any of them is accessed, or dirty.",
+    exit_codes!("  1  listed in part: the budget is used up\n")
+);
+
+pub(super) const FIND: &str = concat!(
+    examples!("pagewalk find 0x10123", "pagewalk find 0x10000 --bytes 0x3000 --executable"),
+    exit_codes!("  1  nothing leads there, or the budget is used up\n")
 );
 
 pub(super) const VCPUS: &str = concat!(examples!("pagewalk vcpus"), exit_codes!());

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::output::Output;
 use crate::{ConnectionError, Error, endpoint::EndpointError};
 
-/// The access asked for would fault, or a check failed.
+/// The access asked for would fault, a list is not complete, nothing was found, or a check failed.
 pub(super) const NEGATIVE: u8 = 1;
 /// The command line is wrong.
 pub(super) const USAGE: u8 = 2;

@@ -12,6 +12,7 @@ mod exit;
 mod explain_fault;
 mod json;
 mod machines;
+mod maps;
 mod nested;
 mod nested_gpa;
 mod number;
@@ -64,6 +65,12 @@ enum Verb {
     /// Translate a guest physical address of an L2
     #[command(after_help = examples::NESTED_GPA)]
     NestedGpa(nested_gpa::Args),
+    /// List what an address space maps
+    #[command(after_help = examples::MAPS)]
+    Maps(maps::MapsArgs),
+    /// Find the guest virtual addresses that lead to a guest physical one
+    #[command(after_help = examples::FIND)]
+    Find(maps::FindArgs),
     /// List the vCPUs of a machine
     #[command(after_help = examples::VCPUS)]
     Vcpus,
@@ -135,6 +142,8 @@ async fn dispatch(cli: Cli, output: Output) -> Result<ExitCode, Failure> {
         Verb::Walker(args) => walker::run(&context, &args).await,
         Verb::Nested(args) => nested::run(&context, &args).await,
         Verb::NestedGpa(args) => nested_gpa::run(&context, &args).await,
+        Verb::Maps(args) => maps::maps(&context, &args).await,
+        Verb::Find(args) => maps::find(&context, &args).await,
         Verb::Vcpus => vcpus::run(&context).await,
         Verb::Regs(args) => regs::run(&context, &args).await,
         Verb::Pause => run_control::pause(&context).await,

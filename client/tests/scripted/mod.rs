@@ -5,8 +5,8 @@
 use std::{net::SocketAddr, path::PathBuf, pin::Pin, thread, time::Duration};
 
 use pagewalk_client::v1::{
-    self, machine_service_server as machine, translation_service_server as translation,
-    vcpu_service_server as vcpu, walker_service_server as walker,
+    self, machine_service_server as machine, mapping_service_server as mapping,
+    translation_service_server as translation, vcpu_service_server as vcpu, walker_service_server as walker,
 };
 use tokio::net::{TcpListener, UnixListener};
 use tokio_stream::{
@@ -65,6 +65,7 @@ fn serve(
                 .add_service(translation::TranslationServiceServer::new(Scripted))
                 .add_service(walker::WalkerServiceServer::new(Scripted))
                 .add_service(vcpu::VcpuServiceServer::new(Scripted))
+                .add_service(mapping::MappingServiceServer::new(Scripted))
                 .add_service(machine::MachineServiceServer::new(Scripted));
             listen(router).await;
         });
@@ -225,6 +226,23 @@ impl translation::TranslationService for Scripted {
         }))))
     }
 
+    type TranslateRangeStream = Parts<v1::TranslateRangeResponse>;
+
+    /// One page, and an end.
+    async fn translate_range(
+        &self,
+        request: Request<v1::TranslateRangeRequest>,
+    ) -> Result<Response<Self::TranslateRangeStream>, Status> {
+        known(request.get_ref().vcpu.as_ref())?;
+        let part = v1::TranslateRangeResponse {
+            extents: vec![extent(0x1000)],
+            last: true,
+            provenance: Some(provenance()),
+            ..v1::TranslateRangeResponse::default()
+        };
+        Ok(Response::new(Box::pin(tokio_stream::iter([Ok(part)]))))
+    }
+
     async fn translate_nested_gpa(
         &self,
         request: Request<v1::TranslateNestedGpaRequest>,
@@ -257,6 +275,82 @@ impl translation::TranslationService for Scripted {
             provenance: Some(provenance()),
             ..v1::ExplainFaultResponse::default()
         }))
+    }
+}
+
+type Parts<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send + 'static>>;
+
+fn extent(start: u64) -> v1::Extent {
+    let page = v1::Translation {
+        gpa: 0x0010_5000 + start,
+        page_size: v1::PageSize::PageSize4k.into(),
+        effective: Some(v1::Rights { read: true, write: true, ..v1::Rights::default() }),
+        backing: v1::Backing::Ram.into(),
+        pat_type: v1::MemoryType::Wb.into(),
+        ..v1::Translation::default()
+    };
+    v1::Extent { start, bytes: 0x1000, outcome: Some(v1::extent::Outcome::Translation(page)) }
+}
+
+#[tonic::async_trait]
+impl mapping::MappingService for Scripted {
+    type ListMappingsStream = Parts<v1::ListMappingsResponse>;
+
+    /// Two messages and an end; with a budget of one extent, one message that is truncated; from `cut` on the end is missing.
+    async fn list_mappings(
+        &self,
+        request: Request<v1::ListMappingsRequest>,
+    ) -> Result<Response<Self::ListMappingsStream>, Status> {
+        let request = request.into_inner();
+        known(request.vcpu.as_ref())?;
+        let cut = request.vcpu.is_some_and(|vcpu| vcpu.machine == "cut");
+        let truncated = request.budget.is_some_and(|budget| budget.extents == Some(1));
+        let truncation =
+            v1::Truncation { limit: v1::MappingLimit::Extents.into(), continue_at: 0xffff_8000_0000_2000 };
+        let tally = v1::MappingTally {
+            tables: 4,
+            extents: 2,
+            mapped_bytes: 0x2000,
+            reserved_entries: 1,
+            ..v1::MappingTally::default()
+        };
+        let part = |start| v1::ListMappingsResponse {
+            extents: vec![extent(start)],
+            tally: Some(tally),
+            provenance: Some(provenance()),
+            ..v1::ListMappingsResponse::default()
+        };
+        let end = v1::ListMappingsResponse {
+            extents: Vec::new(),
+            last: true,
+            truncation: truncated.then_some(truncation),
+            ..part(0)
+        };
+        let mut parts = vec![Ok(part(0x1000)), Ok(part(0xffff_8000_0000_0000))];
+        if !cut {
+            parts.push(Ok(end));
+        }
+        Ok(Response::new(Box::pin(tokio_stream::iter(parts))))
+    }
+
+    type FindMappingsStream = Parts<v1::FindMappingsResponse>;
+
+    /// What came over the wire decides: below 0x1000 there is nothing.
+    async fn find_mappings(
+        &self,
+        request: Request<v1::FindMappingsRequest>,
+    ) -> Result<Response<Self::FindMappingsStream>, Status> {
+        let request = request.into_inner();
+        known(request.vcpu.as_ref())?;
+        let found =
+            matches!(request.gpa.and_then(|gpa| gpa.value), Some(v1::address::Value::Number(0x1000..)));
+        let part = v1::FindMappingsResponse {
+            extents: if found { vec![extent(0x1000)] } else { Vec::new() },
+            last: true,
+            provenance: Some(provenance()),
+            ..v1::FindMappingsResponse::default()
+        };
+        Ok(Response::new(Box::pin(tokio_stream::iter([Ok(part)]))))
     }
 }
 

@@ -7,6 +7,7 @@ pub(crate) mod address;
 pub(crate) mod fault;
 pub(crate) mod format;
 pub(crate) mod machine;
+pub(crate) mod mapping;
 pub(crate) mod nested;
 pub(crate) mod registers;
 pub(crate) mod rights;

@@ -3,7 +3,10 @@
 mod batch;
 mod explain;
 mod machine;
+mod mapping;
 mod nested_gpa;
+mod parts;
+mod range;
 mod resolve;
 mod stream;
 mod translation;
@@ -11,9 +14,12 @@ mod turns;
 mod vcpu;
 mod walker;
 
+pub(crate) use parts::slices;
+
 use std::sync::Arc;
 
 use pagewalk_proto::v1::machine_service_server::MachineServiceServer;
+use pagewalk_proto::v1::mapping_service_server::MappingServiceServer;
 use pagewalk_proto::v1::translation_service_server::TranslationServiceServer;
 use pagewalk_proto::v1::vcpu_service_server::VcpuServiceServer;
 use pagewalk_proto::v1::walker_service_server::WalkerServiceServer;
@@ -35,6 +41,8 @@ pub(crate) struct Daemon {
     pub(crate) blocking: Arc<Semaphore>,
     /// Turns of bulk work.
     pub(crate) turns: Arc<Turns>,
+    /// Places for slices of maps.
+    pub(crate) slices: Arc<Semaphore>,
 }
 
 /// Calls that may wait for the host to give them memory, at once. More wait for a place, up to their deadlines.
@@ -63,5 +71,13 @@ pub(crate) fn add_to(routes: Routes, daemon: &Daemon) -> Routes {
         }};
     }
     let routes = add!(routes, BATCH_REQUEST_BYTES, BATCH_RESPONSE_BYTES, TranslationServiceServer);
-    add!(routes, REQUEST_BYTES, RESPONSE_BYTES, WalkerServiceServer, VcpuServiceServer, MachineServiceServer)
+    add!(
+        routes,
+        REQUEST_BYTES,
+        RESPONSE_BYTES,
+        WalkerServiceServer,
+        MappingServiceServer,
+        VcpuServiceServer,
+        MachineServiceServer
+    )
 }

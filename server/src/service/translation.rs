@@ -10,8 +10,9 @@ use pagewalk_proto::v1::translate_response::Outcome;
 use pagewalk_proto::v1::translation_service_server::TranslationService;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::parts::{Parts, Sending, until};
 use super::resolve::{Target, deadline};
-use super::{Daemon, batch, explain, nested_gpa, stream};
+use super::{Daemon, batch, explain, nested_gpa, range, stream};
 use crate::convert;
 use crate::machine::GuestRam;
 use crate::render::Ladder;
@@ -86,6 +87,20 @@ impl TranslationService for Daemon {
         request: Request<Streaming<v1::StreamTranslateRequest>>,
     ) -> Result<Response<Self::StreamTranslateStream>, Status> {
         Ok(Response::new(stream::translate(self, request)))
+    }
+
+    type TranslateRangeStream = Parts<v1::TranslateRangeResponse>;
+
+    async fn translate_range(
+        &self,
+        request: Request<v1::TranslateRangeRequest>,
+    ) -> Result<Response<Self::TranslateRangeStream>, Status> {
+        let (deadline, until) = (deadline(&request), until(&request));
+        let request = request.into_inner();
+        let target = self.target(request.vcpu.clone())?;
+        let (map, snapshot) = range::map(&target, request, deadline).await?;
+        let sending = Sending { daemon: self.clone(), target, snapshot, map, until };
+        Ok(Response::new(sending.stream()))
     }
 
     async fn translate_nested_gpa(

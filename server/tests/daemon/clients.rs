@@ -31,6 +31,7 @@ fn grpcurl_lists_and_describes() -> Result<(), Failed> {
     for service in [
         "grpc.health.v1.Health",
         "pagewalk.v1.MachineService",
+        "pagewalk.v1.MappingService",
         "pagewalk.v1.TranslationService",
         "pagewalk.v1.VcpuService",
         "pagewalk.v1.WalkerService",
@@ -43,9 +44,12 @@ fn grpcurl_lists_and_describes() -> Result<(), Failed> {
     assert_eq!(
         methods.lines().collect::<Vec<_>>(),
         [
+            "pagewalk.v1.TranslationService.BatchTranslate",
             "pagewalk.v1.TranslationService.ExplainFault",
+            "pagewalk.v1.TranslationService.StreamTranslate",
             "pagewalk.v1.TranslationService.Translate",
             "pagewalk.v1.TranslationService.TranslateNestedGpa",
+            "pagewalk.v1.TranslationService.TranslateRange",
         ]
     );
     let request = output(&mut grpcurl(&daemon, &["describe", "pagewalk.v1.TranslateRequest"]));

@@ -4,6 +4,7 @@
 
 pub(super) mod explanation;
 pub(super) mod machine;
+pub(super) mod mappings;
 mod names;
 pub(super) mod outcome;
 mod page_format;

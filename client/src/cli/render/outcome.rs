@@ -93,7 +93,7 @@ fn translation(found: &Translation) -> String {
     line
 }
 
-fn fault(refused: &Fault) -> String {
+pub(super) fn fault(refused: &Fault) -> String {
     let entry = if refused.level == 0 {
         String::new()
     } else {

@@ -22,50 +22,51 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from pagewalk.v1 import mapping_pb2 as pagewalk_dot_v1_dot_mapping__pb2
 from pagewalk.v1 import types_pb2 as pagewalk_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dpagewalk/v1/translation.proto\x12\x0bpagewalk.v1\x1a\x17pagewalk/v1/types.proto\"\xb8\x02\n\x10TranslateRequest\x12\"\n\x04vcpu\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.VcpuRef\x12%\n\x07\x61\x64\x64ress\x18\x02 \x01(\x0b\x32\x14.pagewalk.v1.Address\x12#\n\x06\x61\x63\x63\x65ss\x18\x03 \x01(\x0b\x32\x13.pagewalk.v1.Access\x12(\n\tad_policy\x18\x04 \x01(\x0e\x32\x15.pagewalk.v1.AdPolicy\x12)\n\tfreshness\x18\x05 \x01(\x0e\x32\x16.pagewalk.v1.Freshness\x12-\n\x08override\x18\x06 \x01(\x0b\x32\x1b.pagewalk.v1.WalkerOverride\x12\r\n\x05trace\x18\x07 \x01(\x08\x12\x0f\n\x07\x65xplain\x18\x08 \x01(\x08\x12\x10\n\x08validate\x18\t \x01(\x08\"\xd8\x01\n\x11TranslateResponse\x12/\n\x0btranslation\x18\x01 \x01(\x0b\x32\x18.pagewalk.v1.TranslationH\x00\x12#\n\x05\x66\x61ult\x18\x02 \x01(\x0b\x32\x12.pagewalk.v1.FaultH\x00\x12 \n\x05steps\x18\x03 \x03(\x0b\x32\x11.pagewalk.v1.Step\x12\x13\n\x0b\x65xplanation\x18\x04 \x01(\t\x12+\n\nprovenance\x18\x05 \x01(\x0b\x32\x17.pagewalk.v1.ProvenanceB\t\n\x07outcome\"\xf5\x01\n\x15\x42\x61tchTranslateRequest\x12\"\n\x04vcpu\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.VcpuRef\x12#\n\x06\x61\x63\x63\x65ss\x18\x02 \x01(\x0b\x32\x13.pagewalk.v1.Access\x12)\n\tfreshness\x18\x03 \x01(\x0e\x32\x16.pagewalk.v1.Freshness\x12-\n\x08override\x18\x04 \x01(\x0b\x32\x1b.pagewalk.v1.WalkerOverride\x12\x17\n\nmax_faults\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x11\n\taddresses\x18\x06 \x03(\x06\x42\r\n\x0b_max_faults\">\n\nBatchFault\x12\r\n\x05index\x18\x01 \x01(\r\x12!\n\x05\x66\x61ult\x18\x02 \x01(\x0b\x32\x12.pagewalk.v1.Fault\"\x92\x01\n\x16\x42\x61tchTranslateResponse\x12+\n\nprovenance\x18\x01 \x01(\x0b\x32\x17.pagewalk.v1.Provenance\x12\'\n\x06\x66\x61ults\x18\x02 \x03(\x0b\x32\x17.pagewalk.v1.BatchFault\x12\x13\n\x0b\x66\x61ult_count\x18\x03 \x01(\r\x12\r\n\x05words\x18\x04 \x03(\x06\"]\n\x16StreamTranslateRequest\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x31\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\".pagewalk.v1.BatchTranslateRequest\"`\n\x17StreamTranslateResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x33\n\x06\x61nswer\x18\x02 \x01(\x0b\x32#.pagewalk.v1.BatchTranslateResponse\"\xea\x02\n\x19TranslateNestedGpaRequest\x12\"\n\x04vcpu\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.VcpuRef\x12%\n\x07\x61\x64\x64ress\x18\x02 \x01(\x0b\x32\x14.pagewalk.v1.Address\x12#\n\x06\x61\x63\x63\x65ss\x18\x03 \x01(\x0b\x32\x13.pagewalk.v1.Access\x12\'\n\x05phase\x18\x04 \x01(\x0e\x32\x18.pagewalk.v1.NestedPhase\x12(\n\tad_policy\x18\x05 \x01(\x0e\x32\x15.pagewalk.v1.AdPolicy\x12)\n\tfreshness\x18\x06 \x01(\x0e\x32\x16.pagewalk.v1.Freshness\x12-\n\x08override\x18\x07 \x01(\x0b\x32\x1b.pagewalk.v1.WalkerOverride\x12\r\n\x05trace\x18\x08 \x01(\x08\x12\x0f\n\x07\x65xplain\x18\t \x01(\x08\x12\x10\n\x08validate\x18\n \x01(\x08\"\xf3\x01\n\x1aTranslateNestedGpaResponse\x12/\n\x0btranslation\x18\x01 \x01(\x0b\x32\x18.pagewalk.v1.TranslationH\x00\x12#\n\x05\x66\x61ult\x18\x02 \x01(\x0b\x32\x12.pagewalk.v1.FaultH\x00\x12 \n\x05steps\x18\x03 \x03(\x0b\x32\x11.pagewalk.v1.Step\x12\x13\n\x0b\x65xplanation\x18\x04 \x01(\t\x12+\n\nprovenance\x18\x05 \x01(\x0b\x32\x17.pagewalk.v1.Provenance\x12\x10\n\x08identity\x18\x06 \x01(\x08\x42\t\n\x07outcome\"B\n\tPageFault\x12\x12\n\nerror_code\x18\x01 \x01(\r\x12!\n\x03\x63r2\x18\x02 \x01(\x0b\x32\x14.pagewalk.v1.Address\"P\n\x0fNestedPageFault\x12\x13\n\x0b\x65xit_info_1\x18\x01 \x01(\x06\x12(\n\nnested_gpa\x18\x02 \x01(\x0b\x32\x14.pagewalk.v1.Address\"w\n\x0c\x45ptViolation\x12\x1a\n\x12\x65xit_qualification\x18\x01 \x01(\x06\x12(\n\nnested_gpa\x18\x02 \x01(\x0b\x32\x14.pagewalk.v1.Address\x12!\n\x03gva\x18\x03 \x01(\x0b\x32\x14.pagewalk.v1.Address\"?\n\x13\x45ptMisconfiguration\x12(\n\nnested_gpa\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.Address\"\x94\x03\n\x13\x45xplainFaultRequest\x12\"\n\x04vcpu\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.VcpuRef\x12,\n\npage_fault\x18\x02 \x01(\x0b\x32\x16.pagewalk.v1.PageFaultH\x00\x12\x39\n\x11nested_page_fault\x18\x03 \x01(\x0b\x32\x1c.pagewalk.v1.NestedPageFaultH\x00\x12\x32\n\rept_violation\x18\x07 \x01(\x0b\x32\x19.pagewalk.v1.EptViolationH\x00\x12@\n\x14\x65pt_misconfiguration\x18\x08 \x01(\x0b\x32 .pagewalk.v1.EptMisconfigurationH\x00\x12\x10\n\x03\x63r3\x18\x04 \x01(\x06H\x01\x88\x01\x01\x12)\n\tfreshness\x18\x05 \x01(\x0e\x32\x16.pagewalk.v1.Freshness\x12-\n\x08override\x18\x06 \x01(\x0b\x32\x1b.pagewalk.v1.WalkerOverrideB\x06\n\x04seenB\x06\n\x04_cr3\"E\n\nDecodedBit\x12\x0b\n\x03\x62it\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03set\x18\x03 \x01(\x08\x12\x0f\n\x07meaning\x18\x04 \x01(\t\"\xa0\x02\n\x14\x45xplainFaultResponse\x12\x17\n\x0fwould_fault_now\x18\x01 \x01(\x08\x12!\n\x05\x66\x61ult\x18\x02 \x01(\x0b\x32\x12.pagewalk.v1.Fault\x12\x0f\n\x07matches\x18\x03 \x01(\x08\x12\x13\n\x0b\x65xplanation\x18\x04 \x01(\t\x12(\n\x07\x64\x65\x63oded\x18\x05 \x03(\x0b\x32\x17.pagewalk.v1.DecodedBit\x12 \n\x05steps\x18\x06 \x03(\x0b\x32\x11.pagewalk.v1.Step\x12-\n\x0btranslation\x18\x07 \x01(\x0b\x32\x18.pagewalk.v1.Translation\x12+\n\nprovenance\x18\x08 \x01(\x0b\x32\x17.pagewalk.v1.Provenance*s\n\x0bNestedPhase\x12\x1c\n\x18NESTED_PHASE_UNSPECIFIED\x10\x00\x12\x16\n\x12NESTED_PHASE_FINAL\x10\x01\x12\x16\n\x12NESTED_PHASE_TABLE\x10\x02\x12\x16\n\x12NESTED_PHASE_PDPTE\x10\x03\x32\xd9\x03\n\x12TranslationService\x12J\n\tTranslate\x12\x1d.pagewalk.v1.TranslateRequest\x1a\x1e.pagewalk.v1.TranslateResponse\x12Y\n\x0e\x42\x61tchTranslate\x12\".pagewalk.v1.BatchTranslateRequest\x1a#.pagewalk.v1.BatchTranslateResponse\x12`\n\x0fStreamTranslate\x12#.pagewalk.v1.StreamTranslateRequest\x1a$.pagewalk.v1.StreamTranslateResponse(\x01\x30\x01\x12\x65\n\x12TranslateNestedGpa\x12&.pagewalk.v1.TranslateNestedGpaRequest\x1a\'.pagewalk.v1.TranslateNestedGpaResponse\x12S\n\x0c\x45xplainFault\x12 .pagewalk.v1.ExplainFaultRequest\x1a!.pagewalk.v1.ExplainFaultResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dpagewalk/v1/translation.proto\x12\x0bpagewalk.v1\x1a\x19pagewalk/v1/mapping.proto\x1a\x17pagewalk/v1/types.proto\"\xb8\x02\n\x10TranslateRequest\x12\"\n\x04vcpu\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.VcpuRef\x12%\n\x07\x61\x64\x64ress\x18\x02 \x01(\x0b\x32\x14.pagewalk.v1.Address\x12#\n\x06\x61\x63\x63\x65ss\x18\x03 \x01(\x0b\x32\x13.pagewalk.v1.Access\x12(\n\tad_policy\x18\x04 \x01(\x0e\x32\x15.pagewalk.v1.AdPolicy\x12)\n\tfreshness\x18\x05 \x01(\x0e\x32\x16.pagewalk.v1.Freshness\x12-\n\x08override\x18\x06 \x01(\x0b\x32\x1b.pagewalk.v1.WalkerOverride\x12\r\n\x05trace\x18\x07 \x01(\x08\x12\x0f\n\x07\x65xplain\x18\x08 \x01(\x08\x12\x10\n\x08validate\x18\t \x01(\x08\"\xd8\x01\n\x11TranslateResponse\x12/\n\x0btranslation\x18\x01 \x01(\x0b\x32\x18.pagewalk.v1.TranslationH\x00\x12#\n\x05\x66\x61ult\x18\x02 \x01(\x0b\x32\x12.pagewalk.v1.FaultH\x00\x12 \n\x05steps\x18\x03 \x03(\x0b\x32\x11.pagewalk.v1.Step\x12\x13\n\x0b\x65xplanation\x18\x04 \x01(\t\x12+\n\nprovenance\x18\x05 \x01(\x0b\x32\x17.pagewalk.v1.ProvenanceB\t\n\x07outcome\"\xf5\x01\n\x15\x42\x61tchTranslateRequest\x12\"\n\x04vcpu\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.VcpuRef\x12#\n\x06\x61\x63\x63\x65ss\x18\x02 \x01(\x0b\x32\x13.pagewalk.v1.Access\x12)\n\tfreshness\x18\x03 \x01(\x0e\x32\x16.pagewalk.v1.Freshness\x12-\n\x08override\x18\x04 \x01(\x0b\x32\x1b.pagewalk.v1.WalkerOverride\x12\x17\n\nmax_faults\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x11\n\taddresses\x18\x06 \x03(\x06\x42\r\n\x0b_max_faults\">\n\nBatchFault\x12\r\n\x05index\x18\x01 \x01(\r\x12!\n\x05\x66\x61ult\x18\x02 \x01(\x0b\x32\x12.pagewalk.v1.Fault\"\x92\x01\n\x16\x42\x61tchTranslateResponse\x12+\n\nprovenance\x18\x01 \x01(\x0b\x32\x17.pagewalk.v1.Provenance\x12\'\n\x06\x66\x61ults\x18\x02 \x03(\x0b\x32\x17.pagewalk.v1.BatchFault\x12\x13\n\x0b\x66\x61ult_count\x18\x03 \x01(\r\x12\r\n\x05words\x18\x04 \x03(\x06\"]\n\x16StreamTranslateRequest\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x31\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\".pagewalk.v1.BatchTranslateRequest\"`\n\x17StreamTranslateResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x33\n\x06\x61nswer\x18\x02 \x01(\x0b\x32#.pagewalk.v1.BatchTranslateResponse\"\xea\x02\n\x19TranslateNestedGpaRequest\x12\"\n\x04vcpu\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.VcpuRef\x12%\n\x07\x61\x64\x64ress\x18\x02 \x01(\x0b\x32\x14.pagewalk.v1.Address\x12#\n\x06\x61\x63\x63\x65ss\x18\x03 \x01(\x0b\x32\x13.pagewalk.v1.Access\x12\'\n\x05phase\x18\x04 \x01(\x0e\x32\x18.pagewalk.v1.NestedPhase\x12(\n\tad_policy\x18\x05 \x01(\x0e\x32\x15.pagewalk.v1.AdPolicy\x12)\n\tfreshness\x18\x06 \x01(\x0e\x32\x16.pagewalk.v1.Freshness\x12-\n\x08override\x18\x07 \x01(\x0b\x32\x1b.pagewalk.v1.WalkerOverride\x12\r\n\x05trace\x18\x08 \x01(\x08\x12\x0f\n\x07\x65xplain\x18\t \x01(\x08\x12\x10\n\x08validate\x18\n \x01(\x08\"\xf3\x01\n\x1aTranslateNestedGpaResponse\x12/\n\x0btranslation\x18\x01 \x01(\x0b\x32\x18.pagewalk.v1.TranslationH\x00\x12#\n\x05\x66\x61ult\x18\x02 \x01(\x0b\x32\x12.pagewalk.v1.FaultH\x00\x12 \n\x05steps\x18\x03 \x03(\x0b\x32\x11.pagewalk.v1.Step\x12\x13\n\x0b\x65xplanation\x18\x04 \x01(\t\x12+\n\nprovenance\x18\x05 \x01(\x0b\x32\x17.pagewalk.v1.Provenance\x12\x10\n\x08identity\x18\x06 \x01(\x08\x42\t\n\x07outcome\"B\n\tPageFault\x12\x12\n\nerror_code\x18\x01 \x01(\r\x12!\n\x03\x63r2\x18\x02 \x01(\x0b\x32\x14.pagewalk.v1.Address\"P\n\x0fNestedPageFault\x12\x13\n\x0b\x65xit_info_1\x18\x01 \x01(\x06\x12(\n\nnested_gpa\x18\x02 \x01(\x0b\x32\x14.pagewalk.v1.Address\"w\n\x0c\x45ptViolation\x12\x1a\n\x12\x65xit_qualification\x18\x01 \x01(\x06\x12(\n\nnested_gpa\x18\x02 \x01(\x0b\x32\x14.pagewalk.v1.Address\x12!\n\x03gva\x18\x03 \x01(\x0b\x32\x14.pagewalk.v1.Address\"?\n\x13\x45ptMisconfiguration\x12(\n\nnested_gpa\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.Address\"\x94\x03\n\x13\x45xplainFaultRequest\x12\"\n\x04vcpu\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.VcpuRef\x12,\n\npage_fault\x18\x02 \x01(\x0b\x32\x16.pagewalk.v1.PageFaultH\x00\x12\x39\n\x11nested_page_fault\x18\x03 \x01(\x0b\x32\x1c.pagewalk.v1.NestedPageFaultH\x00\x12\x32\n\rept_violation\x18\x07 \x01(\x0b\x32\x19.pagewalk.v1.EptViolationH\x00\x12@\n\x14\x65pt_misconfiguration\x18\x08 \x01(\x0b\x32 .pagewalk.v1.EptMisconfigurationH\x00\x12\x10\n\x03\x63r3\x18\x04 \x01(\x06H\x01\x88\x01\x01\x12)\n\tfreshness\x18\x05 \x01(\x0e\x32\x16.pagewalk.v1.Freshness\x12-\n\x08override\x18\x06 \x01(\x0b\x32\x1b.pagewalk.v1.WalkerOverrideB\x06\n\x04seenB\x06\n\x04_cr3\"E\n\nDecodedBit\x12\x0b\n\x03\x62it\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03set\x18\x03 \x01(\x08\x12\x0f\n\x07meaning\x18\x04 \x01(\t\"\xa0\x02\n\x14\x45xplainFaultResponse\x12\x17\n\x0fwould_fault_now\x18\x01 \x01(\x08\x12!\n\x05\x66\x61ult\x18\x02 \x01(\x0b\x32\x12.pagewalk.v1.Fault\x12\x0f\n\x07matches\x18\x03 \x01(\x08\x12\x13\n\x0b\x65xplanation\x18\x04 \x01(\t\x12(\n\x07\x64\x65\x63oded\x18\x05 \x03(\x0b\x32\x17.pagewalk.v1.DecodedBit\x12 \n\x05steps\x18\x06 \x03(\x0b\x32\x11.pagewalk.v1.Step\x12-\n\x0btranslation\x18\x07 \x01(\x0b\x32\x18.pagewalk.v1.Translation\x12+\n\nprovenance\x18\x08 \x01(\x0b\x32\x17.pagewalk.v1.Provenance*s\n\x0bNestedPhase\x12\x1c\n\x18NESTED_PHASE_UNSPECIFIED\x10\x00\x12\x16\n\x12NESTED_PHASE_FINAL\x10\x01\x12\x16\n\x12NESTED_PHASE_TABLE\x10\x02\x12\x16\n\x12NESTED_PHASE_PDPTE\x10\x03\x32\xb6\x04\n\x12TranslationService\x12J\n\tTranslate\x12\x1d.pagewalk.v1.TranslateRequest\x1a\x1e.pagewalk.v1.TranslateResponse\x12Y\n\x0e\x42\x61tchTranslate\x12\".pagewalk.v1.BatchTranslateRequest\x1a#.pagewalk.v1.BatchTranslateResponse\x12`\n\x0fStreamTranslate\x12#.pagewalk.v1.StreamTranslateRequest\x1a$.pagewalk.v1.StreamTranslateResponse(\x01\x30\x01\x12[\n\x0eTranslateRange\x12\".pagewalk.v1.TranslateRangeRequest\x1a#.pagewalk.v1.TranslateRangeResponse0\x01\x12\x65\n\x12TranslateNestedGpa\x12&.pagewalk.v1.TranslateNestedGpaRequest\x1a\'.pagewalk.v1.TranslateNestedGpaResponse\x12S\n\x0c\x45xplainFault\x12 .pagewalk.v1.ExplainFaultRequest\x1a!.pagewalk.v1.ExplainFaultResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pagewalk.v1.translation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_NESTEDPHASE']._serialized_start=2975
-  _globals['_NESTEDPHASE']._serialized_end=3090
-  _globals['_TRANSLATEREQUEST']._serialized_start=72
-  _globals['_TRANSLATEREQUEST']._serialized_end=384
-  _globals['_TRANSLATERESPONSE']._serialized_start=387
-  _globals['_TRANSLATERESPONSE']._serialized_end=603
-  _globals['_BATCHTRANSLATEREQUEST']._serialized_start=606
-  _globals['_BATCHTRANSLATEREQUEST']._serialized_end=851
-  _globals['_BATCHFAULT']._serialized_start=853
-  _globals['_BATCHFAULT']._serialized_end=915
-  _globals['_BATCHTRANSLATERESPONSE']._serialized_start=918
-  _globals['_BATCHTRANSLATERESPONSE']._serialized_end=1064
-  _globals['_STREAMTRANSLATEREQUEST']._serialized_start=1066
-  _globals['_STREAMTRANSLATEREQUEST']._serialized_end=1159
-  _globals['_STREAMTRANSLATERESPONSE']._serialized_start=1161
-  _globals['_STREAMTRANSLATERESPONSE']._serialized_end=1257
-  _globals['_TRANSLATENESTEDGPAREQUEST']._serialized_start=1260
-  _globals['_TRANSLATENESTEDGPAREQUEST']._serialized_end=1622
-  _globals['_TRANSLATENESTEDGPARESPONSE']._serialized_start=1625
-  _globals['_TRANSLATENESTEDGPARESPONSE']._serialized_end=1868
-  _globals['_PAGEFAULT']._serialized_start=1870
-  _globals['_PAGEFAULT']._serialized_end=1936
-  _globals['_NESTEDPAGEFAULT']._serialized_start=1938
-  _globals['_NESTEDPAGEFAULT']._serialized_end=2018
-  _globals['_EPTVIOLATION']._serialized_start=2020
-  _globals['_EPTVIOLATION']._serialized_end=2139
-  _globals['_EPTMISCONFIGURATION']._serialized_start=2141
-  _globals['_EPTMISCONFIGURATION']._serialized_end=2204
-  _globals['_EXPLAINFAULTREQUEST']._serialized_start=2207
-  _globals['_EXPLAINFAULTREQUEST']._serialized_end=2611
-  _globals['_DECODEDBIT']._serialized_start=2613
-  _globals['_DECODEDBIT']._serialized_end=2682
-  _globals['_EXPLAINFAULTRESPONSE']._serialized_start=2685
-  _globals['_EXPLAINFAULTRESPONSE']._serialized_end=2973
-  _globals['_TRANSLATIONSERVICE']._serialized_start=3093
-  _globals['_TRANSLATIONSERVICE']._serialized_end=3566
+  _globals['_NESTEDPHASE']._serialized_start=3002
+  _globals['_NESTEDPHASE']._serialized_end=3117
+  _globals['_TRANSLATEREQUEST']._serialized_start=99
+  _globals['_TRANSLATEREQUEST']._serialized_end=411
+  _globals['_TRANSLATERESPONSE']._serialized_start=414
+  _globals['_TRANSLATERESPONSE']._serialized_end=630
+  _globals['_BATCHTRANSLATEREQUEST']._serialized_start=633
+  _globals['_BATCHTRANSLATEREQUEST']._serialized_end=878
+  _globals['_BATCHFAULT']._serialized_start=880
+  _globals['_BATCHFAULT']._serialized_end=942
+  _globals['_BATCHTRANSLATERESPONSE']._serialized_start=945
+  _globals['_BATCHTRANSLATERESPONSE']._serialized_end=1091
+  _globals['_STREAMTRANSLATEREQUEST']._serialized_start=1093
+  _globals['_STREAMTRANSLATEREQUEST']._serialized_end=1186
+  _globals['_STREAMTRANSLATERESPONSE']._serialized_start=1188
+  _globals['_STREAMTRANSLATERESPONSE']._serialized_end=1284
+  _globals['_TRANSLATENESTEDGPAREQUEST']._serialized_start=1287
+  _globals['_TRANSLATENESTEDGPAREQUEST']._serialized_end=1649
+  _globals['_TRANSLATENESTEDGPARESPONSE']._serialized_start=1652
+  _globals['_TRANSLATENESTEDGPARESPONSE']._serialized_end=1895
+  _globals['_PAGEFAULT']._serialized_start=1897
+  _globals['_PAGEFAULT']._serialized_end=1963
+  _globals['_NESTEDPAGEFAULT']._serialized_start=1965
+  _globals['_NESTEDPAGEFAULT']._serialized_end=2045
+  _globals['_EPTVIOLATION']._serialized_start=2047
+  _globals['_EPTVIOLATION']._serialized_end=2166
+  _globals['_EPTMISCONFIGURATION']._serialized_start=2168
+  _globals['_EPTMISCONFIGURATION']._serialized_end=2231
+  _globals['_EXPLAINFAULTREQUEST']._serialized_start=2234
+  _globals['_EXPLAINFAULTREQUEST']._serialized_end=2638
+  _globals['_DECODEDBIT']._serialized_start=2640
+  _globals['_DECODEDBIT']._serialized_end=2709
+  _globals['_EXPLAINFAULTRESPONSE']._serialized_start=2712
+  _globals['_EXPLAINFAULTRESPONSE']._serialized_end=3000
+  _globals['_TRANSLATIONSERVICE']._serialized_start=3120
+  _globals['_TRANSLATIONSERVICE']._serialized_end=3686
 # @@protoc_insertion_point(module_scope)

@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from pagewalk.v1 import mapping_pb2 as pagewalk_dot_v1_dot_mapping__pb2
 from pagewalk.v1 import translation_pb2 as pagewalk_dot_v1_dot_translation__pb2
 
 GRPC_GENERATED_VERSION = '1.76.0'
@@ -49,6 +50,11 @@ class TranslationServiceStub(object):
                 '/pagewalk.v1.TranslationService/StreamTranslate',
                 request_serializer=pagewalk_dot_v1_dot_translation__pb2.StreamTranslateRequest.SerializeToString,
                 response_deserializer=pagewalk_dot_v1_dot_translation__pb2.StreamTranslateResponse.FromString,
+                _registered_method=True)
+        self.TranslateRange = channel.unary_stream(
+                '/pagewalk.v1.TranslationService/TranslateRange',
+                request_serializer=pagewalk_dot_v1_dot_mapping__pb2.TranslateRangeRequest.SerializeToString,
+                response_deserializer=pagewalk_dot_v1_dot_mapping__pb2.TranslateRangeResponse.FromString,
                 _registered_method=True)
         self.TranslateNestedGpa = channel.unary_unary(
                 '/pagewalk.v1.TranslationService/TranslateNestedGpa',
@@ -105,6 +111,20 @@ class TranslationServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TranslateRange(self, request, context):
+        """Translates a range of guest virtual addresses for one access: every canonical address of it comes in an extent, mapped or
+        refused. Extents are as long as the outcome stays the same. Nothing in the guest changes.
+
+        The stream ends with a message that has `last` set, and says if the answer was truncated by the budget.
+
+        Role: `read`.
+        Errors: as `Translate`; also those of `ListMappings` for a range or budget that is none, and DEADLINE_EXCEEDED when the
+        call's deadline passes before the last message.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def TranslateNestedGpa(self, request, context):
         """Translates one guest physical address of an L2 (nGPA) to one of its L1, for an access that the caller intends: what a
         hypervisor does with an address that its guest's guest hands to it, as in a hypercall's input page. `ngpa_walk` alone
@@ -155,6 +175,11 @@ def add_TranslationServiceServicer_to_server(servicer, server):
                     servicer.StreamTranslate,
                     request_deserializer=pagewalk_dot_v1_dot_translation__pb2.StreamTranslateRequest.FromString,
                     response_serializer=pagewalk_dot_v1_dot_translation__pb2.StreamTranslateResponse.SerializeToString,
+            ),
+            'TranslateRange': grpc.unary_stream_rpc_method_handler(
+                    servicer.TranslateRange,
+                    request_deserializer=pagewalk_dot_v1_dot_mapping__pb2.TranslateRangeRequest.FromString,
+                    response_serializer=pagewalk_dot_v1_dot_mapping__pb2.TranslateRangeResponse.SerializeToString,
             ),
             'TranslateNestedGpa': grpc.unary_unary_rpc_method_handler(
                     servicer.TranslateNestedGpa,
@@ -249,6 +274,33 @@ class TranslationService(object):
             '/pagewalk.v1.TranslationService/StreamTranslate',
             pagewalk_dot_v1_dot_translation__pb2.StreamTranslateRequest.SerializeToString,
             pagewalk_dot_v1_dot_translation__pb2.StreamTranslateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TranslateRange(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/pagewalk.v1.TranslationService/TranslateRange',
+            pagewalk_dot_v1_dot_mapping__pb2.TranslateRangeRequest.SerializeToString,
+            pagewalk_dot_v1_dot_mapping__pb2.TranslateRangeResponse.FromString,
             options,
             channel_credentials,
             insecure,

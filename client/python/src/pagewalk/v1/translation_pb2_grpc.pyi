@@ -7,6 +7,7 @@ import abc
 import collections.abc
 import grpc
 import grpc.aio
+import pagewalk.v1.mapping_pb2
 import pagewalk.v1.translation_pb2
 import sys
 import typing
@@ -73,6 +74,22 @@ _TranslationServiceStreamTranslateType = typing_extensions.TypeVar(
     ],
 )
 
+_TranslationServiceTranslateRangeType = typing_extensions.TypeVar(
+    '_TranslationServiceTranslateRangeType',
+    grpc.UnaryStreamMultiCallable[
+        pagewalk.v1.mapping_pb2.TranslateRangeRequest,
+        pagewalk.v1.mapping_pb2.TranslateRangeResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        pagewalk.v1.mapping_pb2.TranslateRangeRequest,
+        pagewalk.v1.mapping_pb2.TranslateRangeResponse,
+    ],
+    default=grpc.UnaryStreamMultiCallable[
+        pagewalk.v1.mapping_pb2.TranslateRangeRequest,
+        pagewalk.v1.mapping_pb2.TranslateRangeResponse,
+    ],
+)
+
 _TranslationServiceTranslateNestedGpaType = typing_extensions.TypeVar(
     '_TranslationServiceTranslateNestedGpaType',
     grpc.UnaryUnaryMultiCallable[
@@ -105,7 +122,7 @@ _TranslationServiceExplainFaultType = typing_extensions.TypeVar(
     ],
 )
 
-class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _TranslationServiceBatchTranslateType, _TranslationServiceStreamTranslateType, _TranslationServiceTranslateNestedGpaType, _TranslationServiceExplainFaultType]):
+class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _TranslationServiceBatchTranslateType, _TranslationServiceStreamTranslateType, _TranslationServiceTranslateRangeType, _TranslationServiceTranslateNestedGpaType, _TranslationServiceExplainFaultType]):
     """Answers what guest virtual addresses mean, and why they mean nothing."""
 
     @typing.overload
@@ -121,6 +138,10 @@ class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _T
         grpc.StreamStreamMultiCallable[
             pagewalk.v1.translation_pb2.StreamTranslateRequest,
             pagewalk.v1.translation_pb2.StreamTranslateResponse,
+        ],
+        grpc.UnaryStreamMultiCallable[
+            pagewalk.v1.mapping_pb2.TranslateRangeRequest,
+            pagewalk.v1.mapping_pb2.TranslateRangeResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             pagewalk.v1.translation_pb2.TranslateNestedGpaRequest,
@@ -145,6 +166,10 @@ class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _T
         grpc.aio.StreamStreamMultiCallable[
             pagewalk.v1.translation_pb2.StreamTranslateRequest,
             pagewalk.v1.translation_pb2.StreamTranslateResponse,
+        ],
+        grpc.aio.UnaryStreamMultiCallable[
+            pagewalk.v1.mapping_pb2.TranslateRangeRequest,
+            pagewalk.v1.mapping_pb2.TranslateRangeResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
             pagewalk.v1.translation_pb2.TranslateNestedGpaRequest,
@@ -186,6 +211,17 @@ class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _T
     daemon shuts down.
     """
 
+    TranslateRange: _TranslationServiceTranslateRangeType
+    """Translates a range of guest virtual addresses for one access: every canonical address of it comes in an extent, mapped or
+    refused. Extents are as long as the outcome stays the same. Nothing in the guest changes.
+
+    The stream ends with a message that has `last` set, and says if the answer was truncated by the budget.
+
+    Role: `read`.
+    Errors: as `Translate`; also those of `ListMappings` for a range or budget that is none, and DEADLINE_EXCEEDED when the
+    call's deadline passes before the last message.
+    """
+
     TranslateNestedGpa: _TranslationServiceTranslateNestedGpaType
     """Translates one guest physical address of an L2 (nGPA) to one of its L1, for an access that the caller intends: what a
     hypervisor does with an address that its guest's guest hands to it, as in a hypercall's input page. `ngpa_walk` alone
@@ -225,6 +261,10 @@ TranslationServiceAsyncStub: typing_extensions.TypeAlias = TranslationServiceStu
     grpc.aio.StreamStreamMultiCallable[
         pagewalk.v1.translation_pb2.StreamTranslateRequest,
         pagewalk.v1.translation_pb2.StreamTranslateResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        pagewalk.v1.mapping_pb2.TranslateRangeRequest,
+        pagewalk.v1.mapping_pb2.TranslateRangeResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         pagewalk.v1.translation_pb2.TranslateNestedGpaRequest,
@@ -282,6 +322,22 @@ class TranslationServiceServicer(metaclass=abc.ABCMeta):
         Role: `read`.
         Errors: as `BatchTranslate`; they end the stream, after the answers to all requests before. UNAVAILABLE when the
         daemon shuts down.
+        """
+
+    @abc.abstractmethod
+    def TranslateRange(
+        self,
+        request: pagewalk.v1.mapping_pb2.TranslateRangeRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[pagewalk.v1.mapping_pb2.TranslateRangeResponse], collections.abc.AsyncIterator[pagewalk.v1.mapping_pb2.TranslateRangeResponse]]:
+        """Translates a range of guest virtual addresses for one access: every canonical address of it comes in an extent, mapped or
+        refused. Extents are as long as the outcome stays the same. Nothing in the guest changes.
+
+        The stream ends with a message that has `last` set, and says if the answer was truncated by the budget.
+
+        Role: `read`.
+        Errors: as `Translate`; also those of `ListMappings` for a range or budget that is none, and DEADLINE_EXCEEDED when the
+        call's deadline passes before the last message.
         """
 
     @abc.abstractmethod

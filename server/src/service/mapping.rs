@@ -1,0 +1,54 @@
+//! `MappingService`.
+
+use pagewalk::map::{Filter, Report};
+use pagewalk_proto::v1;
+use pagewalk_proto::v1::mapping_service_server::MappingService;
+use tonic::{Request, Response, Status};
+
+use super::Daemon;
+use super::parts::{Parts, Sending, until};
+use super::resolve::deadline;
+use super::translation::walker;
+use crate::convert;
+
+#[tonic::async_trait]
+impl MappingService for Daemon {
+    type ListMappingsStream = Parts<v1::ListMappingsResponse>;
+
+    async fn list_mappings(
+        &self,
+        request: Request<v1::ListMappingsRequest>,
+    ) -> Result<Response<Self::ListMappingsStream>, Status> {
+        let (deadline, until) = (deadline(&request), until(&request));
+        let request = request.into_inner();
+        let target = self.target(request.vcpu)?;
+        let filter = convert::mapping::filter(request.filter)?;
+        let budget = convert::mapping::budget(request.budget)?;
+        let snapshot = target.snapshot(request.freshness, deadline).await?;
+        let walker = walker(request.r#override.as_ref(), &snapshot)?;
+        let report = if request.problems { Report::Problems } else { Report::Pages };
+        let map = convert::mapping::over(walker, request.range)?;
+        let map = map.filtered(filter).reporting(report).within(budget);
+        let sending = Sending { daemon: self.clone(), target, snapshot, map, until };
+        Ok(Response::new(sending.stream()))
+    }
+
+    type FindMappingsStream = Parts<v1::FindMappingsResponse>;
+
+    async fn find_mappings(
+        &self,
+        request: Request<v1::FindMappingsRequest>,
+    ) -> Result<Response<Self::FindMappingsStream>, Status> {
+        let (deadline, until) = (deadline(&request), until(&request));
+        let request = request.into_inner();
+        let target = self.target(request.vcpu)?;
+        let gpas = convert::mapping::gpas(request.gpa, request.bytes)?;
+        let filter = Filter { gpas, ..convert::mapping::filter(request.filter)? };
+        let budget = convert::mapping::budget(request.budget)?;
+        let snapshot = target.snapshot(request.freshness, deadline).await?;
+        let walker = walker(request.r#override.as_ref(), &snapshot)?;
+        let map = convert::mapping::over(walker, request.range)?.filtered(filter).within(budget);
+        let sending = Sending { daemon: self.clone(), target, snapshot, map, until };
+        Ok(Response::new(sending.stream()))
+    }
+}

@@ -1,0 +1,30 @@
+//! `TranslateRange`: what each address of a range means for one access.
+
+use pagewalk::map::{Map, Report};
+use pagewalk_proto::v1;
+
+use super::resolve::Target;
+use super::translation::walker;
+use crate::convert;
+use crate::status::Error;
+use crate::vcpu::Snapshot;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// The map that answers a request, and the state that it was made from.
+pub(super) async fn map(
+    target: &Target,
+    request: v1::TranslateRangeRequest,
+    deadline: Instant,
+) -> Result<(Map, Arc<Snapshot>), Error> {
+    let budget = convert::mapping::budget(request.budget)?;
+    let Some(range) = request.range else {
+        return Err(Error::invalid("range", "required: a start and an end"));
+    };
+    let snapshot = target.snapshot(request.freshness, deadline).await?;
+    let access = convert::access::access(request.access, &snapshot.registers)?;
+    let walker = walker(request.r#override.as_ref(), &snapshot)?;
+    convert::access::check(&access, &walker)?;
+    let map = convert::mapping::over(walker, Some(range))?;
+    Ok((map.for_access(&access).reporting(Report::Everything).within(budget), snapshot))
+}

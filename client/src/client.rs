@@ -7,7 +7,7 @@ use pagewalk_proto::v1::{
     translation_service_client::TranslationServiceClient, vcpu_service_client::VcpuServiceClient,
     walker_service_client::WalkerServiceClient,
 };
-use tonic::{IntoStreamingRequest, Request, Response, Status, transport::Channel};
+use tonic::{IntoStreamingRequest, Request, Response, Status, Streaming, transport::Channel};
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
@@ -163,6 +163,13 @@ impl Client {
         translate_range: TranslationServiceClient, TranslateRangeRequest -> TranslateRangeResponse;
     }
 
+    /// Streams the parts of an image. Each has as long to come as a call.
+    pub(crate) async fn image_parts(&self, request: v1::SaveImageRequest) -> Result<ImageParts, Error> {
+        let mut service = MachineServiceClient::new(self.channel.clone());
+        let stream = self.bounded(service.save_image(request)).await?;
+        Ok(ImageParts { stream, client: self.clone() })
+    }
+
     /// Whether the daemon says that it serves, by the standard health protocol.
     ///
     /// # Errors
@@ -172,6 +179,14 @@ impl Client {
         let answer =
             self.bounded(service.check(self.request(HealthCheckRequest { service: String::new() }))).await?;
         Ok(answer.status() == ServingStatus::Serving)
+    }
+
+    async fn next_of<T>(&self, stream: &mut Streaming<T>) -> Result<Option<T>, Error> {
+        match tokio::time::timeout(self.deadline, stream.message()).await {
+            Ok(Ok(part)) => Ok(part),
+            Ok(Err(status)) => Err(Error::from_status(&self.endpoint, Some(self.deadline), &status)),
+            Err(_) => Err(Error::Deadline { endpoint: self.endpoint.to_string(), after: self.deadline }),
+        }
     }
 
     fn request<T>(&self, message: T) -> Request<T> {
@@ -186,5 +201,18 @@ impl Client {
             Ok(Err(status)) => Err(Error::from_status(&self.endpoint, Some(self.deadline), &status)),
             Err(_) => Err(Error::Deadline { endpoint: self.endpoint.to_string(), after: self.deadline }),
         }
+    }
+}
+
+/// The parts of an image, as they come.
+pub(crate) struct ImageParts {
+    stream: Streaming<v1::SaveImageResponse>,
+    client: Client,
+}
+
+impl ImageParts {
+    /// Waits for the next part; `None` when the daemon ended the stream.
+    pub(crate) async fn next(&mut self) -> Result<Option<v1::SaveImageResponse>, Error> {
+        self.client.next_of(&mut self.stream).await
     }
 }

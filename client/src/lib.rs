@@ -27,6 +27,7 @@ mod client;
 mod connection;
 mod endpoint;
 mod error;
+mod image;
 mod tls;
 
 pub use answers::Answers;
@@ -34,6 +35,7 @@ pub use client::{Client, DEFAULT_DEADLINE};
 pub use connection::{ConnectionError, Problem};
 pub use endpoint::{DEFAULT_ADDRESS, Endpoint, EndpointError};
 pub use error::{Error, Refusal};
+pub use image::{SaveError, SavedImage};
 pub use pagewalk_proto::{Column, v1};
 pub use tls::{Identity, Tls};
 pub use tonic::Code;

@@ -51,6 +51,14 @@ pub(crate) enum Error {
     Attach(#[from] AttachError),
     #[error(transparent)]
     Detach(#[from] DetachError),
+    /// Somebody resumed the guest while its image was saved.
+    #[error(
+        "machine `{machine}` was resumed while its image was saved, which is thus of no one moment: save it again"
+    )]
+    RanOn { machine: String },
+    /// The client does not read its stream.
+    #[error("nothing was read of the stream for {0:?}: save to a faster disk, or over a faster connection")]
+    Stalled(std::time::Duration),
     /// A defect of the daemon's.
     #[error("the daemon failed: {0}; its log says more")]
     Failed(String),
@@ -90,8 +98,8 @@ impl Error {
     /// Code and reason: the table.
     fn code(&self) -> (Code, &'static str) {
         use Code::{
-            AlreadyExists, DeadlineExceeded, FailedPrecondition, Internal, InvalidArgument, NotFound,
-            ResourceExhausted, Unavailable, Unimplemented,
+            Aborted, AlreadyExists, DeadlineExceeded, FailedPrecondition, Internal, InvalidArgument,
+            NotFound, ResourceExhausted, Unavailable, Unimplemented,
         };
         match self {
             Self::Invalid { .. } => (InvalidArgument, "INVALID_FIELD"),
@@ -122,6 +130,8 @@ impl Error {
             }
             Self::Vcpu(VcpuError::NotTaken { .. }) => (FailedPrecondition, "REGISTER_NOT_TAKEN"),
             Self::Vcpu(VcpuError::Hypervisor(_)) => (Internal, "HYPERVISOR"),
+            Self::RanOn { .. } => (Aborted, "MACHINE_RAN_ON"),
+            Self::Stalled(_) => (DeadlineExceeded, "STREAM_STALLED"),
             Self::Failed(_) => (Internal, "DAEMON_FAILED"),
             Self::Deadline => (DeadlineExceeded, "DEADLINE"),
             Self::Busy => (ResourceExhausted, "BUSY"),

@@ -373,3 +373,26 @@ def test_mutual_tls(certificates: Path, tmp_path: Path) -> None:
             client.machine()
     finally:
         daemon.stop()
+
+
+def test_an_image_answers_as_its_machine_does(
+    client: pagewalk.Client, paused: pagewalk.Machine, tmp_path: Path
+) -> None:
+    saved = client.save_image(tmp_path / "demo.toml", machine=paused.id)
+    assert saved.memory == tmp_path / "demo.mem"
+    assert saved.memory.stat().st_size == saved.memory_bytes == paused.memory_bytes
+    assert 0 < saved.contents_bytes < saved.memory_bytes
+    copy = client.attach(f"copy=image:{saved.description}")
+    try:
+        assert copy.landmarks == paused.landmarks
+        assert copy.regions == paused.regions
+        for mark in paused.landmarks:
+            own, saved_one = (client.translate(mark.address, machine=name) for name in (paused.id, copy.id))
+            assert (own.ok, str(own)) == (saved_one.ok, str(saved_one)), mark
+        with pytest.raises(pagewalk.FailedPreconditionError):
+            client.set_registers(pagewalk.Registers(cr3=0x1000), machine=copy.id)
+    finally:
+        client.detach(copy.id)
+    with pytest.raises(FileExistsError):
+        client.save_image(saved.description, machine=paused.id)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.mem", "demo.toml"]

@@ -76,6 +76,15 @@ class Scripted(TranslationServiceServicer, WalkerServiceServicer, MachineService
     def GetMachine(self, request: Any, context: Any) -> Any:  # noqa: N802
         return self._reply(request, context)
 
+    def AttachMachine(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return self._reply(request, context)
+
+    def DetachMachine(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return self._reply(request, context)
+
+    def SaveImage(self, request: Any, context: Any) -> Any:  # noqa: N802
+        yield from self._reply(request, context)
+
 
 def serve(scripted: Scripted) -> grpc.Server:
     server = grpc.server(ThreadPoolExecutor(max_workers=4))

@@ -106,6 +106,12 @@ pub(super) const ATTACH: &str = concat!(
 
 pub(super) const DETACH: &str = concat!(examples!("pagewalk detach other --end-guest"), exit_codes!());
 
+pub(super) const SAVE: &str = concat!(
+    examples!("pagewalk save demo.toml"),
+    "\n\nA guest that runs is paused meanwhile. Nothing is written over. `pagewalkd serve --machine image:FILE.toml` opens it.",
+    exit_codes!()
+);
+
 pub(super) const EXPLAIN_FAULT: &str = concat!(
     examples!(
         "pagewalk explain-fault --error-code 0x7 --cr2 0x402000",

@@ -20,6 +20,7 @@ mod output;
 mod regs;
 mod render;
 mod run_control;
+mod save;
 mod translate;
 mod usage;
 mod vcpu;
@@ -95,6 +96,9 @@ enum Verb {
     /// Have the daemon let go of a machine; an attached guest goes on as it is
     #[command(after_help = examples::DETACH)]
     Detach(attach::DetachArgs),
+    /// Save a machine as an image: its memory and registers, in two files
+    #[command(after_help = examples::SAVE)]
+    Save(save::Args),
     /// Explain a page fault that somebody saw
     #[command(after_help = examples::EXPLAIN_FAULT)]
     ExplainFault(explain_fault::Args),
@@ -152,6 +156,7 @@ async fn dispatch(cli: Cli, output: Output) -> Result<ExitCode, Failure> {
         Verb::Machines => machines::run(&context).await,
         Verb::Attach(args) => attach::attach(&context, args).await,
         Verb::Detach(args) => attach::detach(&context, args).await,
+        Verb::Save(args) => save::run(&context, &args).await,
         Verb::ExplainFault(args) => explain_fault::run(&context, &args).await,
         Verb::Doctor => doctor::run(&context).await,
     }

@@ -499,6 +499,30 @@ impl machine::MachineService for Scripted {
         }))
     }
 
+    type SaveImageStream = tokio_stream::Iter<std::vec::IntoIter<Result<v1::SaveImageResponse, Status>>>;
+
+    /// An image of two pages, the second of which is set. Of machine `torn` it has no end; of `wide`, a piece too many.
+    async fn save_image(
+        &self,
+        request: Request<v1::SaveImageRequest>,
+    ) -> Result<Response<Self::SaveImageStream>, Status> {
+        use v1::save_image_response::Part;
+        let request = request.into_inner();
+        let start = v1::ImageStart {
+            description: format!("# {}\n", request.memory_file),
+            memory_file_bytes: 0x2000,
+            provenance: None,
+        };
+        let piece = |offset| Part::Piece(v1::ImagePiece { offset, contents: vec![7; 0x1000] });
+        let parts = match request.machine.as_str() {
+            "torn" => vec![Part::Start(start), piece(0x1000)],
+            "wide" => vec![Part::Start(start), piece(0x2000)],
+            _ => vec![Part::Start(start), piece(0x1000), Part::End(v1::ImageEnd { contents_bytes: 0x1000 })],
+        };
+        let part = |part| Ok(v1::SaveImageResponse { part: Some(part) });
+        Ok(Response::new(tokio_stream::iter(parts.into_iter().map(part).collect::<Vec<_>>())))
+    }
+
     async fn detach_machine(
         &self,
         _: Request<v1::DetachMachineRequest>,

@@ -5,8 +5,10 @@
 
 mod boot;
 pub mod demo;
+pub mod dump;
 mod elf;
 mod health;
+pub mod image;
 mod kvm;
 mod mapping;
 mod memory;
@@ -14,6 +16,10 @@ mod registry;
 mod sigbus;
 mod spec;
 
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
 use std::sync::Arc;
 
 use pagewalk::CpuProfile;
@@ -58,6 +64,32 @@ pub struct Capabilities {
     pub real_nested: bool,
     /// Why it can or cannot.
     pub nested_reason: String,
+}
+
+impl Capabilities {
+    /// What can be done with a guest that was recorded: nothing but looking at it, for that `reason`.
+    fn of_a_record(reason: &str) -> Self {
+        Self {
+            live: false,
+            can_pause: false,
+            can_step: false,
+            can_set_registers: false,
+            can_write_memory: false,
+            ends_when_detached: false,
+            real_nested: false,
+            nested_reason: reason.to_owned(),
+        }
+    }
+}
+
+/// Opens a file to be read that is neither a folder, nor a device, nor a pipe.
+fn regular_file(path: &Path) -> io::Result<File> {
+    // Opening a pipe would wait for its other end.
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("is not a regular file"));
+    }
+    Ok(file)
 }
 
 /// Where a machine comes from.
@@ -154,6 +186,12 @@ pub enum OpenError {
     /// The ELF file cannot be loaded.
     #[error(transparent)]
     Elf(#[from] ElfError),
+    /// The dump cannot be read.
+    #[error(transparent)]
+    Dump(#[from] dump::DumpError),
+    /// The image cannot be read.
+    #[error(transparent)]
+    Image(#[from] image::ImageError),
     /// A vCPU cannot be started.
     #[error(transparent)]
     Spawn(#[from] SpawnError),

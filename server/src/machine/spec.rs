@@ -1,12 +1,13 @@
 //! The words after `--machine`: which machine to make, and under which id.
 //!
-//! `demo`, `demo:plain`, `kvm:elf=FILE,mem=64M,cpus=1`, each optionally as `ID=SPEC`. FILE cannot contain a comma.
+//! `demo`, `demo:plain`, `kvm:elf=FILE,mem=64M,cpus=1`, `dump:FILE`, `image:FILE.toml`, each optionally as `ID=SPEC`. The FILE of
+//! `elf=` cannot contain a comma.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
-use super::{Machine, OpenError, demo, kvm};
+use super::{Machine, OpenError, demo, dump, image, kvm};
 
 const MEMORY_MIN: u64 = 1 << 20;
 const MEMORY_DEFAULT: u64 = 64 << 20;
@@ -38,6 +39,10 @@ pub enum SourceSpec {
         /// Number of vCPUs.
         cpus: u32,
     },
+    /// A guest as QEMU's `dump-guest-memory` left it.
+    Dump(PathBuf),
+    /// Memory files, and the TOML file that describes them.
+    Image(PathBuf),
 }
 
 /// What is wrong with a machine's specification.
@@ -45,7 +50,7 @@ pub enum SourceSpec {
 pub enum SpecError {
     /// No such source.
     #[error(
-        "there is no source `{0}`: use demo, demo:plain, or kvm:elf=FILE,mem=64M,cpus=1, optionally as ID=SPEC"
+        "there is no source `{0}`: use demo, demo:plain, kvm:elf=FILE,mem=64M,cpus=1, dump:FILE or image:FILE.toml, optionally as ID=SPEC"
     )]
     Source(String),
     /// An id that is empty, too long or has odd characters.
@@ -69,6 +74,9 @@ pub enum SpecError {
     /// A missing option.
     #[error("source kvm needs elf=FILE: a freestanding ELF64 executable")]
     NoElf,
+    /// A missing file.
+    #[error("source {0} needs a file: {0}:FILE")]
+    NoFile(&'static str),
     /// A value that is no number, or out of range.
     #[error("{key}={value} is not accepted: {expected}")]
     Value {
@@ -101,6 +109,8 @@ impl FromStr for MachineSpec {
                 return Err(SpecError::Key { source_kind: "demo", key: key.to_owned(), known: "plain" });
             }
             ("kvm", options) => parse_kvm(options.unwrap_or_default())?,
+            ("dump", file) => SourceSpec::Dump(parse_file("dump", file)?),
+            ("image", file) => SourceSpec::Image(parse_file("image", file)?),
             _ => return Err(SpecError::Source(spec.to_owned())),
         };
         let id = id.unwrap_or(kind);
@@ -139,6 +149,10 @@ fn parse_kvm(options: &str) -> Result<SourceSpec, SpecError> {
     })
 }
 
+fn parse_file(kind: &'static str, file: Option<&str>) -> Result<PathBuf, SpecError> {
+    file.filter(|file| !file.is_empty()).map(PathBuf::from).ok_or(SpecError::NoFile(kind))
+}
+
 fn parse_memory(value: &str) -> Result<u64, SpecError> {
     let (digits, shift) = match value.as_bytes().last() {
         Some(b'K') => (value.trim_end_matches('K'), 10),
@@ -174,11 +188,17 @@ fn decimal(text: &str) -> Option<u64> {
     if text.bytes().all(|b| b.is_ascii_digit()) { text.parse().ok() } else { None }
 }
 
+/// The one name of a file, whichever way it is named; as it stands, where there is no such file.
+fn real_name(file: &Path) -> String {
+    std::fs::canonicalize(file).as_deref().unwrap_or(file).display().to_string()
+}
+
 impl MachineSpec {
     /// What the specification names that belongs to one guest, so that no two machines may name it.
     pub(super) fn names(&self) -> Option<String> {
         match &self.source {
             SourceSpec::Demo { .. } | SourceSpec::Kvm { .. } => None,
+            SourceSpec::Dump(file) | SourceSpec::Image(file) => Some(real_name(file)),
         }
     }
 
@@ -191,6 +211,8 @@ impl MachineSpec {
         let source = match &self.source {
             SourceSpec::Demo { plain } => demo::open(&self.id, *plain)?,
             SourceSpec::Kvm { elf, memory, cpus } => kvm::open_elf(&self.id, elf, *memory, *cpus)?,
+            SourceSpec::Dump(file) => dump::open(&self.id, file)?,
+            SourceSpec::Image(file) => image::open(&self.id, file)?,
         };
         tracing::info!(machine = %self.id, "{}", source.description);
         Ok(Machine::new(&self.id, Arc::new(source)))
@@ -218,6 +240,8 @@ mod tests {
             ("a.b-c_1=demo", "a.b-c_1", SourceSpec::Demo { plain: false }),
             ("kvm:elf=k.elf", "kvm", kvm("k.elf", 64 << 20, 1)),
             ("kvm:cpus=16,mem=16G,elf=/a=b:c", "kvm", kvm("/a=b:c", 16 << 30, 16)),
+            ("dump:/a=b,c:d", "dump", SourceSpec::Dump("/a=b,c:d".into())),
+            ("bug-7=image:i.toml", "bug-7", SourceSpec::Image("i.toml".into())),
             ("x=kvm:elf=f,mem=1024K", "x", kvm("f", 1 << 20, 1)),
             ("x=kvm:elf=f,mem=1052672", "x", kvm("f", (1 << 20) + 4096, 1)),
         ] {
@@ -233,6 +257,7 @@ mod tests {
         let key: Check = |e| matches!(e, SpecError::Key { .. });
         let value: Check = |e| matches!(e, SpecError::Value { .. });
         let no_elf: Check = |e| matches!(e, SpecError::NoElf);
+        let no_file: Check = |e| matches!(e, SpecError::NoFile(_));
         let twice: Check = |e| matches!(e, SpecError::Twice(_));
         for (text, check) in [
             ("", source),
@@ -251,6 +276,9 @@ mod tests {
             ("kvm:", no_elf),
             ("kvm:mem=64M", no_elf),
             ("kvm:elf=", no_elf),
+            ("dump", no_file),
+            ("dump:", no_file),
+            ("x=image:", no_file),
             ("kvm:elf=f,mem=", value),
             ("kvm:elf=f,mem=M", value),
             ("kvm:elf=f,mem=64MM", value),

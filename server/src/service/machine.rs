@@ -6,10 +6,12 @@ use std::time::Duration;
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::machine_service_server::MachineService;
 use tokio::time::timeout_at;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::Daemon;
-use super::resolve::deadline;
+use super::resolve::{deadline, still_there};
+use super::save_image;
 use crate::convert;
 use crate::machine::{Machine, MachineSpec};
 use crate::status::Error;
@@ -80,6 +82,20 @@ impl MachineService for Daemon {
         let provenance = Some(self.machine_provenance(&machine));
         tokio::spawn(let_go(machine));
         Ok(Response::new(v1::DetachMachineResponse { provenance }))
+    }
+
+    type SaveImageStream = ReceiverStream<Result<v1::SaveImageResponse, Status>>;
+
+    async fn save_image(
+        &self,
+        request: Request<v1::SaveImageRequest>,
+    ) -> Result<Response<Self::SaveImageStream>, Status> {
+        let deadline = deadline(&request);
+        let request = request.into_inner();
+        let machine = self.machines.get(&request.machine).map_err(Error::from)?;
+        still_there(&machine)?;
+        let memory_file = save_image::memory_file(request.memory_file)?;
+        Ok(Response::new(save_image::start(self.clone(), machine, memory_file, deadline)))
     }
 }
 

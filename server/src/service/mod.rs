@@ -8,6 +8,7 @@ mod nested_gpa;
 mod parts;
 mod range;
 mod resolve;
+mod save_image;
 mod stream;
 mod translation;
 mod turns;

@@ -304,6 +304,7 @@ impl<K: Send + Sync + 'static> Backend for KvmBackend<K> {
             pkru: self.pkru(),
             pkrs: self.pkrs(),
             // SS.DPL is the CPL; the RPL of CS may differ from it in real mode.
+            pdptes: None,
             cpl: sregs.ss.dpl,
             selectors: Selectors {
                 cs: sregs.cs.selector,

@@ -3,7 +3,7 @@
 //! Intel SDM volume 1, "Basic Program Execution Registers", and volume 3, "Control Registers". Floating-point and vector
 //! state, debug registers and MSRs other than EFER, PAT and PKRS are left out: no walk depends on them.
 
-use pagewalk::ControlRegisters;
+use pagewalk::{ControlRegisters, CpuProfile, PageWalk, PagingMode, StateError, Walker};
 
 macro_rules! registers {
     ($($field:ident $name:literal $doc:literal),* $(,)?) => {
@@ -15,6 +15,8 @@ macro_rules! registers {
             pub pkru: Option<u32>,
             /// IA32_PKRS (MSR 0x6e1); `None` where the vCPU has none, or it cannot be read.
             pub pkrs: Option<u32>,
+            /// PDPTE registers of PAE paging; `None` where they cannot be read.
+            pub pdptes: Option<[u64; 4]>,
             /// Current privilege level, 0 to 3.
             pub cpl: u8,
             /// Selectors of CS, SS, DS, ES, FS and GS.
@@ -116,6 +118,37 @@ impl Registers {
     #[must_use]
     pub fn control(&self) -> ControlRegisters {
         ControlRegisters { cr0: self.cr0, cr3: self.cr3, cr4: self.cr4, efer: self.efer, pat: self.pat }
+    }
+
+    /// The walk that these registers select, from the PDPTE registers where PAE paging has them.
+    ///
+    /// # Errors
+    /// Names the register that holds a value no CPU accepts.
+    pub fn gva_walk(&self, cpu: &CpuProfile) -> Result<PageWalk, StateError> {
+        let walk = PageWalk::new(&self.control(), cpu)?;
+        match self.pdptes {
+            Some(pdptes) if walk.format().mode() == PagingMode::Pae => {
+                PageWalk::with_pdptes(&self.control(), pdptes, cpu)
+            }
+            _ => Ok(walk),
+        }
+    }
+
+    /// `walker` with the PDPTE registers in it, if its first dimension is the vCPU's own, not that of an L2 laid over it.
+    pub(super) fn with_pdptes(
+        &self,
+        walker: Result<Walker, StateError>,
+        cpu: &CpuProfile,
+    ) -> Result<Walker, StateError> {
+        let Ok(from_memory) = &walker else { return walker };
+        if self.pdptes.is_none() || PageWalk::new(&self.control(), cpu)? != *from_memory.gva_walk() {
+            return walker;
+        }
+        let gva_walk = self.gva_walk(cpu)?;
+        Ok(match from_memory.ngpa_walk() {
+            Some(ngpa_walk) => Walker::nested(gva_walk, ngpa_walk.clone()),
+            None => Walker::new(gva_walk),
+        })
     }
 }
 

@@ -55,7 +55,7 @@ pub(super) fn first_snapshot<B: Backend>(backend: &mut B, cpu: CpuProfile) -> Re
         (None, Some(elsewhere)) => elsewhere,
         (None, None) => (RunState::Running, String::new()),
     };
-    let walker = NestedMode::Off.walker(registers.control(), &cpu);
+    let walker = registers.with_pdptes(NestedMode::Off.walker(registers.control(), &cpu), &cpu);
     Ok(Snapshot {
         generation: 1,
         ticket: 0,
@@ -302,6 +302,7 @@ impl<B: Backend> Driver<'_, B> {
             Ok(Err(problem)) | Err(problem) => self.without_registers(&problem, &previous),
         };
         let walker = self.nested.walker(registers.control(), &self.cpu);
+        let walker = registers.with_pdptes(walker, &self.cpu);
         let assumed = with_limits(assumed, &registers, &walker);
         let changed = walker != previous.walker || self.nested != previous.nested;
         let generation = previous.generation + u64::from(changed);
@@ -356,14 +357,17 @@ fn accept<B: Backend>(backend: &mut B, changes: &RegisterChanges, cpu: &CpuProfi
     backend.set_registers(changes)
 }
 
-/// Adds what the walkers take for granted: no backend reads PDPTE registers, so that PDPTEs come from memory, as if CR3 were
-/// loaded now; what the walker does not model is as if it were off; and keys that cannot be read are open.
+/// Adds what the walkers take for granted: where a backend does not read the PDPTE registers, PDPTEs come from memory, as if
+/// CR3 were loaded now; what the walker does not model is as if it were off; and keys that cannot be read are open.
 fn with_limits(
     mut assumed: Vec<String>,
     registers: &Registers,
     walker: &Result<Walker, StateError>,
 ) -> Vec<String> {
-    let pae = walker.as_ref().is_ok_and(|walker| walker.gva_walk().format().mode() == PagingMode::Pae);
+    let pae = walker.as_ref().is_ok_and(|walker| {
+        let gva_walk = walker.gva_walk();
+        gva_walk.format().mode() == PagingMode::Pae && gva_walk.pdptes().is_none()
+    });
     let unmodelled = UNMODELLED.iter().filter(|(bit, _)| registers.cr4 & bit != 0);
     // Which keys the walk asks for: of user pages in the upper half of the mask's first eight fields, of supervisor pages in
     // the lower one.

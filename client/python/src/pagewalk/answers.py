@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 AccessKind = Literal["read", "write", "fetch", "shadow_stack_read", "shadow_stack_write"]
 Privilege = Literal["exempt", "as_cpl", "user", "supervisor", "implicit_supervisor"]
@@ -533,6 +534,17 @@ class Machine:
     state: MachineState
     #: Why it is lost; empty while it is there.
     state_reason: str
+
+
+@dataclass(frozen=True)
+class SavedImage:
+    """A machine that was saved as two files."""
+
+    description: Path
+    memory: Path
+    memory_bytes: int
+    #: How many of them were sent; the rest are holes.
+    contents_bytes: int
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Union
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
-from pagewalk import columns, convert, errors
+from pagewalk import columns, convert, errors, images
 from pagewalk.answers import (
     AccessKind,
     AdPolicy,
@@ -27,6 +27,7 @@ from pagewalk.answers import (
     Npt,
     Privilege,
     Registers,
+    SavedImage,
     Stepped,
     Translation,
     Vcpu,
@@ -511,9 +512,25 @@ class Client:
 
         An attached guest goes on as it is. One that runs in the daemon ends, to which `end_guest` has to agree.
         """
-        self._call(
-            self._machine.DetachMachine, machine_pb2.DetachMachineRequest(machine=machine, end_guest=end_guest)
-        )
+        self._call(self._machine.DetachMachine, machine_pb2.DetachMachineRequest(machine=machine, end_guest=end_guest))
+
+    def save_image(self, file: _PathLike, *, timeout: float | None = None, machine: str = "") -> SavedImage:
+        """Save a machine as the description `file` and, next to it, its memory. Needs the role `control`.
+
+        The memory's name has `.mem` instead of the description's extension. A guest that runs is paused meanwhile.
+        Nothing is written over, and nothing stays behind unless the image is whole. `timeout` bounds all of it, in
+        seconds, by default not at all.
+        """
+        description = Path(file)
+        memory = images.memory_of(description)
+        request = machine_pb2.SaveImageRequest(machine=machine, memory_file=memory.name)
+        stream = self._machine.SaveImage(request, timeout=timeout)
+        try:
+            return images.save(stream, description, memory)
+        except grpc.RpcError as failure:
+            raise errors.from_rpc(failure, self._target, tls=self._tls) from None
+        finally:
+            stream.cancel()
 
     def daemon_version(self) -> str:
         """Give the version of the daemon."""

@@ -384,3 +384,130 @@ class DetachMachineResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["provenance", b"provenance"]) -> None: ...
 
 Global___DetachMachineResponse: typing_extensions.TypeAlias = DetachMachineResponse
+
+@typing.final
+class SaveImageRequest(google.protobuf.message.Message):
+    """The machine to save."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MACHINE_FIELD_NUMBER: builtins.int
+    MEMORY_FILE_FIELD_NUMBER: builtins.int
+    machine: builtins.str
+    """Id of the machine. Default: the only one."""
+    memory_file: builtins.str
+    """Name under which the client writes the memory, next to the description, which refers to it: 1 to 255 bytes without `/`.
+    Default: `memory.bin`.
+    """
+    def __init__(
+        self,
+        *,
+        machine: builtins.str = ...,
+        memory_file: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["machine", b"machine", "memory_file", b"memory_file"]) -> None: ...
+
+Global___SaveImageRequest: typing_extensions.TypeAlias = SaveImageRequest
+
+@typing.final
+class SaveImageResponse(google.protobuf.message.Message):
+    """A part of an image. Exactly one is set."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    START_FIELD_NUMBER: builtins.int
+    PIECE_FIELD_NUMBER: builtins.int
+    END_FIELD_NUMBER: builtins.int
+    @property
+    def start(self) -> Global___ImageStart:
+        """The description, and how large the memory file is. First."""
+
+    @property
+    def piece(self) -> Global___ImagePiece:
+        """A piece of memory."""
+
+    @property
+    def end(self) -> Global___ImageEnd:
+        """The image is whole. Last."""
+
+    def __init__(
+        self,
+        *,
+        start: Global___ImageStart | None = ...,
+        piece: Global___ImagePiece | None = ...,
+        end: Global___ImageEnd | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["end", b"end", "part", b"part", "piece", b"piece", "start", b"start"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["end", b"end", "part", b"part", "piece", b"piece", "start", b"start"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["part", b"part"]) -> typing.Literal["start", "piece", "end"] | None: ...
+
+Global___SaveImageResponse: typing_extensions.TypeAlias = SaveImageResponse
+
+@typing.final
+class ImageStart(google.protobuf.message.Message):
+    """What the client writes first."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DESCRIPTION_FIELD_NUMBER: builtins.int
+    MEMORY_FILE_BYTES_FIELD_NUMBER: builtins.int
+    PROVENANCE_FIELD_NUMBER: builtins.int
+    description: builtins.str
+    """The description, TOML, to be written as it stands."""
+    memory_file_bytes: builtins.int
+    """Size of the memory file in bytes. What no piece covers is zero: a hole."""
+    @property
+    def provenance(self) -> pagewalk.v1.types_pb2.Provenance:
+        """Where the image comes from; about no vCPU in particular."""
+
+    def __init__(
+        self,
+        *,
+        description: builtins.str = ...,
+        memory_file_bytes: builtins.int = ...,
+        provenance: pagewalk.v1.types_pb2.Provenance | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["provenance", b"provenance"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["description", b"description", "memory_file_bytes", b"memory_file_bytes", "provenance", b"provenance"]) -> None: ...
+
+Global___ImageStart: typing_extensions.TypeAlias = ImageStart
+
+@typing.final
+class ImagePiece(google.protobuf.message.Message):
+    """Bytes of the memory file."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: builtins.int
+    CONTENTS_FIELD_NUMBER: builtins.int
+    offset: builtins.int
+    """Their offset in the file, a multiple of 4096."""
+    contents: builtins.bytes
+    """The bytes, whole pages, at most 1 MiB."""
+    def __init__(
+        self,
+        *,
+        offset: builtins.int = ...,
+        contents: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["contents", b"contents", "offset", b"offset"]) -> None: ...
+
+Global___ImagePiece: typing_extensions.TypeAlias = ImagePiece
+
+@typing.final
+class ImageEnd(google.protobuf.message.Message):
+    """The end of an image that is whole."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CONTENTS_BYTES_FIELD_NUMBER: builtins.int
+    contents_bytes: builtins.int
+    """Bytes that were sent, of all pieces."""
+    def __init__(
+        self,
+        *,
+        contents_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["contents_bytes", b"contents_bytes"]) -> None: ...
+
+Global___ImageEnd: typing_extensions.TypeAlias = ImageEnd

@@ -89,7 +89,23 @@ _MachineServiceDetachMachineType = typing_extensions.TypeVar(
     ],
 )
 
-class MachineServiceStub(typing.Generic[_MachineServiceListMachinesType, _MachineServiceGetMachineType, _MachineServiceAttachMachineType, _MachineServiceDetachMachineType]):
+_MachineServiceSaveImageType = typing_extensions.TypeVar(
+    '_MachineServiceSaveImageType',
+    grpc.UnaryStreamMultiCallable[
+        pagewalk.v1.machine_pb2.SaveImageRequest,
+        pagewalk.v1.machine_pb2.SaveImageResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        pagewalk.v1.machine_pb2.SaveImageRequest,
+        pagewalk.v1.machine_pb2.SaveImageResponse,
+    ],
+    default=grpc.UnaryStreamMultiCallable[
+        pagewalk.v1.machine_pb2.SaveImageRequest,
+        pagewalk.v1.machine_pb2.SaveImageResponse,
+    ],
+)
+
+class MachineServiceStub(typing.Generic[_MachineServiceListMachinesType, _MachineServiceGetMachineType, _MachineServiceAttachMachineType, _MachineServiceDetachMachineType, _MachineServiceSaveImageType]):
     """Lists the machines that the daemon serves, and has them come and go."""
 
     @typing.overload
@@ -110,6 +126,10 @@ class MachineServiceStub(typing.Generic[_MachineServiceListMachinesType, _Machin
             pagewalk.v1.machine_pb2.DetachMachineRequest,
             pagewalk.v1.machine_pb2.DetachMachineResponse,
         ],
+        grpc.UnaryStreamMultiCallable[
+            pagewalk.v1.machine_pb2.SaveImageRequest,
+            pagewalk.v1.machine_pb2.SaveImageResponse,
+        ],
     ], channel: grpc.Channel) -> None: ...
 
     @typing.overload
@@ -129,6 +149,10 @@ class MachineServiceStub(typing.Generic[_MachineServiceListMachinesType, _Machin
         grpc.aio.UnaryUnaryMultiCallable[
             pagewalk.v1.machine_pb2.DetachMachineRequest,
             pagewalk.v1.machine_pb2.DetachMachineResponse,
+        ],
+        grpc.aio.UnaryStreamMultiCallable[
+            pagewalk.v1.machine_pb2.SaveImageRequest,
+            pagewalk.v1.machine_pb2.SaveImageResponse,
         ],
     ], channel: grpc.aio.Channel) -> None: ...
 
@@ -164,6 +188,18 @@ class MachineServiceStub(typing.Generic[_MachineServiceListMachinesType, _Machin
     runs in the daemon and would end, unless the request agrees to that.
     """
 
+    SaveImage: _MachineServiceSaveImageType
+    """Saves a machine as an image: a description (TOML) and a file with its memory, which the client writes next to each other,
+    and which source `image` opens again. A guest that runs is paused for as long as this takes, and then runs on. The
+    stream has one `start`, pieces of memory by ascending offset, without what is zero, and one `end`: without it the image
+    is not whole.
+
+    Role: `control`: all of memory leaves the daemon, and the guest is held up.
+    Errors: INVALID_ARGUMENT when no machine is named and there are several, or for a name that is none; NOT_FOUND for an
+    unknown machine; FAILED_PRECONDITION when its vCPUs cannot be paused; ABORTED when somebody resumed the guest meanwhile;
+    DEADLINE_EXCEEDED when nothing is read of the stream for 30 seconds.
+    """
+
 MachineServiceAsyncStub: typing_extensions.TypeAlias = MachineServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         pagewalk.v1.machine_pb2.ListMachinesRequest,
@@ -180,6 +216,10 @@ MachineServiceAsyncStub: typing_extensions.TypeAlias = MachineServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         pagewalk.v1.machine_pb2.DetachMachineRequest,
         pagewalk.v1.machine_pb2.DetachMachineResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        pagewalk.v1.machine_pb2.SaveImageRequest,
+        pagewalk.v1.machine_pb2.SaveImageResponse,
     ],
 ]
 
@@ -236,6 +276,23 @@ class MachineServiceServicer(metaclass=abc.ABCMeta):
         Role: `control`.
         Errors: INVALID_ARGUMENT when no machine is named; NOT_FOUND for an unknown one; FAILED_PRECONDITION when its guest
         runs in the daemon and would end, unless the request agrees to that.
+        """
+
+    @abc.abstractmethod
+    def SaveImage(
+        self,
+        request: pagewalk.v1.machine_pb2.SaveImageRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[pagewalk.v1.machine_pb2.SaveImageResponse], collections.abc.AsyncIterator[pagewalk.v1.machine_pb2.SaveImageResponse]]:
+        """Saves a machine as an image: a description (TOML) and a file with its memory, which the client writes next to each other,
+        and which source `image` opens again. A guest that runs is paused for as long as this takes, and then runs on. The
+        stream has one `start`, pieces of memory by ascending offset, without what is zero, and one `end`: without it the image
+        is not whole.
+
+        Role: `control`: all of memory leaves the daemon, and the guest is held up.
+        Errors: INVALID_ARGUMENT when no machine is named and there are several, or for a name that is none; NOT_FOUND for an
+        unknown machine; FAILED_PRECONDITION when its vCPUs cannot be paused; ABORTED when somebody resumed the guest meanwhile;
+        DEADLINE_EXCEEDED when nothing is read of the stream for 30 seconds.
         """
 
 def add_MachineServiceServicer_to_server(servicer: MachineServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -1,0 +1,150 @@
+//! `save`: from a daemon's machine to two files, and to a machine again.
+
+#![allow(clippy::unwrap_used)]
+
+#[allow(dead_code, reason = "each test uses its part")]
+mod daemon;
+#[allow(dead_code, reason = "each test uses its part")]
+mod scripted;
+
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+
+use daemon::Daemon;
+use pagewalk_client::{Client, Endpoint, SaveError, SavedImage};
+use serde_json::Value;
+
+async fn save(address: &str, machine: &str, file: &Path) -> Result<SavedImage, SaveError> {
+    let client = Client::connect(Endpoint::parse(address).unwrap()).await.unwrap();
+    let (mut last, mut size) = (0, 0);
+    let saved = client
+        .save_image(machine, file, |done, all| {
+            assert!(last <= done && done <= all, "{last} {done} {all}");
+            (last, size) = (done, all);
+        })
+        .await;
+    if saved.is_ok() {
+        assert_eq!(last, size);
+    }
+    saved
+}
+
+#[tokio::test]
+async fn what_is_no_whole_image_leaves_nothing_behind() {
+    let address = scripted::start(None).to_string();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("guest.toml");
+    for (machine, problem) in
+        [("torn", "it ended before the image was whole"), ("wide", "a piece of 4096 bytes at 0x2000")]
+    {
+        let error = save(&address, machine, &file).await.unwrap_err();
+        assert!(matches!(&error, SaveError::Stream(text) if text.starts_with(problem)), "{error}");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+    let saved = save(&address, "whole", &file).await.unwrap();
+    assert_eq!((saved.memory_bytes, saved.contents_bytes), (0x2000, 0x1000));
+    assert_eq!(std::fs::read_to_string(&saved.description).unwrap(), "# guest.mem\n");
+    assert_eq!(std::fs::read(&saved.memory).unwrap(), [vec![0; 0x1000], vec![7; 0x1000]].concat());
+    // Nothing is written over.
+    let error = save(&address, "whole", &file).await.unwrap_err();
+    assert!(error.to_string().contains("exists already"), "{error}");
+    let error = save(&address, "whole", &folder.path().join("guest.mem")).await.unwrap_err();
+    assert!(error.to_string().contains("no name for a description"), "{error}");
+}
+
+fn json(daemon: &Daemon, arguments: &[&str]) -> Value {
+    let output = daemon.pagewalk(&[&["--json"], arguments].concat());
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
+}
+
+/// Every landmark of the demo machine means the same in its image.
+#[test]
+fn the_demo_machine_travels() {
+    let daemon = Daemon::start();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("demo.toml");
+    let name = file.to_str().unwrap();
+    let runs = json(&daemon, &["machines"])["machines"][0]["capabilities"]["live"] == true;
+    if runs {
+        // So that nothing changes between the image and the questions.
+        assert!(daemon.pagewalk(&["pause"]).status.success());
+    }
+    let saved = daemon.pagewalk(&["--machine", "demo", "save", name]);
+    assert!(saved.status.success(), "{saved:?}");
+    let text = String::from_utf8(saved.stdout).unwrap();
+    assert!(text.contains("demo.toml and ") && text.contains("8.02 MiB of memory"), "{text}");
+    let memory = std::fs::metadata(folder.path().join("demo.mem")).unwrap();
+    assert!(
+        memory.blocks() * 512 < memory.size() / 2,
+        "{} of {} bytes",
+        memory.blocks() * 512,
+        memory.size()
+    );
+
+    let attached = daemon.pagewalk(&["attach", &format!("copy=image:{name}")]);
+    assert!(attached.status.success(), "{attached:?}");
+    let machine = |id| json(&daemon, &["--machine", id, "machines"])["machine"].clone();
+    let (original, copy) = (machine("demo"), machine("copy"));
+    for same in ["memoryBytes", "regions", "landmarks", "maxphyaddr", "vcpus"] {
+        assert_eq!(original[same], copy[same], "{same}");
+    }
+    assert_eq!(copy["source"], "image");
+    let mut compared = 0;
+    for landmark in original["landmarks"].as_array().unwrap() {
+        let address = landmark["address"].as_str().unwrap();
+        for access in [["--access", "read"], ["--access", "write"], ["--access", "fetch"]] {
+            for privilege in [["--as", "user"], ["--as", "supervisor"]] {
+                let ask = |id| {
+                    let mut answer = json(
+                        &daemon,
+                        &[&["--machine", id, "translate", address, "--trace"], &access[..], &privilege]
+                            .concat(),
+                    );
+                    answer.as_object_mut().unwrap().remove("provenance");
+                    answer
+                };
+                assert_eq!(ask("demo"), ask("copy"), "{landmark} {access:?} {privilege:?}");
+                compared += 1;
+            }
+        }
+    }
+    assert!(compared > 60, "{compared}");
+    let registers = |id| json(&daemon, &["--machine", id, "regs"])["registers"].clone();
+    assert_eq!(registers("demo"), registers("copy"));
+}
+
+/// Who was running runs on afterwards, and who was paused does not.
+#[test]
+fn a_guest_is_left_as_it_was() {
+    let daemon = Daemon::start();
+    if json(&daemon, &["machines"])["machines"][0]["capabilities"]["live"] != true {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let state = || json(&daemon, &["vcpus"])["vcpus"][0]["runState"].as_str().unwrap().to_owned();
+    for (name, paused) in [("running.toml", false), ("paused.toml", true)] {
+        if paused {
+            assert!(daemon.pagewalk(&["pause"]).status.success());
+        }
+        let file = folder.path().join(name);
+        assert!(daemon.pagewalk(&["save", file.to_str().unwrap()]).status.success());
+        assert_eq!(state() == "RUN_STATE_PAUSED", paused, "{}", state());
+    }
+}
+
+#[test]
+fn the_example_of_the_help_works() {
+    let daemon = Daemon::start();
+    let folder = tempfile::tempdir().unwrap();
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_pagewalk"))
+        .args(["--json", "save", "demo.toml"])
+        .current_dir(folder.path())
+        .env("PAGEWALK_ADDR", &daemon.address)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert!(serde_json::from_slice::<Value>(&output.stdout).unwrap()["contentsBytes"].is_string());
+    let again = daemon.pagewalk(&["save", folder.path().join("demo.toml").to_str().unwrap()]);
+    assert_eq!(again.status.code(), Some(3), "{again:?}");
+    assert!(String::from_utf8(again.stderr).unwrap().contains("exists already"));
+}

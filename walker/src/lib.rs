@@ -53,6 +53,8 @@ mod window;
 pub use access::{Access, AccessKind, Privilege};
 pub use accessed_dirty::MAX_ATTEMPTS;
 pub use addr::{Gpa, Gva, NestedGpa, is_canonical};
+#[doc(hidden)]
+pub use batch::Instructions;
 pub use batch::PageWord;
 pub use ept::{
     EPT_VIOLATION_EXECUTABLE, EPT_VIOLATION_FETCH, EPT_VIOLATION_GVA_TRANSLATED, EPT_VIOLATION_GVA_VALID,

@@ -61,6 +61,13 @@ pub trait Memory {
     /// Says why nothing was written.
     fn compare_exchange_u64(&self, gpa: Gpa, current: u64, new: u64) -> Result<(), ExchangeError>;
 
+    /// A run of whole 4 KiB pages below 2^52 that are guest RAM, the longest there is: where it begins, and its size in bytes.
+    /// What lies behind any other page, [`Self::backing`] says, and does not take as long for as this saves.
+    #[inline]
+    fn ram(&self) -> (Gpa, u64) {
+        (Gpa(0), 0)
+    }
+
     /// Hints that the word at `gpa` will soon be loaded. Does nothing that can be seen, wherever `gpa` leads.
     #[inline]
     fn prefetch(&self, gpa: Gpa) {
@@ -123,6 +130,11 @@ impl<M: Memory + ?Sized> Memory for &M {
     #[inline]
     fn load_in_table(&self, table: Gpa, offset: u64) -> Option<u64> {
         (**self).load_in_table(table, offset)
+    }
+
+    #[inline]
+    fn ram(&self) -> (Gpa, u64) {
+        (**self).ram()
     }
 
     #[inline]

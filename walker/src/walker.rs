@@ -125,7 +125,7 @@ impl Walker {
     }
 
     #[inline(never)]
-    fn observe<M: Memory, R: Recorder>(
+    pub(crate) fn observe<M: Memory, R: Recorder>(
         &self,
         memory: &M,
         gva: Gva,

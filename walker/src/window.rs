@@ -70,6 +70,18 @@ impl Memory for Window<'_> {
     }
 
     #[inline]
+    fn ram(&self) -> (Gpa, u64) {
+        (Gpa(0), self.tables)
+    }
+
+    #[inline(always)]
+    fn prefetch(&self, gpa: Gpa) {
+        if gpa.0 < self.tables {
+            prefetch(self.words.as_ptr().wrapping_byte_add(gpa.0 as usize));
+        }
+    }
+
+    #[inline]
     fn backing(&self, gpa: Gpa) -> Backing {
         if gpa.0 < self.words.len() as u64 * 8 { Backing::Ram } else { Backing::None }
     }
@@ -81,6 +93,20 @@ impl Memory for Window<'_> {
             Some(left) => (Backing::Ram, left),
         }
     }
+}
+
+/// Asks for the cache line at `word`, wherever that leads.
+#[inline(always)]
+fn prefetch(word: *const AtomicU64) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    {
+        use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch is a hint that reads nothing the program can see, and does not fault at any address; every
+        // x86-64 CPU has it.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(word.cast()) };
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+    let _ = word;
 }
 
 #[cfg(test)]

@@ -93,6 +93,14 @@ fn a_million_walks_allocate_nothing() {
             Err(_) => refused += 1,
         }
     }
+    let gvas: [u64; 300] = std::array::from_fn(|at| [0x123, 0x20_0456, 1 << 30, 1 << 39, 1 << 47][at % 5]);
+    let (mut pages, mut faults) = ([0; 300], 0_u32);
+    for number in 0..1_000 {
+        let access = Access::new([AccessKind::Read, AccessKind::Write][number % 2], Privilege::User);
+        walkers[number / 2 % 2].translate_batch(&memory, &access, &gvas, &mut pages, &mut |_, _| faults += 1);
+        black_box(&pages);
+    }
+    assert_eq!(faults, 1_000 * 300 / 5 * 3);
     let after = allocations();
     assert!(mapped > 300_000 && refused > 600_000, "{mapped} mapped, {refused} refused");
     assert_eq!(after - before, 0);

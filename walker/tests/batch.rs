@@ -14,8 +14,8 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use pagewalk::{
-    Access, Backing, ExchangeError, Fault, Gpa, Gva, Memory, NgpaWalk, PageSize, PageWalk, PageWord,
-    PagingMode, Walker, Window,
+    Access, Backing, ExchangeError, Fault, Gpa, Gva, Instructions, Memory, NgpaWalk, PageSize, PageWalk,
+    PageWord, PagingMode, Walker, Window,
 };
 
 #[allow(dead_code, reason = "the fuzz targets need more")]
@@ -61,10 +61,18 @@ impl Memory for Plain<'_> {
 /// Walks `gvas` as a batch, and one by one, and compares.
 fn compare<M: Memory>(walker: &Walker, memory: &M, access: &Access, gvas: &[u64]) -> Vec<Result<u64, Fault>> {
     const UNTOUCHED: u64 = 0x5555;
-    let mut words = vec![UNTOUCHED; gvas.len() + 1];
-    let mut faults = Vec::new();
-    walker.translate_batch(memory, access, gvas, &mut words, &mut |at, fault| faults.push((at, fault)));
-    assert_eq!(words.pop(), Some(UNTOUCHED), "a word too many");
+    let mut batches = Instructions::ALL.into_iter().filter(|set| set.available()).map(|set| {
+        let mut words = vec![UNTOUCHED; gvas.len() + 1];
+        let mut faults = Vec::new();
+        let mut fault = |at, fault| faults.push((at, fault));
+        walker.translate_batch_by(set, memory, access, gvas, &mut words, &mut fault);
+        assert_eq!(words.pop(), Some(UNTOUCHED), "a word too many");
+        (words, faults)
+    });
+    let (words, faults) = batches.next().unwrap();
+    for other in batches {
+        assert_eq!((&words, &faults), (&other.0, &other.1), "instructions differ");
+    }
     let mut faults = faults.into_iter();
     let answers = gvas.iter().zip(&words).enumerate().map(|(at, (gva, word))| {
         let single = walker.translate(memory, Gva(*gva), access);
@@ -207,7 +215,8 @@ fn class(walker: &Walker, answer: Result<u64, Fault>) -> String {
 fn a_batch_is_as_many_single_walks() {
     let drawn =
         std::env::var("PAGEWALK_SEED").ok().map_or_else(|| fastrand::u64(..), |seed| seed.parse().unwrap());
-    println!("seed {drawn}");
+    let sets: Vec<_> = Instructions::ALL.into_iter().filter(|set| set.available()).collect();
+    println!("seed {drawn}, instructions {sets:?}");
     let cases = if cfg!(miri) { 4 } else { 2_000 };
     let words: Vec<AtomicU64> = (0..PAGES as usize * 512).map(|_| AtomicU64::new(0)).collect();
     let mut reached = BTreeMap::new();

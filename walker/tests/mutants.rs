@@ -431,6 +431,9 @@ name = "pagewalk"
 version = "0.0.0"
 edition = "2024"
 
+[dependencies]
+cpufeatures = "0.3"
+
 [dev-dependencies]
 fastrand = "2"
 kvm-bindings = { version = "0.14", features = ["fam-wrappers"] }

@@ -14,7 +14,8 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use pagewalk::map::{Map, Progress, Report};
 use pagewalk::{
     Access, AccessKind, AdPolicy, ControlRegisters, CpuProfile, Dimension, Fault, FaultKind, Gpa, Gva,
-    NgpaWalk, NoTrace, PageWalk, Privilege, Reason, StateError, Trace, Translation, Vendor, Walker, Window,
+    NgpaWalk, NoTrace, PageWalk, PageWord, Privilege, Reason, StateError, Trace, Translation, Vendor, Walker,
+    Window,
 };
 
 // The kernel enters with the stack aligned to 16 bytes; a function expects it so before the call that entered it.
@@ -46,7 +47,8 @@ const REGISTERS: ControlRegisters = ControlRegisters {
     efer: 0xd00,
     pat: pagewalk::mode::PAT_RESET,
 };
-const CPU: CpuProfile = CpuProfile { vendor: Vendor::Amd, maxphyaddr: 48, gib_pages: true, encryption_bit: None };
+const CPU: CpuProfile =
+    CpuProfile { vendor: Vendor::Amd, maxphyaddr: 48, gib_pages: true, encryption_bit: None };
 const ACCESSED: u64 = 0x20;
 const DIRTY: u64 = 0x40;
 
@@ -125,6 +127,7 @@ fn check() -> Result<u8, StateError> {
         trace_is_whole(&trace) && get(0xb028) == 0x5007 | ACCESSED | DIRTY,
         gpa(walker.translate_with(&memory, Gva(0), &load, AdPolicy::Observe, &mut trace))
             == Some(Gpa(0x5000)),
+        batches_are_right(&walker, &memory, &load) && batches_are_right(&nested, &memory, &load),
         mapped(Map::new(walker)) == Some((0x20_4000, 0x1000)),
         mapped(Map::new(nested)) == Some((0x2000, 0x20_3000)),
     ];
@@ -143,6 +146,24 @@ fn mapped(map: Map) -> Option<(u64, u64)> {
     };
     let progress = map.advance(&Window::new(&MEMORY), u64::MAX, sink);
     (progress == Progress::Done).then_some((pages, problems))
+}
+
+/// More than a block: pages of both sizes, and every ninth address a fault.
+fn batches_are_right(walker: &Walker, memory: &Window<'_>, access: &Access) -> bool {
+    let gvas: [u64; 100] = core::array::from_fn(|at| match at % 9 {
+        8 => 1 << 63,
+        _ => at as u64,
+    });
+    let (mut words, mut faults, mut ascending) = ([0; 100], 0, true);
+    walker.translate_batch(memory, access, &gvas, &mut words, &mut |at, _| {
+        ascending &= at % 9 == 8 && at / 9 == faults;
+        faults += 1;
+    });
+    let right = |(gva, word): (&u64, &u64)| match *gva {
+        gva if gva >> 63 == 1 => *word == 0,
+        gva => PageWord::from_bits(*word).gpa(gva) == Some(Gpa(0x5000 + gva)),
+    };
+    ascending && faults == 11 && gvas.iter().zip(&words).all(right)
 }
 
 /// 4 x (4 + 1) + 4 entries.

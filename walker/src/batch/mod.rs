@@ -5,14 +5,20 @@
 //! running guest each element is a walk of its own. Nothing is allocated: the caller brings the columns. Nothing is kept
 //! from one batch to the next, either.
 
+mod admission;
+mod dispatch;
+mod pipeline;
 mod word;
 
+pub use dispatch::Instructions;
 pub use word::PageWord;
 
 use crate::access::Access;
 use crate::addr::Gva;
+use crate::batch::pipeline::Lanes;
 use crate::fault::Fault;
 use crate::memory::Memory;
+use crate::trace::NoTrace;
 use crate::walker::Walker;
 
 impl Walker {
@@ -53,14 +59,38 @@ impl Walker {
         words: &mut [u64],
         fault: &mut dyn FnMut(usize, Fault),
     ) {
-        for (at, (gva, word)) in gvas.iter().zip(words).enumerate() {
-            *word = match self.translate(memory, Gva(*gva), access) {
-                Ok(page) => PageWord::of(&page).bits(),
-                Err(refused) => {
-                    fault(at, refused);
-                    PageWord::FAULT.bits()
+        self.translate_batch_by(Instructions::best(), memory, access, gvas, words, fault);
+    }
+
+    /// [`Self::translate_batch`], by these instructions where the CPU has them: for tests, and to count.
+    #[doc(hidden)]
+    pub fn translate_batch_by<M: Memory>(
+        &self,
+        instructions: Instructions,
+        memory: &M,
+        access: &Access,
+        gvas: &[u64],
+        words: &mut [u64],
+        fault: &mut dyn FnMut(usize, Fault),
+    ) {
+        let mut alone = |at: usize, gva: u64| match self.observe(memory, Gva(gva), access, &mut NoTrace) {
+            Ok(page) => PageWord::of(&page).bits(),
+            Err(refused) => {
+                fault(at, refused);
+                PageWord::FAULT.bits()
+            }
+        };
+        let lanes = match self.ngpa_walk() {
+            None => Lanes::new(self.gva_walk(), memory, access),
+            Some(_) => None,
+        };
+        match lanes {
+            Some(lanes) => dispatch::run(instructions, &lanes, gvas, words, &mut alone),
+            None => {
+                for (at, (gva, word)) in gvas.iter().zip(words).enumerate() {
+                    *word = alone(at, *gva);
                 }
-            };
+            }
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::addr::Gpa;
 use crate::entry::{EntryLayout, LongMode};
-use crate::memory::Backing;
+use crate::memory::{Backing, Memory};
 use crate::permission::Rights;
 use crate::translation::{PageSize, Translation};
 
@@ -35,14 +35,14 @@ use crate::translation::{PageSize, Translation};
 #[repr(transparent)]
 pub struct PageWord(u64);
 
-const WRITE: u64 = 1 << 1;
-const USER: u64 = 1 << 2;
+pub(super) const WRITE: u64 = 1 << 1;
+pub(super) const USER: u64 = 1 << 2;
 const PAT: u64 = 1 << 7;
-const SIZE: u32 = 9;
+pub(super) const SIZE: u32 = 9;
 const BACKING: u32 = 52;
 const NESTED_SIZE: u32 = 54;
 const UNREADABLE: u64 = 1 << 57;
-const NO_EXECUTE: u64 = 1 << 63;
+pub(super) const NO_EXECUTE: u64 = 1 << 63;
 
 impl PageWord {
     /// No translation.
@@ -178,7 +178,7 @@ const fn when(holds: bool, bit: u64) -> u64 {
     if holds { bit } else { 0 }
 }
 
-const fn size_code(size: PageSize) -> u64 {
+pub(super) const fn size_code(size: PageSize) -> u64 {
     match size {
         PageSize::Unpaged => 0,
         PageSize::Size4K => 1,
@@ -186,6 +186,12 @@ const fn size_code(size: PageSize) -> u64 {
         PageSize::Size4M => 3,
         PageSize::Size1G => 4,
     }
+}
+
+/// The word of `page` with what lies behind `gva` in it.
+#[inline(always)]
+pub(super) fn with_backing<M: Memory>(page: u64, gva: u64, memory: &M) -> u64 {
+    page | backing_code(memory.backing(Gpa(page & PageWord::FRAME | gva & 0xfff))) << BACKING
 }
 
 const fn size(code: u64) -> PageSize {
@@ -198,6 +204,7 @@ const fn size(code: u64) -> PageSize {
     }
 }
 
+#[inline(always)]
 const fn backing_code(backing: Backing) -> u64 {
     match backing {
         Backing::Ram => 0,

@@ -1,0 +1,99 @@
+//! Which vector instructions the lanes use: the one place where that is decided.
+//!
+//! The lanes are compiled once for each set of instructions that pays, out of the same source: the loops that judge entries
+//! become vector instructions of the width there is. Entries are loaded one by one in each: a gather is as many loads, and
+//! not an atomic one.
+#![allow(
+    unsafe_code,
+    reason = "code for instructions that not every CPU has is entered, after having asked the CPU"
+)]
+
+use crate::batch::pipeline::Lanes;
+use crate::memory::Memory;
+
+/// A set of vector instructions that lanes are compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Instructions {
+    /// What every CPU of the target has.
+    Portable,
+    /// AVX2.
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL.
+    Avx512,
+}
+
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+cpufeatures::new!(cpu_avx2, "avx2");
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+cpufeatures::new!(cpu_avx512, "avx512f", "avx512bw", "avx512dq", "avx512vl");
+
+impl Instructions {
+    /// All sets.
+    pub const ALL: [Self; 3] = [Self::Portable, Self::Avx2, Self::Avx512];
+
+    /// The best set that this CPU has.
+    #[must_use]
+    pub fn best() -> Self {
+        let [portable, others @ ..] = Self::ALL;
+        others.into_iter().rev().find(|set| set.available()).unwrap_or(portable)
+    }
+
+    /// Whether this CPU has these instructions.
+    #[must_use]
+    pub fn available(self) -> bool {
+        match self {
+            Self::Portable => true,
+            #[cfg(all(target_arch = "x86_64", not(miri)))]
+            Self::Avx2 => cpu_avx2::get(),
+            #[cfg(all(target_arch = "x86_64", not(miri)))]
+            Self::Avx512 => cpu_avx512::get(),
+            #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+            _ => false,
+        }
+    }
+}
+
+/// [`Lanes::run`], by these instructions, or where this CPU has not got them, by the portable ones.
+pub(super) fn run<M: Memory>(
+    instructions: Instructions,
+    lanes: &Lanes<'_, M>,
+    gvas: &[u64],
+    words: &mut [u64],
+    alone: &mut dyn FnMut(usize, u64) -> u64,
+) {
+    match instructions {
+        #[cfg(target_arch = "x86_64")]
+        Instructions::Avx2 if instructions.available() => {
+            // SAFETY: this CPU has AVX2.
+            unsafe { run_avx2(lanes, gvas, words, alone) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        Instructions::Avx512 if instructions.available() => {
+            // SAFETY: this CPU has the four parts of AVX-512.
+            unsafe { run_avx512(lanes, gvas, words, alone) }
+        }
+        _ => lanes.run(gvas, words, alone),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn run_avx2<M: Memory>(
+    lanes: &Lanes<'_, M>,
+    gvas: &[u64],
+    words: &mut [u64],
+    alone: &mut dyn FnMut(usize, u64) -> u64,
+) {
+    lanes.run(gvas, words, alone);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn run_avx512<M: Memory>(
+    lanes: &Lanes<'_, M>,
+    gvas: &[u64],
+    words: &mut [u64],
+    alone: &mut dyn FnMut(usize, u64) -> u64,
+) {
+    lanes.run(gvas, words, alone);
+}

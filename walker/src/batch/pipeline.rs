@@ -1,0 +1,353 @@
+//! The lanes: walks of one dimension in 4-level and 5-level paging that wait for memory together.
+//!
+//! A block is 64 addresses. Four blocks are in flight at a time, each one level further down than the one behind it: while
+//! one block's PTEs are on their way from memory, the PDEs of the next are judged and its PTEs asked for. Levels whose
+//! entry all addresses of a block share are walked once for the block, so that addresses near one another cost little more
+//! than one load each. Nothing is kept for longer than that.
+//!
+//! A level is three loops over the lanes: entries are loaded, judged and asked for. Loading is one atomic access after the
+//! other; judging has no branch and touches columns alone, so that the compiler makes vector instructions of it. A lane
+//! that meets a large page has its word at once. One that meets anything it does not accept drops out: its address is
+//! walked alone when its block is done, so that faults come in order. Either keeps loading meanwhile, to no effect.
+
+use core::iter::repeat;
+
+use crate::access::Access;
+use crate::addr::{Gpa, is_canonical};
+use crate::batch::admission::{ADDRESS, Admission, State};
+use crate::batch::word::{PageWord, with_backing};
+use crate::memory::Memory;
+use crate::walk::PageWalk;
+
+/// Addresses of a block: as many as a mask has bits.
+const BLOCK: usize = 64;
+/// Blocks in flight: one for each of the lower four levels.
+const FLIGHT: usize = 8;
+/// Entries in a cache line.
+const LINE: usize = 8;
+
+/// What is the same for all walks of a batch.
+pub(super) struct Lanes<'a, M> {
+    memory: &'a M,
+    admission: Admission,
+    root: u64,
+    levels: u32,
+    /// Addresses that are canonical by this width are walked as they are, whatever pointer bits a CPU ignores.
+    width: u32,
+    /// Frames from here on, and up to here, are RAM.
+    ram: (u64, u64),
+}
+
+/// A column with one value a lane.
+type Column = [u64; BLOCK];
+
+/// What stages work with and do not keep.
+struct Columns {
+    entries: Column,
+    pages: Column,
+}
+
+/// Walks in flight.
+struct Block {
+    states: [State; BLOCK],
+    /// Lanes that have their word.
+    done: u64,
+    /// Lanes whose address is to be walked alone.
+    alone: u64,
+    /// The first level that lanes walk on their own; 0 where nothing is left to walk.
+    from: u32,
+}
+
+impl Block {
+    const EMPTY: Self = Self { states: [0; BLOCK], done: 0, alone: 0, from: 0 };
+
+    /// Lanes that are still on their way.
+    fn walking(&self) -> u64 {
+        !(self.done | self.alone)
+    }
+}
+
+/// Lanes whose PTE is not accepted, and those whose page is not in the run of RAM.
+#[derive(Clone, Copy)]
+struct Verdict {
+    refused: u64,
+    elsewhere: u64,
+}
+
+impl<'a, M: Memory> Lanes<'a, M> {
+    /// `None` where lanes do not know the paging mode, or the access.
+    pub(super) fn new(walk: &PageWalk, memory: &'a M, access: &Access) -> Option<Self> {
+        let format = walk.format();
+        let (first, size) = memory.ram();
+        Some(Self {
+            memory,
+            admission: Admission::new(format, access)?,
+            root: walk.root(),
+            levels: format.levels(),
+            width: format.unchanged_width(),
+            ram: (first.0, first.0.wrapping_add(size).wrapping_sub(1)),
+        })
+    }
+
+    /// A word for each address; `alone` is asked for those that no lane accepts, by place and in order.
+    #[inline(always)]
+    pub(super) fn run(&self, gvas: &[u64], words: &mut [u64], alone: &mut dyn FnMut(usize, u64) -> u64) {
+        let mut flight = [Block::EMPTY; FLIGHT];
+        let mut columns = Columns { entries: [0; BLOCK], pages: [0; BLOCK] };
+        let blocks = gvas.len().div_ceil(BLOCK);
+        for turn in 0..blocks + FLIGHT - 1 {
+            for (behind, level) in [(6, 1), (4, 2), (2, 3), (0, 4)] {
+                let number = turn.wrapping_sub(behind);
+                let start = number.wrapping_mul(BLOCK);
+                let (Some(gvas), Some(words), Some(block)) =
+                    (gvas.get(start..), words.get_mut(start..), flight.get_mut(number % FLIGHT))
+                else {
+                    continue;
+                };
+                let length = gvas.len().min(words.len()).min(BLOCK);
+                let (Some(gvas), Some(words)) = (gvas.get(..length), words.get_mut(..length)) else {
+                    continue;
+                };
+                match level {
+                    _ if gvas.is_empty() => {}
+                    4 => self.enter(block, &mut columns, gvas, words),
+                    3 => self.descend::<3>(block, &mut columns, gvas, words),
+                    2 => self.descend::<2>(block, &mut columns, gvas, words),
+                    _ => {
+                        self.finish(block, &mut columns, gvas, words);
+                        for lane in lanes(block.alone) {
+                            if let (Some(gva), Some(word)) = (gvas.get(lane), words.get_mut(lane)) {
+                                *word = alone(start + lane, *gva);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Walks the levels that all addresses share, and those above level 3 that they do not.
+    #[inline(always)]
+    fn enter(&self, block: &mut Block, columns: &mut Columns, gvas: &[u64], words: &mut [u64]) {
+        let first = gvas.first().copied().unwrap_or_default();
+        let differing = gvas.iter().fold(0, |differing, gva| differing | (gva ^ first));
+        block.done = 0;
+        block.alone = 0;
+        if differing >> (self.width - 1) != 0 {
+            block.alone = mask(gvas.iter().map(|gva| !is_canonical(*gva, self.width)));
+        } else if !is_canonical(first, self.width) {
+            block.alone = u64::MAX;
+            block.from = 0;
+            return;
+        }
+
+        let (mut state, mut level) = (self.root, self.levels);
+        while level > 1 && differing >> shift(level) == 0 {
+            let entry = self.load(state | offset(first, level));
+            let tables = self.admission.tables(level);
+            if tables.wrong(entry) != 0 {
+                block.from = 0;
+                block.states = [state; BLOCK];
+                columns.entries = [entry; BLOCK];
+                self.drop_out(block, level, u64::MAX, &mut columns.entries, gvas, words);
+                return;
+            }
+            state = tables.through(state, entry, 0);
+            level -= 1;
+        }
+        block.from = level;
+        if level == 1 {
+            // They share the table, and are perhaps neighbours.
+            block.states[0] = state;
+            gvas.iter().step_by(LINE).for_each(|gva| self.prefetch(state | offset(*gva, 1)));
+            return;
+        }
+        for (own, gva) in block.states.iter_mut().zip(gvas) {
+            *own = state | offset(*gva, level);
+        }
+        if level > 3 {
+            self.descend::<5>(block, columns, gvas, words);
+            self.descend::<4>(block, columns, gvas, words);
+        } else {
+            block.states.iter().take(gvas.len()).for_each(|state| self.prefetch(*state));
+        }
+    }
+
+    /// Takes the lanes that are at `LEVEL` one level down.
+    #[inline(always)]
+    fn descend<const LEVEL: u32>(
+        &self,
+        block: &mut Block,
+        columns: &mut Columns,
+        gvas: &[u64],
+        words: &mut [u64],
+    ) {
+        if block.from < LEVEL {
+            return;
+        }
+        let entries = &mut columns.entries;
+        for (entry, state) in entries.iter_mut().zip(&block.states).take(gvas.len()) {
+            *entry = self.load(*state);
+        }
+        let tables = self.admission.tables(LEVEL);
+        if entries.iter().fold(0, |wrong, entry| wrong | tables.wrong(*entry)) != 0 {
+            let wrong = mask(entries.iter().map(|entry| tables.wrong(*entry) != 0));
+            self.drop_out(block, LEVEL, wrong, entries, gvas, words);
+        }
+        for ((state, entry), gva) in block.states.iter_mut().zip(entries.iter()).zip(gvas) {
+            *state = tables.through(*state, *entry, offset(*gva, LEVEL - 1));
+        }
+        for state in block.states.iter().take(gvas.len()) {
+            self.prefetch(*state);
+        }
+    }
+
+    /// Gives those of these lanes a word that have met a large page, and lets the others be walked alone.
+    #[inline(never)]
+    fn drop_out(
+        &self,
+        block: &mut Block,
+        level: u32,
+        which: u64,
+        entries: &mut Column,
+        gvas: &[u64],
+        words: &mut [u64],
+    ) {
+        for lane in lanes(which & block.walking()) {
+            let (Some(gva), Some(word), Some(entry), Some(state)) =
+                (gvas.get(lane), words.get_mut(lane), entries.get(lane), block.states.get(lane))
+            else {
+                return;
+            };
+            match self.admission.large_page(level, *state, *entry, *gva) {
+                Some(page) => {
+                    *word = with_backing(page, *gva, self.memory);
+                    block.done |= 1 << lane;
+                }
+                None => block.alone |= 1 << lane,
+            }
+        }
+        // What they load from now on had better be near.
+        for lane in lanes(which) {
+            if let Some(entry) = entries.get_mut(lane) {
+                *entry = self.root;
+            }
+        }
+    }
+
+    /// Gives each lane that is still on its way its word.
+    #[inline(always)]
+    fn finish(&self, block: &mut Block, columns: &mut Columns, gvas: &[u64], words: &mut [u64]) {
+        let [first, ..] = block.states;
+        let Columns { entries, pages } = columns;
+        let verdict = match block.from {
+            0 => return,
+            1 => {
+                let table = Gpa(first & PageWord::FRAME);
+                for (entry, gva) in entries.iter_mut().zip(gvas) {
+                    *entry = self.memory.load_in_table(table, offset(*gva, 1)).unwrap_or(0);
+                }
+                self.judge(repeat(first), entries, pages)
+            }
+            _ => {
+                for (entry, state) in entries.iter_mut().zip(&block.states).take(gvas.len()) {
+                    *entry = self.load(*state);
+                }
+                self.judge(block.states.iter().copied(), entries, pages)
+            }
+        };
+        self.settle(block, verdict, gvas, pages);
+        if block.done == 0 {
+            words.iter_mut().zip(pages).for_each(|(word, page)| *word = *page);
+        } else {
+            for lane in lanes(block.walking()) {
+                if let (Some(word), Some(page)) = (words.get_mut(lane), pages.get(lane)) {
+                    *word = *page;
+                }
+            }
+        }
+    }
+
+    /// Makes words of PTEs, as if all were accepted and mapped RAM.
+    #[inline(always)]
+    fn judge(
+        &self,
+        states: impl Iterator<Item = State> + Clone,
+        entries: &Column,
+        words: &mut Column,
+    ) -> Verdict {
+        let pages = self.admission.pages();
+        let (lowest, highest) = self.ram;
+        let outside = |page: u64| {
+            let frame = page & PageWord::FRAME;
+            // Addresses have 52 bits: the sign tells.
+            (frame.wrapping_sub(lowest) | highest.wrapping_sub(frame)) & 1 << 63
+        };
+        let (mut wrong, mut elsewhere) = (0, 0);
+        for ((entry, state), word) in entries.iter().zip(states.clone()).zip(words.iter_mut()) {
+            let page = pages.word(state, *entry);
+            wrong |= pages.wrong(state, *entry);
+            elsewhere |= outside(page);
+            *word = page;
+        }
+        let mut verdict = Verdict { refused: 0, elsewhere: 0 };
+        if wrong != 0 {
+            verdict.refused =
+                mask(entries.iter().zip(states).map(|(entry, state)| pages.wrong(state, *entry) != 0));
+        }
+        if elsewhere != 0 {
+            verdict.elsewhere = mask(words.iter().map(|page| outside(*page) != 0));
+        }
+        verdict
+    }
+
+    /// What lies behind the pages outside the run of RAM, and who is to be walked alone.
+    #[inline(always)]
+    fn settle(&self, block: &mut Block, verdict: Verdict, gvas: &[u64], words: &mut [u64]) {
+        block.alone |= verdict.refused & !block.done;
+        for lane in lanes(verdict.elsewhere & block.walking()) {
+            if let (Some(page), Some(gva)) = (words.get_mut(lane), gvas.get(lane)) {
+                *page = with_backing(*page, *gva, self.memory);
+            }
+        }
+    }
+
+    /// The next entry. One outside memory is absent.
+    #[inline(always)]
+    fn load(&self, state: State) -> u64 {
+        self.memory.load_u64(Gpa(state & ADDRESS)).unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn prefetch(&self, state: State) {
+        self.memory.prefetch(Gpa(state & ADDRESS));
+    }
+}
+
+/// The lanes of a mask, in order.
+#[inline(always)]
+fn lanes(mut mask: u64) -> impl Iterator<Item = usize> {
+    core::iter::from_fn(move || {
+        let lane = mask.trailing_zeros();
+        mask &= mask.wrapping_sub(1);
+        (lane < u64::BITS).then_some(lane as usize)
+    })
+}
+
+/// A bit for each lane that `holds`.
+#[inline(always)]
+fn mask(holds: impl Iterator<Item = bool>) -> u64 {
+    holds.zip(0..u64::BITS).fold(0, |mask, (holds, lane)| mask | u64::from(holds) << lane)
+}
+
+/// Number of address bits below the index of `level`.
+#[inline(always)]
+const fn shift(level: u32) -> u32 {
+    (12 + 9 * level.wrapping_sub(1)) & 63
+}
+
+/// Where the entry for `gva` lies in a table of `level`, in bytes.
+#[inline(always)]
+const fn offset(gva: u64, level: u32) -> u64 {
+    (gva >> shift(level) & 511) << 3
+}

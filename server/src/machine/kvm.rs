@@ -21,6 +21,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::boot::{Entry, GDT};
 use super::memory::{GuestRam, MemoryError, Region};
+use super::pages::HugePages;
 use super::{Capabilities, Health, LocalSource, OpenError, elf};
 use crate::vcpu::Vcpu;
 use crate::vcpu::kvm::{Features, KvmBackend};
@@ -236,9 +237,15 @@ fn profile(cpuid: &CpuId) -> CpuProfile {
 }
 
 /// Makes the machine `kvm:elf=FILE`, and lets it run.
-pub(super) fn open_elf(id: &str, file: &Path, memory_size: u64, cpus: u32) -> Result<LocalSource, OpenError> {
-    let memory =
-        Arc::new(GuestRam::allocate(&[Region { start: Gpa(0), size: memory_size, read_only: false }])?);
+pub(super) fn open_elf(
+    id: &str,
+    file: &Path,
+    memory_size: u64,
+    cpus: u32,
+    pages: HugePages,
+) -> Result<LocalSource, OpenError> {
+    let all = [Region { start: Gpa(0), size: memory_size, read_only: false }];
+    let memory = Arc::new(GuestRam::allocate_in(&all, pages)?);
     let entry_point = elf::load(&memory, file, BOOT_AREA_END)?;
     write_boot_area(&memory)?;
     let vm = Arc::new(Vm::create(&memory)?);

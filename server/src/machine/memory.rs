@@ -20,6 +20,7 @@ use vm_memory::{
 };
 
 use super::mapping::{Fetch, FileMapping};
+use super::pages::HugePages;
 
 const PAGE: u64 = 4096;
 
@@ -132,6 +133,11 @@ impl Window {
     }
 }
 
+/// The largest window is the one that is looked into first.
+fn largest_first(windows: &mut [Window]) {
+    windows.sort_by_key(|window| std::cmp::Reverse(window.words));
+}
+
 /// A stretch whose bytes have to be fetched.
 struct Fetched {
     start: u64,
@@ -173,6 +179,14 @@ impl GuestRam {
     /// # Errors
     /// When a region is not made of whole pages, regions overlap, or the host refuses.
     pub fn allocate(regions: &[Region]) -> Result<Self, MemoryError> {
+        Self::allocate_in(regions, HugePages::default())
+    }
+
+    /// [`Self::allocate`], in these pages of the host.
+    ///
+    /// # Errors
+    /// As [`Self::allocate`]; also when a region is not made of whole such pages.
+    pub fn allocate_in(regions: &[Region], pages: HugePages) -> Result<Self, MemoryError> {
         if regions.is_empty() {
             return Err(MemoryError::Empty);
         }
@@ -185,7 +199,7 @@ impl GuestRam {
                 _ => Err(MemoryError::Unaligned { start: r.start.0, size: r.size }),
             })
             .collect::<Result<Vec<_>, _>>()?;
-        let map = GuestMemoryMmap::from_ranges(&ranges).map_err(|e| MemoryError::Map(e.to_string()))?;
+        let map = pages.map(&ranges)?;
         let read_only: Vec<Gpa> = regions.iter().filter(|r| r.read_only).map(|r| r.start).collect();
         Self::new(map, &read_only)
     }
@@ -215,14 +229,14 @@ impl GuestRam {
             windows.push(Window { start, words: size / 8, origin, read_only });
             regions.push(Region { start: Gpa(start), size, read_only });
         }
+        largest_first(&mut windows);
         let mut windows = windows.into_iter();
         let first = windows.next().ok_or(MemoryError::Empty)?;
         let (files, fetched) = Default::default();
         Ok(Self { first, rest: windows.collect(), map, files, fetched, regions: regions.into() })
     }
 
-    /// Memory that belongs to somebody else, and is only ever read. The first region should be the largest: it is the one that
-    /// is looked into first.
+    /// Memory that belongs to somebody else, and is only ever read.
     ///
     /// # Errors
     /// When there is no region, one is not made of whole pages or not in its file, or two overlap.
@@ -265,6 +279,7 @@ impl GuestRam {
         if all.is_empty() {
             return Err(MemoryError::Empty);
         }
+        largest_first(&mut windows);
         let mut windows = windows.into_iter();
         let nothing = Window { start: 0, words: 0, origin: std::ptr::null_mut(), read_only: false };
         Ok(Self {
@@ -418,6 +433,33 @@ impl Memory for GuestRam {
         }
     }
 
+    #[inline(always)]
+    fn load_in_table(&self, table: Gpa, offset: u64) -> Option<u64> {
+        let (table, offset) = (table.0 & !(PAGE - 1), offset & (PAGE - 8));
+        if table.wrapping_sub(self.first.start) >> 3 >= self.first.words {
+            return self.load_rest(Gpa(table | offset));
+        }
+        // The offset comes first, so that the load waits for nothing but the table's address.
+        let word = self.first.origin.wrapping_add(offset as usize).wrapping_add(table as usize).cast::<u64>();
+        // SAFETY: regions are made of whole pages, and one begins at `table`, by the comparison: the word lies in it, and is
+        // accessed as in `Window::word`.
+        let word = unsafe { AtomicU64::from_ptr(word) };
+        Some(u64::from_le(word.load(Ordering::Relaxed)))
+    }
+
+    #[inline]
+    fn ram(&self) -> (Gpa, u64) {
+        let Window { start, words, read_only, .. } = self.first;
+        (Gpa(start), if read_only { 0 } else { words * 8 })
+    }
+
+    #[inline]
+    fn prefetch(&self, gpa: Gpa) {
+        if let Some(window) = self.window(gpa) {
+            prefetch(window.origin.wrapping_add(gpa.0 as usize));
+        }
+    }
+
     #[inline]
     fn load_table(&self, table: Gpa, entries: &mut [u64; 512]) -> bool {
         match self.window(table).and_then(|window| window.table(table)) {
@@ -465,6 +507,19 @@ impl Memory for GuestRam {
     }
 }
 
+/// Asks for a cache line, wherever that is.
+#[inline(always)]
+fn prefetch(byte: *const u8) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a hint that reads nothing the program can see, and faults nowhere.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(byte.cast()) };
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+    let _ = byte;
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -476,6 +531,58 @@ mod tests {
             Region { start: Gpa(0x10_0000), size: 0x1000, read_only: true },
         ])
         .unwrap()
+    }
+
+    /// However many regions there are, whichever is the largest, and wherever one looks.
+    #[test]
+    fn every_way_to_load_finds_the_same() {
+        let region =
+            |start, pages| Region { start: Gpa(start), size: pages * PAGE, read_only: start == 0x9000 };
+        let sets: [&[Region]; 4] = [
+            &[region(0, 4)],
+            &[region(0x1000, 1), region(0x4000, 3)],
+            &[region(0x2000, 3), region(0x5000, 1), region(0x9000, 5)],
+            &[region(0x1000, 2), region(0x8000, 1), region(0x9000, 1), region(0xb000, 2)],
+        ];
+        for regions in sets {
+            let ram = GuestRam::allocate(regions).unwrap();
+            for at in (0..0x1_0000).step_by(8).map(Gpa) {
+                let inside = regions.iter().find(|r| at.0.wrapping_sub(r.start.0) < r.size);
+                if inside.is_some() {
+                    ram.write_u64(at, at.0 | 1).unwrap();
+                }
+                let expected = inside.map(|_| at.0 | 1);
+                let (table, offset) = (Gpa(at.0 & !0xfff), at.0 & 0xfff);
+                ram.prefetch(at);
+                assert_eq!(ram.load_u64(at), expected, "{at}");
+                assert_eq!(ram.load_in_table(table, offset), expected, "{at}");
+                assert_eq!(ram.load_in_table(Gpa(table.0 | 0xff8), offset | !0xfff), expected, "{at}");
+                let (first, size) = ram.ram();
+                if at.0.wrapping_sub(first.0) < size {
+                    assert_eq!(ram.backing(at), Backing::Ram, "{at}");
+                }
+            }
+            for outside in [1 << 51, 1 << 63, !0xfff] {
+                ram.prefetch(Gpa(outside));
+                assert_eq!(ram.load_in_table(Gpa(outside), 8), None);
+            }
+        }
+    }
+
+    #[test]
+    fn memory_in_huge_pages_is_theirs_or_says_how_to_get_some() {
+        let region = |size| [Region { start: Gpa(0), size, read_only: false }];
+        for pages in [HugePages::Of2M, HugePages::Of1G] {
+            let odd = GuestRam::allocate_in(&region(pages.bytes() + PAGE), pages).unwrap_err().to_string();
+            assert!(odd.contains("no multiple"), "{odd}");
+            match GuestRam::allocate_in(&region(pages.bytes()), pages) {
+                Ok(ram) => {
+                    ram.write_u64(Gpa(8), 5).unwrap();
+                    assert_eq!(ram.load_u64(Gpa(8)), Some(5));
+                }
+                Err(error) => assert!(error.to_string().contains("nr_hugepages"), "{error}"),
+            }
+        }
     }
 
     #[test]

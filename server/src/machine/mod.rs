@@ -12,6 +12,7 @@ pub mod image;
 mod kvm;
 mod mapping;
 mod memory;
+mod pages;
 mod registry;
 mod sigbus;
 mod spec;
@@ -31,6 +32,7 @@ pub use health::Health;
 pub use kvm::KvmError;
 pub use mapping::{Fetch, FileMapping};
 pub use memory::{GuestRam, MemoryError, Place, Region};
+pub use pages::HugePages;
 pub use registry::{AttachError, DetachError, LookupError, Machine, Machines};
 pub use spec::{MachineSpec, SourceSpec, SpecError};
 

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
+use super::pages::HugePages;
 use super::{Machine, OpenError, demo, dump, image, kvm};
 
 const MEMORY_MIN: u64 = 1 << 20;
@@ -38,6 +39,8 @@ pub enum SourceSpec {
         memory: u64,
         /// Number of vCPUs.
         cpus: u32,
+        /// Pages of the host that hold the memory.
+        pages: HugePages,
     },
     /// A guest as QEMU's `dump-guest-memory` left it.
     Dump(PathBuf),
@@ -125,7 +128,7 @@ impl FromStr for MachineSpec {
 }
 
 fn parse_kvm(options: &str) -> Result<SourceSpec, SpecError> {
-    let (mut elf, mut memory, mut cpus) = (None, None, None);
+    let (mut elf, mut memory, mut cpus, mut pages) = (None, None, None, None);
     for option in options.split(',').filter(|_| !options.is_empty()) {
         let (key, value) = option.split_once('=').unwrap_or((option, ""));
         let twice = match key {
@@ -133,8 +136,9 @@ fn parse_kvm(options: &str) -> Result<SourceSpec, SpecError> {
             "elf" => elf.replace(PathBuf::from(value)).is_some(),
             "mem" => memory.replace(parse_memory(value)?).is_some(),
             "cpus" => cpus.replace(parse_cpus(value)?).is_some(),
+            "hugepages" => pages.replace(parse_huge_pages(value)?).is_some(),
             _ => {
-                let known = "elf, mem and cpus";
+                let known = "elf, mem, cpus and hugepages";
                 return Err(SpecError::Key { source_kind: "kvm", key: key.to_owned(), known });
             }
         };
@@ -146,6 +150,7 @@ fn parse_kvm(options: &str) -> Result<SourceSpec, SpecError> {
         elf: elf.ok_or(SpecError::NoElf)?,
         memory: memory.unwrap_or(MEMORY_DEFAULT),
         cpus: cpus.unwrap_or(1),
+        pages: pages.unwrap_or_default(),
     })
 }
 
@@ -170,6 +175,18 @@ fn parse_memory(value: &str) -> Result<u64, SpecError> {
             value: value.to_owned(),
             expected: "use bytes or a number with K, M or G, from 1M to 16G, in whole 4K pages",
         })
+}
+
+fn parse_huge_pages(value: &str) -> Result<HugePages, SpecError> {
+    match value {
+        "2M" => Ok(HugePages::Of2M),
+        "1G" => Ok(HugePages::Of1G),
+        _ => Err(SpecError::Value {
+            key: "hugepages",
+            value: value.to_owned(),
+            expected: "use 2M or 1G for pages of the host's pool; without it memory is in transparent huge pages",
+        }),
+    }
 }
 
 fn parse_cpus(value: &str) -> Result<u32, SpecError> {
@@ -210,7 +227,9 @@ impl MachineSpec {
     pub fn open(&self) -> Result<Machine, OpenError> {
         let source = match &self.source {
             SourceSpec::Demo { plain } => demo::open(&self.id, *plain)?,
-            SourceSpec::Kvm { elf, memory, cpus } => kvm::open_elf(&self.id, elf, *memory, *cpus)?,
+            SourceSpec::Kvm { elf, memory, cpus, pages } => {
+                kvm::open_elf(&self.id, elf, *memory, *cpus, *pages)?
+            }
             SourceSpec::Dump(file) => dump::open(&self.id, file)?,
             SourceSpec::Image(file) => image::open(&self.id, file)?,
         };
@@ -229,7 +248,7 @@ mod tests {
     }
 
     fn kvm(elf: &str, memory: u64, cpus: u32) -> SourceSpec {
-        SourceSpec::Kvm { elf: elf.into(), memory, cpus }
+        SourceSpec::Kvm { elf: elf.into(), memory, cpus, pages: HugePages::Transparent }
     }
 
     #[test]
@@ -290,6 +309,8 @@ mod tests {
             ("kvm:elf=f,mem=1048577", value),
             ("kvm:elf=f,mem=18446744073709551615G", value),
             ("kvm:elf=f,mem=18446744073709551616", value),
+            ("kvm:elf=f,hugepages=4K", value),
+            ("kvm:elf=f,hugepages=2M,hugepages=2M", twice),
             ("kvm:elf=f,cpus=0", value),
             ("kvm:elf=f,cpus=17", value),
             ("kvm:elf=f,cpus=1x", value),

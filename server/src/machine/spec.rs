@@ -321,6 +321,6 @@ mod tests {
         assert!(parse(&format!("{}=demo", "x".repeat(64))).is_ok());
         assert!(id(&parse(&format!("{}=demo", "x".repeat(65))).unwrap_err()));
         let message = parse("kvm:elf=f,ram=1M").unwrap_err().to_string();
-        assert!(message.contains("ram") && message.contains("elf, mem and cpus"), "{message}");
+        assert!(message.contains("ram") && message.contains("elf, mem, cpus and hugepages"), "{message}");
     }
 }

@@ -128,10 +128,10 @@ impl Ladder<'_> {
             self.second(),
             size_name(nested.page_size),
             match self.walker.ngpa_walk() {
-                Some(NgpaWalk::Ept(_)) => read_write_execute(page.rights),
-                _ => rights(page.rights),
+                Some(NgpaWalk::Ept(_)) => read_write_execute(page.rights()),
+                _ => rights(page.rights()),
             },
-            backing(page.backing),
+            backing(page.backing()),
         )
     }
 
@@ -152,10 +152,10 @@ impl Ladder<'_> {
         format!(
             "GPA {:#x}{through}: {}{nested_size}, {}, {}, {}{key}",
             page.gpa,
-            size_name(page.page_size),
-            rights(page.rights),
+            size_name(page.page_size()),
+            rights(page.rights()),
             self.memory_type(page),
-            backing(page.backing),
+            backing(page.backing()),
         )
     }
 }

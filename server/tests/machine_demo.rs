@@ -72,7 +72,7 @@ fn runs_and_switches_and_remaps() -> Result<(), Failed> {
     let huge = machine.source().landmarks().iter().find(|l| l.name == "huge-2m").unwrap().address;
     let page = vcpu.latest().walker.as_ref().unwrap().translate(memory, Gva(huge), &read).unwrap();
     assert_eq!(
-        (page.page_size, page.backing, page.accessed(), page.dirty()),
+        (page.page_size(), page.backing(), page.accessed(), page.dirty()),
         (PageSize::Size2M, Backing::Ram, true, false)
     );
     Ok(())

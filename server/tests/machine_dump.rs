@@ -59,7 +59,7 @@ fn plain(frame: u64) -> DumpFile {
 fn a_dump_is_walked_and_its_registers_are_read() {
     let machine = open(&plain(0x1_2000));
     let found = walk(&machine, 0, 0x123).unwrap();
-    assert_eq!((found.gpa.0, found.backing), (0x1_2123, Backing::Ram));
+    assert_eq!((found.gpa.0, found.backing()), (0x1_2123, Backing::Ram));
     assert_eq!(walk(&machine, 0, 0x1000), None);
     let snapshot = machine.vcpu(0).unwrap().latest();
     let registers = &snapshot.registers;

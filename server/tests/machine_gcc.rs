@@ -140,7 +140,7 @@ fn translates() -> Result<(), Failed> {
                     let page = found.unwrap_or_else(|_| panic!("{what}"));
                     assert_eq!(page.gpa, Gpa(gpa + offset), "{what}");
                     let wanted = if size == 4096 { PageSize::Size4K } else { PageSize::Size2M };
-                    assert_eq!(page.page_size, wanted, "{what}");
+                    assert_eq!(page.page_size(), wanted, "{what}");
                     pages += 1;
                 }
             }

@@ -89,7 +89,7 @@ fn regions_may_share_a_file_lie_anywhere_and_be_read_only() {
     // A table may come after the vCPUs: the order of tables is no matter.
     let machine = open(&folder, &text);
     let found = walk(&machine, 0x10, AccessKind::Read).unwrap();
-    assert_eq!((found.gpa.0, found.backing), (0x1_0000_0010, Backing::ReadOnly));
+    assert_eq!((found.gpa.0, found.backing()), (0x1_0000_0010, Backing::ReadOnly));
     assert!(machine.source().memory().blocks(), "offsets that are not at words are fetched");
 }
 

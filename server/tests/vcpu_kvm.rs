@@ -318,7 +318,7 @@ fn all_of_memory_is_mapped_to_itself() -> Result<(), Failed> {
             let walker = snapshot.walker.as_ref().unwrap();
             for at in [0, CODE, bytes / 2, bytes - 1] {
                 let page = walker.translate(memory, Gva(at), &read).unwrap();
-                assert_eq!((page.gpa, page.backing), (Gpa(at), Backing::Ram), "{size}");
+                assert_eq!((page.gpa, page.backing()), (Gpa(at), Backing::Ram), "{size}");
             }
             let end = bytes.next_multiple_of(2 << 20);
             assert!(walker.translate(memory, Gva(end), &read).is_err(), "{size}: nothing above memory");

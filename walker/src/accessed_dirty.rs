@@ -24,7 +24,7 @@ pub(crate) fn walk_and_set<M: Memory>(
         trace.clear();
         let translation = walk(trace)?;
         match commit(memory, trace.steps()) {
-            Commit::Done { skipped } => return Ok(Translation { ad_skipped: skipped, ..translation }),
+            Commit::Done { skipped } => return Ok(translation.with_ad_skipped(skipped)),
             Commit::Changed(step) => changed = Some(step),
         }
     }

@@ -114,7 +114,7 @@ impl PageFormat {
             mode_based_execute: controls.mode_based_execute,
             bad_memory_type_xwr: bad_memory_type_xwr(capabilities.execute_only, controls.mode_based_execute),
             reserved,
-            lane: Masks::new(&reserved, address_bits, &permissions, 0),
+            lane: Masks::new(&reserved, &permissions, 0),
             permissions,
             protection_key_mask: 0,
             shadow_stacks: false,
@@ -159,7 +159,7 @@ impl PageFormat {
             mode_based_execute: false,
             bad_memory_type_xwr: 0,
             reserved,
-            lane: Masks::new(&reserved, address_bits, &permissions, protection_key_mask),
+            lane: Masks::new(&reserved, &permissions, protection_key_mask),
             permissions,
             protection_key_mask,
             shadow_stacks: protections.shadow_stacks,
@@ -249,7 +249,7 @@ impl PageFormat {
     /// The bits that an entry's address is masked with: all but [`CpuProfile::encryption_bit`].
     #[must_use]
     #[inline]
-    pub fn address_bits(&self) -> u64 {
+    pub const fn address_bits(&self) -> u64 {
         self.address_bits
     }
 

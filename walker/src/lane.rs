@@ -13,56 +13,51 @@ use crate::access::Access;
 use crate::addr::Gpa;
 use crate::entry::{EntryLayout, LongMode};
 use crate::format::PageFormat;
-use crate::memory::Memory;
+use crate::memory::{Backing, Memory};
 use crate::mode::PagingMode;
-use crate::permission::{Rights, WORDS, key_field, key_refusal};
+use crate::permission::{Rights, Shown, WORDS, key_field, key_refusal};
 use crate::reserved::ReservedBits;
-use crate::translation::{PageSize, Translation};
+use crate::translation::{Page, PageSize, Translation};
 use crate::walk::PageWalk;
 
 /// What the lane asks of a page format.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Masks {
-    /// The address bits of an entry.
-    frame: u64,
     /// Reserved in the entries of every level.
     reserved: u64,
     /// Reserved in a PML4E and a PML5E, the page-size bit among them.
     reserved_top: u64,
+    /// What needs a second look in a PDPTE or above: the page-size bit, and what is reserved in a PML4E and not everywhere.
+    upper: u64,
     /// Reserved in a PDE that maps a page.
     reserved_pde: u64,
     /// Reserved in a PDPTE that maps a page.
     reserved_pdpte: u64,
-    /// By [`Access::word_index`]: bit `n` is set where an access to a page whose levels show the bits `n` is refused, or asks
-    /// for a protection key. `n` is P, W, U where every level has them, and 8 where one has NX.
-    asks: [u16; WORDS],
+    /// By what the levels of a page show ([`Shown`]): bit [`Access::word_index`] is set where that access is refused, or asks
+    /// for a protection key.
+    asks: [u64; Shown::COUNT],
 }
 
 impl Masks {
-    pub(crate) const fn new(
-        reserved: &ReservedBits,
-        address_bits: u64,
-        permissions: &[u16; WORDS],
-        key_mask: u32,
-    ) -> Self {
-        let mut asks = [0; WORDS];
-        let mut index = 0;
-        while index < WORDS {
-            let mut shown = 0;
-            while shown < 16 {
-                let rights = rights(shown);
+    pub(crate) const fn new(reserved: &ReservedBits, permissions: &[u16; WORDS], key_mask: u32) -> Self {
+        let mut asks = [0; Shown::COUNT];
+        let mut shown = 0;
+        while shown < Shown::COUNT {
+            let rights = Shown::of_bits(shown as u32).rights();
+            let mut index = 0;
+            while index < WORDS {
                 let refused = !rights.read() || permissions[index] >> rights.bits() & 1 != 0;
                 if refused || key_field(key_mask, index, rights) != 0 {
-                    asks[index] |= 1 << shown;
+                    asks[shown] |= 1 << index;
                 }
-                shown += 1;
+                index += 1;
             }
-            index += 1;
+            shown += 1;
         }
         Self {
-            frame: LongMode::FRAME & address_bits,
             reserved: reserved.leaf[0],
             reserved_top: reserved.leaf[3],
+            upper: reserved.leaf[3] & !reserved.leaf[0] | LongMode::PAGE_SIZE,
             reserved_pde: reserved.leaf[1],
             reserved_pdpte: reserved.leaf[2],
             asks,
@@ -70,13 +65,8 @@ impl Masks {
     }
 }
 
-/// The rights of a page whose levels show these bits.
-#[inline(always)]
-const fn rights(shown: u64) -> Rights {
-    Rights(shown as u8 ^ Rights::EXECUTE.bits())
-}
-
-/// Which walks the lane knows: those of one dimension in 4-level or 5-level paging.
+/// Which walks the lane knows: those of one dimension in 4-level or 5-level paging, without an encryption bit, so that an
+/// entry's address bits are a constant.
 ///
 /// As bounds of the canonical addresses, counted from the lowest one: what the lane does not know has none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,6 +81,7 @@ impl Lane {
 
     pub(crate) const fn of(walk: &PageWalk) -> Self {
         match walk.format().mode() {
+            _ if walk.format().address_bits() != u64::MAX => Self::CLOSED,
             PagingMode::FourLevel => Self { four_level: 1 << 48, ..Self::CLOSED },
             PagingMode::FiveLevel => {
                 Self { five_level: 1 << walk.format().unchanged_width(), ..Self::CLOSED }
@@ -115,6 +106,11 @@ impl Lane {
         cold_path();
         if gva.wrapping_add(self.five_level >> 1) < self.five_level {
             let entry = run.entry(5, walk.root())?;
+            if entry & run.masks().reserved_top != 0 {
+                return None;
+            }
+            // It has none of these bits: they are the PML4E's and the PDPTE's to show.
+            run.all |= run.masks().upper;
             return run.four_levels(entry);
         }
         None
@@ -142,7 +138,7 @@ impl<M: Memory> Run<'_, M> {
     #[inline(always)]
     fn entry(&mut self, level: u32, above: u64) -> Option<u64> {
         let offset = (self.address >> shift(level) & 511) << 3;
-        let entry = self.memory.load_in_table(Gpa(above & self.masks().frame), offset)?;
+        let entry = self.memory.load_in_table(Gpa(above & LongMode::FRAME), offset)?;
         self.all &= entry;
         self.any |= entry;
         Some(entry)
@@ -151,12 +147,17 @@ impl<M: Memory> Run<'_, M> {
     #[inline(always)]
     fn four_levels(&mut self, above: u64) -> Option<Translation> {
         let entry = self.entry(4, above)?;
-        if self.any & self.masks().reserved_top != 0 {
-            return None;
-        }
         let entry = self.entry(3, entry)?;
-        if entry & LongMode::PAGE_SIZE != 0 {
-            return self.large_page(3, entry, self.masks().reserved_pdpte);
+        if self.any & self.masks().upper != 0 {
+            cold_path();
+            // What the levels above this one show: where it has a bit, they show what all have, elsewhere what some has.
+            let above = self.all & entry | self.any & !entry;
+            if above & self.masks().reserved_top != 0 {
+                return None;
+            }
+            if entry & LongMode::PAGE_SIZE != 0 {
+                return self.large_page(3, entry, self.masks().reserved_pdpte);
+            }
         }
         let entry = self.entry(2, entry)?;
         if entry & LongMode::PAGE_SIZE != 0 {
@@ -180,24 +181,22 @@ impl<M: Memory> Run<'_, M> {
         if self.any & masks.reserved != 0 {
             return None;
         }
-        let shown = self.all & LongMode::GRANTING | self.any >> 60 & u64::from(Rights::EXECUTE.bits());
-        if masks.asks[self.access.word_index()] >> shown & 1 != 0 {
+        let shown = Shown::of_entries(self.all, self.any);
+        if masks.asks[shown.bits() as usize] >> self.access.word_index() & 1 != 0 {
             cold_path();
-            if refused(format, self.access, rights(shown), entry) {
+            if refused(format, self.access, shown.rights(), entry) {
                 return None;
             }
         }
         let within = (1 << shift(level)) - 1;
-        let gpa = Gpa((entry & masks.frame & !within) | (self.address & within));
-        Some(Translation {
-            gpa,
-            entry,
-            nested: None,
-            page_size: PageSize::of_bits(shift(level)),
-            rights: rights(shown),
-            backing: self.memory.backing(gpa),
-            ad_skipped: false,
-        })
+        let gpa = Gpa((entry & LongMode::FRAME & !within) | (self.address & within));
+        let mut page = Page::new(PageSize::of_bits(shift(level)), shown);
+        let backing = self.memory.backing(gpa);
+        if backing != Backing::Ram {
+            cold_path();
+            page = page.with_backing(backing);
+        }
+        Some(Translation { gpa, entry, nested: None, page })
     }
 }
 
@@ -222,7 +221,7 @@ mod tests {
     use crate::access::{AccessKind, Privilege};
     use crate::addr::is_canonical;
     use crate::masking::CR3_LAM_U48;
-    use crate::memory::{Backing, ExchangeError};
+    use crate::memory::ExchangeError;
     use crate::mode::{
         CR0_PE, CR0_PG, CR0_WP, CR4_CET, CR4_LA57, CR4_PAE, CR4_PKE, CR4_PKS, CR4_SMAP, CR4_SMEP,
         ControlRegisters, CpuProfile, EFER_LMA, EFER_LME, EFER_NXE, Vendor,
@@ -306,7 +305,7 @@ mod tests {
     }
 
     /// For every format, level and combination of the bits that matter: the lane accepts what the general walk answers,
-    /// with the same answer, and nothing else. Shadow stacks and pointers with metadata it leaves alone.
+    /// with the same answer, and nothing else. Shadow stacks, encrypted memory and pointers with metadata it leaves alone.
     #[test]
     fn accepts_exactly_what_the_general_walk_answers() {
         let mut rng = fastrand::Rng::with_seed(7);
@@ -331,13 +330,14 @@ mod tests {
                     let (gva, access) = (address(&mut rng), access(&mut rng));
                     let general = crate::walk::translate(&walk, None, &path, gva, &access, &mut NoTrace).ok();
                     let lane = Lane::of(&walk).translate(&walk, &path, gva, &access);
-                    let general_alone =
-                        access.is_shadow_stack() || !is_canonical(gva, walk.format().unchanged_width());
+                    let general_alone = access.is_shadow_stack()
+                        || walk.format().address_bits() != u64::MAX
+                        || !is_canonical(gva, walk.format().unchanged_width());
                     if lane.is_some() || !general_alone {
                         assert_eq!(lane, general, "{gva:#x} {access:?} {:x?} {walk:?}", path.entries);
                     }
                     match lane {
-                        Some(page) => accepted[page.page_size as usize] += 1,
+                        Some(page) => accepted[page.page_size() as usize] += 1,
                         None => left += 1,
                     }
                 }

@@ -12,9 +12,9 @@ use crate::memory::Memory;
 use crate::memory_type::EptMemoryType;
 use crate::mode::{ControlRegisters, CpuProfile, StateError};
 use crate::npt::{NptControls, NptWalk};
-use crate::permission::Rights;
+use crate::permission::{Rights, Shown};
 use crate::trace::{Recorder, Trace};
-use crate::translation::{NestedPage, PageSize, Translation};
+use crate::translation::{NestedPage, Page, PageSize, Translation};
 use crate::walk::PageWalk;
 use crate::walker::AdPolicy;
 
@@ -184,10 +184,7 @@ impl NgpaWalk {
             gpa: page.gpa,
             entry: 0,
             nested: Some(page.page(ngpa)),
-            page_size: PageSize::Unpaged,
-            rights,
-            backing: memory.backing(page.gpa),
-            ad_skipped: false,
+            page: Page::new(PageSize::Unpaged, Shown::of(rights)).with_backing(memory.backing(page.gpa)),
         };
         match self {
             Self::Npt(npt) => {

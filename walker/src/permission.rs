@@ -4,6 +4,7 @@
 //! every combination of rights are computed once, when the control registers change; a walk looks its answer up.
 
 use crate::access::Access;
+use crate::entry::LongMode;
 
 /// The effective rights of a page: what every level of the walk grants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -66,6 +67,41 @@ impl Rights {
     #[must_use]
     pub const fn or(self, other: Self) -> Self {
         Self(self.0 | other.0)
+    }
+}
+
+/// The rights of a page as the bits that its levels show: P, R/W and U/S where every level has them, and execute-disable where
+/// one has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Shown(u32);
+
+impl Shown {
+    /// How many there are.
+    pub(crate) const COUNT: usize = 16;
+
+    #[inline(always)]
+    pub(crate) const fn of_bits(bits: u32) -> Self {
+        Self(bits & 15)
+    }
+
+    /// Of entries of long mode that have in common the bits `all`, and of which some have the bits `any`.
+    #[inline(always)]
+    pub(crate) const fn of_entries(all: u64, any: u64) -> Self {
+        Self((all & LongMode::GRANTING) as u32 * 2 + (any >> 63) as u32)
+    }
+
+    #[inline(always)]
+    pub(crate) const fn bits(self) -> u32 {
+        self.0
+    }
+
+    pub(crate) const fn of(rights: Rights) -> Self {
+        Self(((rights.0 << 1 & 14) | rights.0 >> 3) as u32 ^ 1)
+    }
+
+    #[inline(always)]
+    pub(crate) const fn rights(self) -> Rights {
+        Rights((self.0 as u8 >> 1 | (self.0 as u8 & 1) << 3) ^ Rights::EXECUTE.0)
     }
 }
 

@@ -9,13 +9,13 @@ use crate::entry::{EntryLayout, LongMode, Pae, TwoLevel};
 use crate::fault::{Dimension, Fault, Reason, Refusal};
 use crate::format::PageFormat;
 use crate::masking::{CR3_LAM_U48, CR3_LAM_U57};
-use crate::memory::{Backing, Memory};
+use crate::memory::Memory;
 use crate::mode::{ControlRegisters, CpuProfile, PagingMode, StateError, Vendor, bits, reserved};
 use crate::nested::NgpaWalk;
-use crate::permission::Rights;
+use crate::permission::{Rights, Shown};
 use crate::reserved::ReservedBits;
 use crate::trace::Recorder;
-use crate::translation::{PageSize, Translation};
+use crate::translation::{Page, PageSize, Translation};
 
 /// A root and a page format: everything one dimension needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -157,17 +157,16 @@ pub(crate) fn linear<M: Memory, R: Recorder>(
         }
     }?;
     let Some(second) = second else {
-        return Ok(Translation { backing: memory.backing(page.gpa), ..page });
+        return Ok(Translation { page: page.page.with_backing(memory.backing(page.gpa)), ..page });
     };
     let ngpa = NestedGpa(page.gpa.0);
     let nested = second
-        .final_page(memory, ngpa, access, page.rights, recorder)
+        .final_page(memory, ngpa, access, page.rights(), recorder)
         .map_err(|fault| Fault { address: gva, ..fault })?;
     Ok(Translation {
         gpa: nested.gpa,
         nested: Some(nested.page(ngpa)),
-        rights: nested.rights,
-        backing: memory.backing(nested.gpa),
+        page: page.page.with_rights(nested.rights).with_backing(memory.backing(nested.gpa)),
         ..page
     })
 }
@@ -178,10 +177,7 @@ fn unpaged(gva: u64) -> Translation {
         gpa: Gpa(gva & LINEAR_32),
         entry: 0,
         nested: None,
-        page_size: PageSize::Unpaged,
-        rights: Rights::ALL,
-        backing: Backing::None,
-        ad_skipped: false,
+        page: Page::new(PageSize::Unpaged, Shown::of(Rights::ALL)),
     }
 }
 
@@ -205,10 +201,7 @@ fn paged<E: EntryLayout, M: Memory, R: Recorder>(
             gpa: Gpa(leaf.output),
             entry: leaf.entry,
             nested: None,
-            page_size: leaf.size,
-            rights: leaf.rights,
-            backing: Backing::None,
-            ad_skipped: false,
+            page: Page::new(leaf.size, Shown::of(leaf.rights)),
         }),
         Err(Stop::Refused(refusal)) => Err(refusal.in_guest(format, access, gva)),
         Err(Stop::Second(fault)) => Err(Fault { address: gva, ..fault }),

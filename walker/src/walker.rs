@@ -41,7 +41,7 @@ pub enum AdPolicy {
 ///
 /// let read = Access::new(AccessKind::Read, Privilege::Supervisor);
 /// let page = walker.translate(&Window::new(&words), Gva(0x1234), &read).unwrap();
-/// assert_eq!((page.gpa, page.page_size), (Gpa(0x20_1234), PageSize::Size2M));
+/// assert_eq!((page.gpa, page.page_size()), (Gpa(0x20_1234), PageSize::Size2M));
 ///
 /// let fault = walker.translate(&Window::new(&words), Gva(0x20_0000), &read).unwrap_err();
 /// assert_eq!((fault.kind, fault.level), (FaultKind::PageFault { error_code: 0 }, 2));
@@ -124,6 +124,7 @@ impl Walker {
         }
     }
 
+    #[cold]
     #[inline(never)]
     pub(crate) fn observe<M: Memory, R: Recorder>(
         &self,

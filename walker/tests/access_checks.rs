@@ -325,7 +325,7 @@ fn shadow_stacks_outside_long_mode() {
     ram.put(0x1000, 0x2000 | P | W);
     ram.put(0x2010, (FRAME | P | D) << 32);
     let two_level = walker(&cet(0, 0), &INTEL);
-    assert_eq!(ask(&two_level, &ram, GVA, &push).unwrap().page_size, PageSize::Size4K);
+    assert_eq!(ask(&two_level, &ram, GVA, &push).unwrap().page_size(), PageSize::Size4K);
     ram.put(0x2010, (FRAME | P | W | D) << 32);
     assert_eq!(
         error_code(ask(&two_level, &ram, GVA, &push)),

@@ -268,7 +268,7 @@ fn words_lose_nothing_they_promise() {
             assert_eq!(word.gpa(gva), Some(page.gpa));
             assert_eq!(
                 (word.page_size(), word.rights(), word.backing(), word.key()),
-                (page.page_size, page.rights, page.backing, page.key())
+                (page.page_size(), page.rights(), page.backing(), page.key())
             );
             assert_eq!(word.nested_page_size(), page.nested.map(|nested| nested.page_size));
             assert_eq!(

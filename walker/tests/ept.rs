@@ -189,8 +189,8 @@ fn a_page_is_found_through_both_dimensions() {
     let page = translate(&Memory::new(), &walker(EPTP, PLAIN), &access(AccessKind::Write)).unwrap();
     let nested = page.nested.expect("a nested page");
     assert_eq!((page.gpa, nested.ngpa), (Gpa(0x15123), NestedGpa(0x5123)));
-    assert_eq!((page.page_size, nested.page_size), (PageSize::Size4K, PageSize::Size4K));
-    assert_eq!(page.rights, Rights::ALL);
+    assert_eq!((page.page_size(), nested.page_size), (PageSize::Size4K, PageSize::Size4K));
+    assert_eq!(page.rights(), Rights::ALL);
     let write_back = EptMemoryType { memory_type: MemoryType::WriteBack, ignore_pat: false };
     assert_eq!(nested.ept_memory_type, Some(write_back));
 }
@@ -477,7 +477,7 @@ fn mode_based_execute_follows_the_page() {
         }
         let privilege = if user_page { Privilege::User } else { Privilege::Supervisor };
         memory.forbid(PAGE, other);
-        assert!(outcome(&memory, privilege).unwrap().rights.execute());
+        assert!(outcome(&memory, privilege).unwrap().rights().execute());
         memory.ept(PAGE, memory.ept_pte(PAGE) & !right | other);
         let fault = outcome(&memory, privilege).unwrap_err();
         assert_eq!((fault.reason, fault.bits), (Reason::NoExecute, right));
@@ -485,7 +485,7 @@ fn mode_based_execute_follows_the_page() {
         assert_eq!(qualification(Err(fault)), 0x4 | 0x18 | allowed | 0x180 | 0x400 | user);
         let read =
             translate(&memory, &walker(EPTP, MBEC), &Access::new(AccessKind::Read, privilege)).unwrap();
-        assert_eq!((read.rights.execute(), read.rights.user()), (false, user_page));
+        assert_eq!((read.rights().execute(), read.rights().user()), (false, user_page));
     }
     // A supervisor's fetch from a user page, without SMEP, is by a user-mode linear address.
     let memory = Memory::new();
@@ -541,7 +541,7 @@ fn rights_stay_the_guests_where_ept_has_none() {
     let memory = Memory::new();
     memory.forbid(PAGE, W | XU);
     let page = translate(&memory, &walker(EPTP, PLAIN), &access(AccessKind::Read)).unwrap();
-    let rights = page.rights;
+    let rights = page.rights();
     assert_eq!((rights.read(), rights.write(), rights.user(), rights.execute()), (true, false, true, true));
 }
 

@@ -298,7 +298,7 @@ impl Bed {
         judge.count_if(
             "allowed by a key that withholds",
             answer.is_ok_and(|page| {
-                controls.pke && page.rights.user() && controls.pkru >> (2 * page.key()) & 0b11 != 0
+                controls.pke && page.rights().user() && controls.pkru >> (2 * page.key()) & 0b11 != 0
             }),
         );
 
@@ -434,7 +434,7 @@ fn ask(
     let access = |kind| Access::new(kind, privilege).with_ac(play.ac).with_pkru(pkru).through_stack(stack);
     let mut walk = |access: &Access| walk(walker, copy, play.gva, access, &mut NoTrace, judge);
     let first = walk(&access(kind));
-    let prop = first.ok().filter(|page| page.backing != Backing::None).map(|page| page.gpa.0);
+    let prop = first.ok().filter(|page| page.backing() != Backing::None).map(|page| page.gpa.0);
     match play.act {
         Act::DescriptorTouch if first.is_ok() => (walk(&access(AccessKind::Write)), prop),
         _ => (first, prop),

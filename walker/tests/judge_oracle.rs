@@ -183,7 +183,7 @@ impl Bench {
         let settled = ground.settle(&answer.written);
 
         let expected = Some(answer.outcome);
-        let skipped = |of: &Result<Translation, Fault>| of.as_ref().is_ok_and(|it| it.ad_skipped);
+        let skipped = |of: &Result<Translation, Fault>| of.as_ref().is_ok_and(Translation::ad_skipped);
         let differs = [
             ("the untraced outcome", answers::outcome(&untraced) != expected || skipped(&untraced)),
             ("the traced outcome", observed != untraced),

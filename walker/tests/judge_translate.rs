@@ -231,7 +231,7 @@ fn ask(walker: &Walker, copy: Ram, gva: u64, ac: bool, judge: &mut Judge) -> Opt
     match outcome {
         Ok(page) => {
             judge.count(
-                match page.page_size {
+                match page.page_size() {
                     PageSize::Size4K => "mapped 4 KiB",
                     PageSize::Size2M => "mapped 2 MiB",
                     PageSize::Size1G => "mapped 1 GiB",
@@ -239,7 +239,7 @@ fn ask(walker: &Walker, copy: Ram, gva: u64, ac: bool, judge: &mut Judge) -> Opt
                 },
                 0,
             );
-            if page.backing == Backing::None {
+            if page.backing() == Backing::None {
                 judge.count("mapped without backing", 0);
             }
             Some(page)

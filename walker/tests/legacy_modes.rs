@@ -80,8 +80,8 @@ fn two_level_4_kib_pages_and_their_bits() {
     let walker = walker(&two_level(0), &CPU);
 
     let page = walker.translate(&ram.window(), gva, &READ).unwrap();
-    assert_eq!((page.gpa, page.page_size, page.key()), (Gpa(0x7abc), PageSize::Size4K, 0));
-    assert!(page.rights.write() && page.rights.execute() && !page.rights.user());
+    assert_eq!((page.gpa, page.page_size(), page.key()), (Gpa(0x7abc), PageSize::Size4K, 0));
+    assert!(page.rights().write() && page.rights().execute() && !page.rights().user());
     // Linear addresses are 32 bits wide.
     assert_eq!(walker.translate(&ram.window(), Gva(gva.0 | 1 << 40), &READ).unwrap().gpa, page.gpa);
 
@@ -105,7 +105,7 @@ fn pse_decides_whether_bit_7_of_a_pde_is_a_page() {
     ram.put32(0x1000 + 4, 0x0040_0083);
     let gva = Gva(1 << 22 | 0x1234);
     let large = walker(&two_level(CR4_PSE), &CPU).translate(&ram.window(), gva, &READ).unwrap();
-    assert_eq!((large.gpa, large.page_size), (Gpa(0x0040_1234), PageSize::Size4M));
+    assert_eq!((large.gpa, large.page_size()), (Gpa(0x0040_1234), PageSize::Size4M));
     // Without PSE the entry refers to a table at 4 MiB, outside of this memory.
     let fault = walker(&two_level(0), &CPU).translate(&ram.window(), gva, &READ).unwrap_err();
     assert_eq!((fault.kind, fault.level), (FaultKind::Unbacked, 1));
@@ -156,7 +156,7 @@ fn pae_root_is_aligned_to_32_bytes_and_grants_nothing() {
     assert_eq!((walker.gva_walk().root(), walker.gva_walk().format().levels()), (0x1fe0, 3));
     let user_write = Access::new(AccessKind::Write, Privilege::User);
     let page = walker.translate_with(&ram.window(), gva, &user_write, AdPolicy::Set, &mut NoTrace).unwrap();
-    assert_eq!((page.gpa, page.page_size), (Gpa(0x9005), PageSize::Size4K));
+    assert_eq!((page.gpa, page.page_size()), (Gpa(0x9005), PageSize::Size4K));
     assert_eq!((ram.get64(0x1ff0), ram.get64(0x3018), ram.get64(0x4020)), (0x3001, 0x4027, 0x9067));
 }
 
@@ -166,7 +166,7 @@ fn pae_large_pages_reach_above_4_gib() {
     ram.put64(0x1000, 0x3001);
     ram.put64(0x3000, 0x12_3460_0083);
     let page = walker(&pae(0x1000, 0), &CPU).translate(&ram.window(), Gva(0x1f_ffff), &READ).unwrap();
-    assert_eq!((page.gpa, page.page_size), (Gpa(0x12_347f_ffff), PageSize::Size2M));
+    assert_eq!((page.gpa, page.page_size()), (Gpa(0x12_347f_ffff), PageSize::Size2M));
 }
 
 #[test]

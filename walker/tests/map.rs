@@ -263,9 +263,9 @@ fn gva(walker: &Walker, position: u64) -> Gva {
 /// All that an extent says of a page, but where it leads and whether it was used.
 fn shown(page: &Translation) -> impl PartialEq + std::fmt::Debug {
     (
-        page.page_size,
-        page.rights,
-        page.backing,
+        page.page_size(),
+        page.rights(),
+        page.backing(),
         page.key(),
         page.global(),
         page.pat_index(),
@@ -356,9 +356,9 @@ fn a_map_says_what_single_walks_say() {
             match &walked {
                 Ok(page) => {
                     let nested = page.nested.map(|nested| nested.page_size);
-                    seen.note(format!("{mode:?} {:?} over {nested:?}", page.page_size));
-                    seen.note(format!("{:?}", page.backing));
-                    if extent.bytes > page.page_size.bytes().unwrap_or(0) {
+                    seen.note(format!("{mode:?} {:?} over {nested:?}", page.page_size()));
+                    seen.note(format!("{:?}", page.backing()));
+                    if extent.bytes > page.page_size().bytes().unwrap_or(0) {
                         seen.note("pages that continue each other");
                     }
                 }
@@ -516,9 +516,9 @@ fn a_filter_leaves_what_it_says() {
         let mut expected = Vec::new();
         for extent in extents {
             let page = extent.outcome.unwrap();
-            let wanted = has(page.rights, filter.required) == filter.required.bits()
-                && has(page.rights, filter.forbidden) == 0
-                && page_sizes.contains(page.page_size);
+            let wanted = has(page.rights(), filter.required) == filter.required.bits()
+                && has(page.rights(), filter.forbidden) == 0
+                && page_sizes.contains(page.page_size());
             let first = page.gpa.0.max(gpas.0.0);
             let end = (u128::from(page.gpa.0) + u128::from(extent.bytes)).min(u128::from(gpas.1.0) + 1);
             if wanted && u128::from(first) < end {

@@ -194,7 +194,7 @@ fn bound(walker: &Walker) -> usize {
 }
 
 fn without_skipped(outcome: Result<Translation, Fault>) -> Result<Translation, Fault> {
-    outcome.map(|page| Translation { ad_skipped: false, ..page })
+    outcome.map(|page| page.with_ad_skipped(false))
 }
 
 proptest! {
@@ -238,7 +238,7 @@ proptest! {
                     memory.words[step.entry_gpa.0 as usize / 8].load(Ordering::Relaxed) & 0x20 != 0
                 }), "an accessed bit is missing");
                 let again = walker.translate(&memory, gva, &access).unwrap();
-                prop_assert_eq!((again.gpa, again.rights), (page.gpa, page.rights));
+                prop_assert_eq!((again.gpa, again.rights()), (page.gpa, page.rights()));
             }
         }
     }
@@ -396,7 +396,8 @@ proptest! {
                 prop_assert_eq!(nested.gpa, single.gpa);
                 prop_assert_eq!(nested.nested.map(|page| page.ngpa.0), Some(single.gpa.0));
                 prop_assert_eq!(
-                    (nested.page_size, nested.rights, nested.backing), (single.page_size, single.rights, single.backing)
+                    (nested.page_size(), nested.rights(), nested.backing()),
+                    (single.page_size(), single.rights(), single.backing())
                 );
             }
             // What lies above 1 GiB is outside the identity: a frame, or a table.
@@ -426,7 +427,7 @@ fn the_strategies_reach_every_outcome() {
         let memory = Counted::new(&entries);
         for gva in gvas {
             let outcome = match walker.translate(&memory, Gva(gva), &access).map_err(|fault| fault.kind) {
-                Ok(page) if page.backing == Backing::None => "unbacked page",
+                Ok(page) if page.backing() == Backing::None => "unbacked page",
                 Ok(_) => "page",
                 Err(FaultKind::PageFault { .. }) => "#PF",
                 Err(FaultKind::GeneralProtection | FaultKind::StackFault) => "not canonical",

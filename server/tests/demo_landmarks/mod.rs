@@ -135,13 +135,13 @@ pub(crate) fn check(machine: &Machine, own: &Snapshot, nested: &Snapshot) {
     let page = |walker, name| {
         translate(memory, walker, address(machine, name), kinds[0], Privilege::Supervisor).1.unwrap()
     };
-    assert_eq!(page(own_walker, "mmio").backing, Backing::None);
-    assert_eq!(page(own_walker, "rom").backing, Backing::ReadOnly);
-    assert_eq!(page(own_walker, "kernel-text").backing, Backing::Ram);
-    assert_eq!(page(own_walker, "huge-2m").page_size, PageSize::Size2M);
-    assert!(gib.is_none() || page(own_walker, "huge-1g").page_size == PageSize::Size1G);
+    assert_eq!(page(own_walker, "mmio").backing(), Backing::None);
+    assert_eq!(page(own_walker, "rom").backing(), Backing::ReadOnly);
+    assert_eq!(page(own_walker, "kernel-text").backing(), Backing::Ram);
+    assert_eq!(page(own_walker, "huge-2m").page_size(), PageSize::Size2M);
+    assert!(gib.is_none() || page(own_walker, "huge-1g").page_size() == PageSize::Size1G);
     let huge = page(l2_walker, "l2-huge-2m");
     let nested = huge.nested.expect("a nested page");
-    assert_eq!((huge.page_size, nested.page_size), (PageSize::Size2M, PageSize::Size2M));
+    assert_eq!((huge.page_size(), nested.page_size), (PageSize::Size2M, PageSize::Size2M));
     assert_eq!(nested.ngpa, pagewalk::NestedGpa(0x20_0000));
 }

@@ -78,7 +78,7 @@ fn bound(walker: &Walker) -> usize {
 }
 
 fn without_skipped(outcome: Result<Translation, Fault>) -> Result<Translation, Fault> {
-    outcome.map(|page| Translation { ad_skipped: false, ..page })
+    outcome.map(|page| page.with_ad_skipped(false))
 }
 
 fn quiet(walker: &Walker, ram: &Ram, gva: u64, access: &Access, counts: &mut [u64]) {
@@ -204,10 +204,10 @@ fn count(walker: &Walker, outcome: Result<Translation, Fault>, counts: &mut [u64
         Ok(page) => {
             counts[usize::from(nested)] += 1;
             counts[18] += u64::from(matches!(walker.ngpa_walk(), Some(NgpaWalk::Ept(_))));
-            counts[2] += u64::from(page.backing == Backing::None);
+            counts[2] += u64::from(page.backing() == Backing::None);
             counts[3] +=
-                u64::from(matches!(page.page_size, PageSize::Size2M | PageSize::Size4M | PageSize::Size1G));
-            counts[11] += u64::from(page.ad_skipped);
+                u64::from(matches!(page.page_size(), PageSize::Size2M | PageSize::Size4M | PageSize::Size1G));
+            counts[11] += u64::from(page.ad_skipped());
             let _ = (walker.gva_walk().format().pat_type(&page), page.key(), page.global());
         }
         Err(fault) => {

@@ -58,7 +58,7 @@ impl PageWord {
             Some(index) => (index as u64 & 3) << 3 | (index as u64 & 4) << 5,
             None => 0,
         };
-        let rights = page.rights;
+        let rights = page.rights();
         let nested = match &page.nested {
             Some(nested) => size_code(nested.page_size),
             None => 0,
@@ -72,8 +72,8 @@ impl PageWord {
                 | when(rights.user(), USER)
                 | when(!rights.read(), UNREADABLE)
                 | when(!rights.execute(), NO_EXECUTE)
-                | size_code(page.page_size) << SIZE
-                | backing_code(page.backing) << BACKING
+                | size_code(page.page_size()) << SIZE
+                | backing_code(page.backing()) << BACKING
                 | nested << NESTED_SIZE,
         )
     }

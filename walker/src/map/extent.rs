@@ -48,10 +48,8 @@ fn absorb(page: &mut Translation, bytes: u64, next: &Translation) -> bool {
         _ => false,
     };
     let continues = page.gpa.0.wrapping_add(bytes) == next.gpa.0
-        && (page.entry ^ next.entry) & shown(page.page_size) == 0
-        && page.page_size == next.page_size
-        && page.rights == next.rights
-        && page.backing == next.backing
+        && (page.entry ^ next.entry) & shown(page.page_size()) == 0
+        && page.page == next.page
         && nested;
     if continues {
         page.entry |= next.entry & USED;

@@ -61,9 +61,9 @@ impl Filter {
     #[inline(always)]
     pub(super) fn takes(&self, page: &Translation) -> bool {
         let (first, last) = self.gpas;
-        self.may_hold(page.rights)
-            && page.rights.and(self.forbidden) == Rights::NONE
-            && self.page_sizes.contains(page.page_size)
+        self.may_hold(page.rights())
+            && page.rights().and(self.forbidden) == Rights::NONE
+            && self.page_sizes.contains(page.page_size())
             && first <= page.gpa
             && page.gpa <= last
     }

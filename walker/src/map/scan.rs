@@ -7,11 +7,11 @@ use crate::addr::{Gpa, Gva, NestedGpa};
 use crate::entry::{EntryLayout, Grants, LongMode, Meaning, Pae, TwoLevel, step};
 use crate::fault::{Fault, Reason, Refusal};
 use crate::format::PageFormat;
-use crate::memory::{Backing, Memory};
+use crate::memory::Memory;
 use crate::mode::PagingMode;
-use crate::permission::Rights;
+use crate::permission::{Rights, Shown};
 use crate::trace::NoTrace;
-use crate::translation::{PageSize, Translation};
+use crate::translation::{Page, PageSize, Translation};
 use crate::walk::linear;
 use crate::walker::Walker;
 
@@ -133,10 +133,7 @@ impl<'a, M: Memory, S: FnMut(Extent) -> ControlFlow<()>> Scan<'a, M, S> {
                 gpa: Gpa(self.cursor.next),
                 entry: 0,
                 nested: None,
-                page_size: PageSize::Unpaged,
-                rights: Rights::ALL,
-                backing: Backing::None,
-                ad_skipped: false,
+                page: Page::new(PageSize::Unpaged, Shown::of(Rights::ALL)),
             };
             let (outcome, bytes) = self.behind(&page)?;
             let end = self.cursor.next.saturating_add(bytes.wrapping_sub(1)).min(self.cursor.last);
@@ -299,10 +296,7 @@ impl<'a, M: Memory, S: FnMut(Extent) -> ControlFlow<()>> Scan<'a, M, S> {
             gpa: Gpa(frame | self.cursor.next & within),
             entry,
             nested: None,
-            page_size: PageSize::of_bits(shift),
-            rights,
-            backing: Backing::None,
-            ad_skipped: false,
+            page: Page::new(PageSize::of_bits(shift), Shown::of(rights)),
         }
     }
 
@@ -310,11 +304,11 @@ impl<'a, M: Memory, S: FnMut(Extent) -> ControlFlow<()>> Scan<'a, M, S> {
     /// holds, as long as the guest's pages continue each other.
     #[inline(always)]
     fn behind(&mut self, page: &Translation) -> Result<(Result<Translation, Fault>, u64), Halt> {
-        let own = if self.page_by_page { self.to_page_end(page.page_size) } else { u64::MAX };
+        let own = if self.page_by_page { self.to_page_end(page.page_size()) } else { u64::MAX };
         let (page, holds) = match self.walker.ngpa_walk() {
             None => (*page, own),
             Some(second) => {
-                if self.behind.is_new(page.gpa.0, page.rights) {
+                if self.behind.is_new(page.gpa.0, page.rights()) {
                     self.charge(u64::from(second.page_walk().format().levels()))?;
                 }
                 match self.behind.second(second, self.memory, page) {
@@ -325,7 +319,7 @@ impl<'a, M: Memory, S: FnMut(Extent) -> ControlFlow<()>> Scan<'a, M, S> {
         };
         let (backing, backed) = self.behind.backing(self.memory, page.gpa);
         let holds = holds.min(backed).min(self.cursor.filter.reach(page.gpa));
-        Ok((Ok(Translation { backing, ..page }), holds))
+        Ok((Ok(Translation { page: page.page.with_backing(backing), ..page }), holds))
     }
 
     fn to_page_end(&self, size: PageSize) -> u64 {

@@ -39,13 +39,13 @@ impl Behind {
         page: &Translation,
     ) -> (Result<Translation, Fault>, u64) {
         let ngpa = page.gpa.0;
-        if self.is_new(ngpa, page.rights) {
-            match second.final_page(memory, NestedGpa(ngpa), &EXEMPT, page.rights, &mut NoTrace) {
+        if self.is_new(ngpa, page.rights()) {
+            match second.final_page(memory, NestedGpa(ngpa), &EXEMPT, page.rights(), &mut NoTrace) {
                 Ok(leaf) => {
                     let bytes = leaf.size.bytes().unwrap_or(1);
                     let within = ngpa & bytes.wrapping_sub(1);
                     let first = NestedLeaf { gpa: Gpa(leaf.gpa.0.wrapping_sub(within)), ..leaf };
-                    self.nested = Some((ngpa.wrapping_sub(within), bytes, page.rights, first));
+                    self.nested = Some((ngpa.wrapping_sub(within), bytes, page.rights(), first));
                 }
                 Err(fault) => {
                     let format = second.page_walk().format();
@@ -63,7 +63,7 @@ impl Behind {
         let page = Translation {
             gpa: Gpa(leaf.gpa.0.wrapping_add(within)),
             nested: Some(leaf.page(NestedGpa(ngpa))),
-            rights: leaf.rights,
+            page: page.page.with_rights(leaf.rights),
             ..*page
         };
         (Ok(page), bytes.wrapping_sub(within))

@@ -93,7 +93,7 @@ pub(crate) fn classify(
         Ok(page) => {
             judge.count(mapped_by(play.act), u64::from(play.cpl));
             judge.count(
-                match page.page_size {
+                match page.page_size() {
                     PageSize::Size4K => "mapped 4 KiB",
                     PageSize::Unpaged => "mapped unpaged",
                     PageSize::Size2M => "mapped 2 MiB",
@@ -102,7 +102,7 @@ pub(crate) fn classify(
                 },
                 0,
             );
-            if page.backing == Backing::None {
+            if page.backing() == Backing::None {
                 judge.count("mapped without backing", 0);
                 if expected.or == Some(Outcome::Done) {
                     judge.exempt("fetch without backing at CPL 3, #UD");

@@ -33,7 +33,7 @@ impl Expected {
             Ok(_) => (0, None),
         };
         let outcome = match answer {
-            Ok(page) if page.backing == Backing::None && play.act == Act::Fetch => Outcome::NotEmulated,
+            Ok(page) if page.backing() == Backing::None && play.act == Act::Fetch => Outcome::NotEmulated,
             Ok(_) => Outcome::Done,
             Err(fault) => match fault.kind {
                 FaultKind::PageFault { .. } => exception(14, code, fault.address),
@@ -52,7 +52,7 @@ impl Expected {
                     && mode != PagingMode::None
                     && controls.smap
                     && !play.ac
-                    && page.rights.user() =>
+                    && page.rights().user() =>
             {
                 Some(exception(14, 1 | u64::from(reports_fetch) << 4, play.gva))
             }

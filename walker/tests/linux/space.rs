@@ -106,12 +106,12 @@ impl<'a> Space<'a> {
                     continue;
                 }
             };
-            let bytes = page.page_size.bytes().unwrap_or(PAGE);
+            let bytes = page.page_size().bytes().unwrap_or(PAGE);
             next_gva = leaf.gva.checked_add(bytes);
             self.judge_leaf(rng, ram, leaf, &page, &mut judges.tlb);
             self.judge_accesses(ram, leaf, &mut judges.tlb);
 
-            let (user, write) = (page.rights.user(), page.rights.write());
+            let (user, write) = (page.rights().user(), page.rights().write());
             let end = leaf.gva.saturating_add(bytes);
             match extents.last_mut() {
                 Some(last) if (last.end, last.user, last.write) == (leaf.gva, user, write) => last.end = end,
@@ -136,12 +136,12 @@ impl<'a> Space<'a> {
         page: &Translation,
         judge: &mut Judge,
     ) {
-        judge.count(size_name(page.page_size), 0);
+        judge.count(size_name(page.page_size()), 0);
         if page.gpa.0 != leaf.gpa {
             judge.disagree(|| self.describe(leaf.gva, &format!("{leaf:x?}, walker {page:x?}")));
         }
         // Bit 7 of a PTE is no size, but the page's PAT.
-        let large = page.page_size != PageSize::Size4K;
+        let large = page.page_size() != PageSize::Size4K;
         if large && !leaf.has('P') {
             judge.disagree(|| self.describe(leaf.gva, &format!("{leaf:x?}, walker {page:x?}")));
         }
@@ -158,7 +158,7 @@ impl<'a> Space<'a> {
                 });
             }
         }
-        let offset = rng.u64(0..page.page_size.bytes().unwrap_or(PAGE));
+        let offset = rng.u64(0..page.page_size().bytes().unwrap_or(PAGE));
         let inside = self.walker.translate(ram, Gva(leaf.gva + offset), &EXEMPT);
         if inside.map(|it| it.gpa.0) != Ok(leaf.gpa + offset) {
             judge.disagree(|| self.describe(leaf.gva + offset, &format!("{leaf:x?}, walker {inside:x?}")));
@@ -261,7 +261,7 @@ impl<'a> Space<'a> {
             let qemu = monitor::gpa(&answer)?;
             let ours = self.walker.translate(&ram, Gva(gva), &EXEMPT);
             match ours {
-                Ok(page) => judge.count(size_name(page.page_size), 0),
+                Ok(page) => judge.count(size_name(page.page_size()), 0),
                 Err(fault) if fault.reason == Reason::NonCanonical => judge.count("not canonical", 0),
                 Err(fault) if fault.reason == Reason::NotPresent => {
                     judge.count("not present, level", u64::from(fault.level));
@@ -339,21 +339,21 @@ impl<'a> Space<'a> {
                 fault.kind == FaultKind::PageFault { error_code: 4 } && fault.reason == Reason::NotPresent
             }
             (Some(rights), Ok(page)) => {
-                judge.count(size_name(page.page_size), 0);
+                judge.count(size_name(page.page_size()), 0);
                 judge.count_if("with a protection key", mapping.key != 0);
                 judge.count(if rights.write { "writable" } else { "read-only" }, 0);
                 let execute = match self.kind.mode {
                     PagingMode::TwoLevel => true,
-                    PagingMode::Pae => page.rights.execute(),
+                    PagingMode::Pae => page.rights().execute(),
                     _ => rights.execute && !self.poisoned(gva),
                 };
                 judge.count(if execute { "executable" } else { "no-execute" }, 0);
                 ram.word(page.gpa.0) == Some(mapping.word(gva))
-                    && page.page_size.bytes() == Some(mapping.page_bytes)
+                    && page.page_size().bytes() == Some(mapping.page_bytes)
                     && u64::from(page.key()) == mapping.key
-                    && page.rights.user()
-                    && page.rights.write() == rights.write
-                    && page.rights.execute() == execute
+                    && page.rights().user()
+                    && page.rights().write() == rights.write
+                    && page.rights().execute() == execute
             }
             _ => false,
         };

@@ -225,8 +225,8 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         "the encryption bit is an address bit in the fast lane",
         &[(
             "lane.rs",
-            "frame: LongMode::FRAME & address_bits,",
-            "frame: LongMode::FRAME | 0 & address_bits,",
+            "_ if walk.format().address_bits() != u64::MAX => Self::CLOSED,",
+            "_ if false => Self::CLOSED,",
         )],
     ),
     unseen(

@@ -25,7 +25,7 @@ pub(crate) const MUTANTS: &[Mutant] = &[
     ),
     unseen(
         "the second dimension's rights do not count in the answer",
-        &[("walk.rs", "rights: nested.rights,", "rights: page.rights,")],
+        &[("walk.rs", "with_rights(nested.rights)", "with_rights(page.rights())")],
     ),
     unseen(
         "a guest's table is read by the supervisor in the nested walk",

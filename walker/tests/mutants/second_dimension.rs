@@ -86,7 +86,7 @@ pub(crate) const MUTANTS: &[Mutant] = &[
     ),
     unseen(
         "an unpaged address is the supervisor's",
-        &[("walk.rs", "rights: Rights::ALL,", "rights: Rights::ALL.without(Rights::USER),")],
+        &[("walk.rs", "Shown::of(Rights::ALL)", "Shown::of(Rights::ALL.without(Rights::USER))")],
     ),
     // Accesses to the guest's tables.
     unseen(

@@ -203,10 +203,10 @@ impl<'a> Round<'a> {
         match outcome {
             Ok(page) => {
                 judge.count(size_class(page), 0);
-                judge.count_if("mapped without backing", page.backing == Backing::None);
+                judge.count_if("mapped without backing", page.backing() == Backing::None);
                 judge.count_if(
                     "mapped by a large guest page",
-                    matches!(page.page_size, PageSize::Size2M | PageSize::Size4M | PageSize::Size1G),
+                    matches!(page.page_size(), PageSize::Size2M | PageSize::Size4M | PageSize::Size1G),
                 );
                 judge.count_if("mapped under PCID", self.sregs.cr4 & CR4_PCIDE != 0);
                 let changed = |step: &Step, bit| {
@@ -336,7 +336,7 @@ fn host_registers(rng: &mut Rng, npt_levels: u32) -> ControlRegisters {
 
 fn size_class(page: Translation) -> &'static str {
     use PageSize::{Size1G, Size2M, Size4K, Size4M, Unpaged};
-    match (page.page_size, page.nested.map(|nested| nested.page_size)) {
+    match (page.page_size(), page.nested.map(|nested| nested.page_size)) {
         (Unpaged, None) => "mapped unpaged",
         (Size4K, None) => "mapped 4 KiB",
         (Size2M, None) => "mapped 2 MiB",

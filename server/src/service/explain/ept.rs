@@ -51,7 +51,7 @@ pub(super) fn violation(walker: &Walker, memory: &GuestRam, seen: v1::EptViolati
         (gva, outcome)
     });
     let user_page = match &linear {
-        Some((_, Ok(page))) => page.rights.user(),
+        Some((_, Ok(page))) => page.rights().user(),
         _ => code & EPT_VIOLATION_USER_PAGE != 0,
     };
     let access = Access::new(kind, if user_page { Privilege::User } else { Privilege::Supervisor });

@@ -267,7 +267,7 @@ fn count(case: &Case, answer: &Result<Translation, Fault>, judge: &mut Judge) ->
             };
             judge.count(class, 0);
             let large = |size| !matches!(size, PageSize::Size4K | PageSize::Unpaged);
-            judge.count_if("done through a large guest page", large(page.page_size));
+            judge.count_if("done through a large guest page", large(page.page_size()));
             judge.count_if(
                 "done through a large EPT page",
                 page.nested.is_some_and(|nested| large(nested.page_size)),

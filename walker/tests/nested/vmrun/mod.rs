@@ -324,7 +324,7 @@ fn count_page(page: &Translation, case: &Case, judge: &mut Judge) {
     };
     judge.count(class, cpl);
     judge.count(
-        match page.page_size {
+        match page.page_size() {
             PageSize::Unpaged => "done unpaged",
             PageSize::Size4K => "done through 4 KiB",
             PageSize::Size2M => "done through 2 MiB",

@@ -43,8 +43,8 @@ fn page(of: &Translation) -> Option<Page> {
         physical: of.gpa.0,
         nested: of.nested.map(|nested| (nested.ngpa.0, size(nested.page_size))),
         entry: of.entry,
-        size: size(of.page_size),
-        granted: granted(of.rights),
+        size: size(of.page_size()),
+        granted: granted(of.rights()),
         key: of.key(),
         accessed: of.accessed(),
         dirty: of.dirty(),
@@ -54,7 +54,7 @@ fn page(of: &Translation) -> Option<Page> {
             .nested
             .and_then(|nested| nested.ept_memory_type)
             .map(|it| (ept_type(it.memory_type), it.ignore_pat)),
-        nature: match of.backing {
+        nature: match of.backing() {
             Backing::Ram => Nature::Ram,
             Backing::ReadOnly => Nature::Rom,
             Backing::None => Nature::Nothing,

@@ -78,6 +78,11 @@ impl Ram {
         Ram(&all[skip..skip + words])
     }
 
+    /// Memory that is somewhere else; it starts at a page.
+    pub(crate) fn over(words: &'static [AtomicU64]) -> Ram {
+        Ram(words)
+    }
+
     pub(crate) fn words(self) -> &'static [AtomicU64] {
         self.0
     }

@@ -15,6 +15,7 @@
 #
 #   PAGEWALK_BEDS          the cache folder; default ${XDG_CACHE_HOME:-~/.cache}/pagewalk-beds
 #   PAGEWALK_BED_SECONDS   how long a run may take; default 600
+#   PAGEWALK_BED_FILES     files that the program finds in the root folder, separated by colons
 # Other variables named PAGEWALK_* are handed to the program.
 
 # shellcheck source=deploy/beds/parts.sh
@@ -84,6 +85,11 @@ initramfs() {
         cp "$program" "$work/root/program$number"
         chmod +x "$work/root/program$number"
         number=$((number + 1))
+    done
+    local file files
+    IFS=: read -ra files <<<"${PAGEWALK_BED_FILES-}"
+    for file in "${files[@]}"; do
+        cp "$file" "$work/root/" || fail "$file cannot be handed to the guest"
     done
     init "$1" >"$work/root/init"
     export -p | grep -E '^declare -x PAGEWALK_' | sed 's/^declare -x/export/' >"$work/root/environment" || true

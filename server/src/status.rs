@@ -10,6 +10,7 @@ use pagewalk::StateError;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
+use crate::convert::nested::request_field;
 use crate::machine::{AttachError, DetachError, LookupError};
 use crate::vcpu::VcpuError;
 
@@ -107,6 +108,8 @@ impl Error {
             Self::RequestState(_)
             | Self::SecondDimension { .. }
             | Self::Vcpu(VcpuError::InvalidNested(_)) => (InvalidArgument, "INVALID_WALKER_STATE"),
+            Self::Vcpu(VcpuError::NestedField { .. }) => (InvalidArgument, "INVALID_FIELD"),
+            Self::Vcpu(VcpuError::GuestRunsL2) => (FailedPrecondition, "GUEST_RUNS_L2"),
             Self::VcpuState(_) => (FailedPrecondition, "VCPU_HAS_NO_WALK"),
             Self::Precondition(_) => (FailedPrecondition, "PRECONDITION"),
             Self::Lookup(error) | Self::Detach(DetachError::Lookup(error)) => match error {
@@ -166,6 +169,12 @@ impl From<Error> for Status {
             }
             Error::SecondDimension { field, error } => {
                 details.add_bad_request_violation(*field, bounded(error.to_string()));
+            }
+            Error::Vcpu(VcpuError::InvalidNested(error)) => {
+                details.add_bad_request_violation(request_field(error), bounded(error.to_string()));
+            }
+            Error::Vcpu(VcpuError::NestedField { field, problem }) => {
+                details.add_bad_request_violation(*field, bounded(problem.clone()));
             }
             _ => {}
         }

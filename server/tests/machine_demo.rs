@@ -14,7 +14,7 @@ use kvm_bed::{block_on, soon};
 use libtest_mimic::Failed;
 use pagewalk::{Access, AccessKind, Backing, Gva, Memory, PageSize, Privilege};
 use pagewalkd::machine::{Machine, MachineSpec, demo};
-use pagewalkd::vcpu::{NestedMode, RunState, Vcpu};
+use pagewalkd::vcpu::{NestedRequest, RunState, Vcpu};
 
 fn main() -> ExitCode {
     kvm_bed::main(&[
@@ -82,9 +82,9 @@ fn every_landmark_means_what_it_promises() -> Result<(), Failed> {
     let (machine, vcpu) = open();
     block_on(async {
         let own = vcpu.pause(soon()).await?;
-        let nested = vcpu.set_nested(demo_landmarks::overlay(), soon()).await?;
+        let nested = vcpu.set_nested(NestedRequest::Enter(demo_landmarks::overlay()), soon()).await?.0;
         demo_landmarks::check(&machine, &own, &nested);
-        let off = vcpu.set_nested(NestedMode::Off, soon()).await?;
+        let off = vcpu.set_nested(NestedRequest::Off { walker_only: false }, soon()).await?.0;
         assert_eq!(off.walker, own.walker);
         Ok(())
     })

@@ -6,9 +6,11 @@ mod demo_landmarks;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pagewalk::{PagingMode, StateError};
+use pagewalk::{NptControls, PagingMode, StateError};
 use pagewalkd::machine::{AttachError, LookupError, Machine, MachineSpec, Machines};
-use pagewalkd::vcpu::{L2Registers, NestedMode, NptOverlay, RegisterChanges, RunState, Vcpu, VcpuError};
+use pagewalkd::vcpu::{
+    EnterL2, L2Error, NestedMode, NestedRequest, RegisterChanges, RunState, SecondDimension, Vcpu, VcpuError,
+};
 
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(20)
@@ -20,12 +22,20 @@ fn open(spec: &str) -> (Machine, Arc<Vcpu>) {
     (machine, vcpu)
 }
 
+const OFF: NestedRequest = NestedRequest::Off { walker_only: false };
+
+/// Nested mode with the demo's L2, where the walkers alone are switched.
+fn overlaid() -> NestedMode {
+    let EnterL2 { second, l2, .. } = demo_landmarks::overlay();
+    NestedMode::WalkerOnly { second, l2 }
+}
+
 #[tokio::test]
 async fn every_landmark_means_what_it_promises() {
     let (machine, vcpu) = open("demo:plain");
     assert!(machine.source().cpu().gib_pages, "so that the 1 GiB leaf is checked here");
     let own = vcpu.sync(soon()).await.unwrap();
-    let nested = vcpu.set_nested(demo_landmarks::overlay(), soon()).await.unwrap();
+    let nested = vcpu.set_nested(NestedRequest::Enter(demo_landmarks::overlay()), soon()).await.unwrap().0;
     demo_landmarks::check(&machine, &own, &nested);
 }
 
@@ -88,21 +98,26 @@ async fn nested_mode_comes_and_goes_in_one_publication() {
     let (_machine, vcpu) = open("demo:plain");
     let mut generations = vcpu.subscribe();
     let own = vcpu.latest();
-    let nested = vcpu.set_nested(demo_landmarks::overlay(), soon()).await.unwrap();
+    let nested = vcpu.set_nested(NestedRequest::Enter(demo_landmarks::overlay()), soon()).await.unwrap().0;
     assert_eq!(nested.generation, own.generation + 1);
-    assert_eq!(nested.nested, demo_landmarks::overlay());
+    assert_eq!(nested.nested, overlaid());
     assert_eq!(nested.registers, own.registers, "the vCPU's own registers stay what they are");
     assert!(nested.walker.as_ref().unwrap().ngpa_walk().is_some());
     assert_eq!(*generations.borrow_and_update(), nested.generation);
 
-    let bad = NestedMode::Npt(NptOverlay {
+    let mut bad = demo_landmarks::overlay();
+    bad.second = SecondDimension::Npt {
         ncr3: 1 << 60,
         host: own.registers.control(),
-        l2: L2Registers::default(),
-    });
+        controls: NptControls::default(),
+    };
+    let bad = NestedRequest::Enter(bad);
     let error = vcpu.set_nested(bad, soon()).await.unwrap_err();
     assert!(
-        matches!(error, VcpuError::InvalidNested(StateError::ReservedBits { register: "nCR3", .. })),
+        matches!(
+            error,
+            VcpuError::InvalidNested(L2Error::Npt(StateError::ReservedBits { register: "nCR3", .. }))
+        ),
         "{error:?}"
     );
     let kept = vcpu.sync(soon()).await.unwrap();
@@ -115,16 +130,16 @@ async fn nested_mode_comes_and_goes_in_one_publication() {
     let nowp = RegisterChanges { cr0: Some(own.registers.cr0 & !(1 << 16)), ..RegisterChanges::default() };
     assert_ne!(vcpu.set_registers(nowp, soon()).await.unwrap().walker, nested.walker, "CR0 is the vCPU's");
 
-    let off = vcpu.set_nested(NestedMode::Off, soon()).await.unwrap();
+    let off = vcpu.set_nested(OFF, soon()).await.unwrap().0;
     assert!(off.walker.as_ref().unwrap().ngpa_walk().is_none());
-    let again = vcpu.set_nested(NestedMode::Off, soon()).await.unwrap();
+    let again = vcpu.set_nested(OFF, soon()).await.unwrap().0;
     assert_eq!(again.generation, off.generation, "nothing changed");
 }
 
 #[tokio::test]
 async fn nested_mode_lies_over_any_paging_mode() {
     let (_machine, vcpu) = open("demo:plain");
-    vcpu.set_nested(demo_landmarks::overlay(), soon()).await.unwrap();
+    vcpu.set_nested(NestedRequest::Enter(demo_landmarks::overlay()), soon()).await.unwrap();
     // PAE paging outside long mode.
     let pae = RegisterChanges { efer: Some(0), ..RegisterChanges::default() };
     let under_npt = vcpu.set_registers(pae, soon()).await.unwrap();
@@ -132,7 +147,7 @@ async fn nested_mode_lies_over_any_paging_mode() {
     assert_eq!(walker.gva_walk().format().mode(), PagingMode::Pae);
     assert!(walker.ngpa_walk().is_some());
     assert!(under_npt.assumed.iter().any(|assumed| assumed.starts_with("PDPTE")), "{:?}", under_npt.assumed);
-    let off = vcpu.set_nested(NestedMode::Off, soon()).await.unwrap();
+    let off = vcpu.set_nested(OFF, soon()).await.unwrap().0;
     assert_eq!(off.nested, NestedMode::Off);
     assert!(off.walker.as_ref().unwrap().ngpa_walk().is_none());
     // What the walker does not model is said.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use pagewalk::{CpuProfile, Vendor};
 use pagewalkd::vcpu::{
-    Backend, Exit, ImmediateExit, NestedMode, RegisterChanges, Registers, RunState, Vcpu, VcpuError,
+    Backend, Exit, ImmediateExit, NestedRequest, RegisterChanges, Registers, RunState, Vcpu, VcpuError,
 };
 
 const CPU: CpuProfile =
@@ -184,7 +184,7 @@ async fn a_panic_while_running_is_an_internal_error() {
     let changes = RegisterChanges { rax: Some(1), ..RegisterChanges::default() };
     assert!(matches!(vcpu.set_registers(changes, soon()).await, Err(VcpuError::Hypervisor(_))));
     // The walkers can still be switched.
-    assert!(vcpu.set_nested(NestedMode::Off, soon()).await.is_ok());
+    assert!(vcpu.set_nested(NestedRequest::Off { walker_only: false }, soon()).await.is_ok());
 }
 
 #[tokio::test]

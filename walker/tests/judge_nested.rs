@@ -107,7 +107,17 @@ fn judges() -> Vec<Trial> {
 fn boots() -> Vec<Trial> {
     let run = |trial: &str, program, kvm_amd, cases, judges: Vec<&'static str>| {
         let parameters = ("PAGEWALK_KVM_AMD", kvm_amd);
-        Trial::test(trial, move || boot(&Boot { bed: BED, program, parameters, cases, judges: &judges }))
+        Trial::test(trial, move || {
+            boot(&Boot {
+                bed: BED,
+                package: "pagewalk",
+                program,
+                binaries: &[],
+                parameters,
+                cases,
+                judges: &judges,
+            })
+        })
     };
     let translations =
         MODES.iter().map(|(name, ..)| *name).chain(VMRUN.iter().map(|(name, ..)| *name)).collect();

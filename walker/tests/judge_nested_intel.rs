@@ -72,7 +72,9 @@ fn boots() -> Vec<Trial> {
     let run = move || {
         boot(&Boot {
             bed: BED,
+            package: "pagewalk",
             program: "judge_nested_intel",
+            binaries: &[],
             parameters: ("PAGEWALK_KVM_INTEL", "nested=1 ept=1"),
             cases: 10_000,
             judges: &judges,

@@ -97,9 +97,12 @@ impl L2Args {
 pub(super) async fn run(context: &Context, args: &Args) -> Result<ExitCode, Failure> {
     let vcpu = context.vcpu.reference();
     let request = match &args.mode {
-        ModeArg::Off { walker_only } => {
-            SetNestedModeRequest { vcpu, mode: Some(Mode::Off(true)), l2: None, walker_only: *walker_only }
-        }
+        ModeArg::Off { walker_only } => SetNestedModeRequest {
+            vcpu,
+            mode: Some(Mode::Off(true)),
+            walker_only: *walker_only,
+            ..SetNestedModeRequest::default()
+        },
         ModeArg::Npt(npt) => SetNestedModeRequest {
             vcpu,
             mode: Some(Mode::Npt(Npt {
@@ -111,6 +114,7 @@ pub(super) async fn run(context: &Context, args: &Args) -> Result<ExitCode, Fail
             })),
             l2: npt.l2.registers(),
             walker_only: npt.walker_only,
+            ..SetNestedModeRequest::default()
         },
     };
     let answer = context.client().await?.set_nested_mode(request).await?;

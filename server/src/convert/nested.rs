@@ -5,7 +5,8 @@ use pagewalk::{
 };
 use pagewalk_proto::v1;
 
-use crate::vcpu::{NestedMode, NptOverlay};
+use crate::status::Error;
+use crate::vcpu::{Entered, L2Error, NestedMode, SecondDimension, Snapshot};
 
 /// LME, LMA, NXE and SVME.
 const HOST_EFER: u64 = 0x1d00;
@@ -24,18 +25,28 @@ pub(crate) fn npt_host(npt: &v1::Npt) -> ControlRegisters {
     }
 }
 
-/// `ngpa_walk` by NPT, as a request describes it.
-pub(crate) fn npt_walk(npt: &v1::Npt, cpu: &CpuProfile) -> Result<NgpaWalk, StateError> {
+/// NPT as a request describes it.
+pub(crate) fn npt(npt: &v1::Npt) -> SecondDimension {
     let controls = NptControls { guest_mode_execute_trap: npt.guest_mode_execute_trap };
-    NgpaWalk::npt_with(npt.ncr3, &npt_host(npt), &controls, cpu)
+    SecondDimension::Npt { ncr3: npt.ncr3, host: npt_host(npt), controls }
 }
 
-/// `ngpa_walk` by EPT, as a request describes it.
-pub(crate) fn ept_walk(ept: &v1::Ept, cpu: &CpuProfile) -> Result<NgpaWalk, StateError> {
+/// EPT as a request describes it.
+pub(crate) fn ept(ept: &v1::Ept) -> SecondDimension {
     let controls =
         EptControls { mode_based_execute: ept.mode_based_execute, tables_written: ept.tables_written };
     let capabilities = ept.capabilities.map_or(EptCapabilities::all(), EptCapabilities::from_msr);
-    NgpaWalk::ept(ept.eptp, &controls, &capabilities, cpu)
+    SecondDimension::Ept { eptp: ept.eptp, controls, capabilities }
+}
+
+/// `ngpa_walk` by NPT, as a request describes it.
+pub(crate) fn npt_walk(request: &v1::Npt, cpu: &CpuProfile) -> Result<NgpaWalk, StateError> {
+    npt(request).walk(cpu)
+}
+
+/// `ngpa_walk` by EPT, as a request describes it.
+pub(crate) fn ept_walk(request: &v1::Ept, cpu: &CpuProfile) -> Result<NgpaWalk, StateError> {
+    ept(request).walk(cpu)
 }
 
 /// The field of `override` that `error`, met in its second dimension, is about.
@@ -55,20 +66,111 @@ pub(crate) fn override_field(ept: bool, error: &StateError) -> &'static str {
     }
 }
 
-pub(crate) fn nested_mode(mode: &NestedMode) -> v1::NestedMode {
-    match mode {
-        NestedMode::Off => v1::NestedMode { kind: v1::NestedModeKind::Off.into(), ..Default::default() },
-        NestedMode::Npt(NptOverlay { ncr3, host, .. }) => v1::NestedMode {
-            kind: v1::NestedModeKind::WalkerOnly.into(),
-            reason: "switched on by SetNestedMode in the walkers alone; the vCPU itself runs on as L1"
-                .to_owned(),
-            second_dimension: Some(v1::nested_mode::SecondDimension::Npt(v1::Npt {
-                ncr3: *ncr3,
-                host_cr4: Some(host.cr4),
-                host_efer: Some(host.efer),
-                host_cr0: Some(host.cr0),
-                guest_mode_execute_trap: false,
-            })),
+/// The field of `SetNestedMode` that `error` is about.
+pub(crate) fn request_field(error: &L2Error) -> &'static str {
+    let register = match error.state() {
+        StateError::ReservedBits { register, .. } | StateError::Contradiction { register, .. } => *register,
+        StateError::MaxPhyAddr(_) | StateError::EncryptionBit(_) => "",
+    };
+    match (error, register) {
+        (L2Error::Ept(_), _) => "ept.eptp",
+        (L2Error::Npt(_), "nCR3") => "npt.ncr3",
+        (L2Error::Npt(_), "CR0") => "npt.host_cr0",
+        (L2Error::Npt(_), "CR4") => "npt.host_cr4",
+        (L2Error::Npt(_), "EFER") => "npt.host_efer",
+        (L2Error::Npt(_), _) => "npt",
+        (L2Error::Registers(_), "CR0") => "l2.cr0",
+        (L2Error::Registers(_), "CR3") => "l2.cr3",
+        (L2Error::Registers(_), "CR4") => "l2.cr4",
+        (L2Error::Registers(_), "EFER") => "l2.efer",
+        (L2Error::Registers(_), _) => "l2",
+    }
+}
+
+/// Where VMCB12 or VMCS12 is to lie: the field that goes with the second dimension.
+pub(crate) fn control_structure(request: &v1::SetNestedModeRequest) -> Result<Option<u64>, Error> {
+    use v1::set_nested_mode_request::Mode;
+    let other = |field, second: &str| Err(Error::invalid(field, format!("goes with {second}: leave it out")));
+    match (&request.mode, request.vmcb12, request.vmcs12) {
+        (Some(Mode::Npt(_)), vmcb12, None) => Ok(vmcb12),
+        (Some(Mode::Ept(_)), None, vmcs12) => Ok(vmcs12),
+        (_, None, None) => Ok(None),
+        (_, Some(_), _) => other("vmcb12", "npt"),
+        (_, None, Some(_)) => other("vmcs12", "ept"),
+    }
+}
+
+pub(crate) fn nested_mode(snapshot: &Snapshot) -> v1::NestedMode {
+    let (kind, reason) = match snapshot.nested {
+        NestedMode::Off => (v1::NestedModeKind::Off, ""),
+        NestedMode::WalkerOnly { .. } => (
+            v1::NestedModeKind::WalkerOnly,
+            "switched on by SetNestedMode in the walkers alone; the vCPU itself runs on as it did",
+        ),
+        NestedMode::Guest(guest) => match guest.entered {
+            Entered::ByRequest => (v1::NestedModeKind::RealVcpu, "SetNestedMode had the vCPU enter this L2"),
+            Entered::ByGuest => (v1::NestedModeKind::Observed, "the guest itself entered this L2"),
         },
+    };
+    let reason = match (snapshot.nested, snapshot.nested_reason.as_str()) {
+        (NestedMode::Off, said) => said,
+        _ => reason,
+    };
+    v1::NestedMode {
+        kind: kind.into(),
+        reason: reason.to_owned(),
+        second_dimension: snapshot.nested.second().as_ref().map(second_dimension),
+    }
+}
+
+fn second_dimension(second: &SecondDimension) -> v1::nested_mode::SecondDimension {
+    match second {
+        SecondDimension::Npt { ncr3, host, controls } => v1::nested_mode::SecondDimension::Npt(v1::Npt {
+            ncr3: *ncr3,
+            host_cr4: Some(host.cr4),
+            host_efer: Some(host.efer),
+            host_cr0: Some(host.cr0),
+            guest_mode_execute_trap: controls.guest_mode_execute_trap,
+        }),
+        SecondDimension::Ept { eptp, controls, capabilities } => {
+            v1::nested_mode::SecondDimension::Ept(v1::Ept {
+                eptp: *eptp,
+                mode_based_execute: controls.mode_based_execute,
+                capabilities: Some(ept_capabilities(capabilities)),
+                tables_written: controls.tables_written,
+            })
+        }
+    }
+}
+
+/// The bits of IA32_VMX_EPT_VPID_CAP that a walk depends on.
+fn ept_capabilities(capabilities: &EptCapabilities) -> u64 {
+    let bits = [
+        (capabilities.execute_only, 0),
+        (capabilities.four_level, 6),
+        (capabilities.five_level, 7),
+        (capabilities.uncacheable, 8),
+        (capabilities.write_back, 14),
+        (capabilities.pages_2m, 16),
+        (capabilities.pages_1g, 17),
+        (capabilities.accessed_dirty, 21),
+        (capabilities.advanced_information, 22),
+        (capabilities.supervisor_shadow_stack, 23),
+    ];
+    bits.into_iter().fold(0, |value, (on, bit)| value | u64::from(on) << bit)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn capabilities_survive_the_round_trip() {
+        for bit in 0..64 {
+            let capabilities = EptCapabilities::from_msr(1 << bit);
+            assert_eq!(EptCapabilities::from_msr(ept_capabilities(&capabilities)), capabilities, "{bit}");
+        }
+        let all = EptCapabilities::all();
+        assert_eq!(EptCapabilities::from_msr(ept_capabilities(&all)), all);
     }
 }

@@ -106,16 +106,34 @@ pub(crate) fn changes(request: Option<v1::Registers>) -> Result<RegisterChanges,
     })
 }
 
-/// The registers of an L2 that the walkers depend on. Any other one would be dropped silently, so it is refused.
+/// The registers of an L2 that can be given. Any other one would be dropped silently, so it is refused.
 pub(crate) fn l2(request: Option<v1::Registers>) -> Result<L2Registers, Error> {
     let Some(r) = request else { return Ok(L2Registers::default()) };
-    let known =
-        v1::Registers { cr0: r.cr0, cr3: r.cr3, cr4: r.cr4, efer: r.efer, pat: r.pat, ..Default::default() };
+    let known = v1::Registers {
+        cr0: r.cr0,
+        cr3: r.cr3,
+        cr4: r.cr4,
+        efer: r.efer,
+        pat: r.pat,
+        rip: r.rip,
+        rsp: r.rsp,
+        rflags: r.rflags,
+        ..Default::default()
+    };
     if known != r {
         return Err(Error::invalid(
             "l2",
-            "only cr0, cr3, cr4, efer and pat are used while nested mode is switched in the walkers alone",
+            "only cr0, cr3, cr4, efer, pat, rip, rsp and rflags can be given: leave out the others",
         ));
     }
-    Ok(L2Registers { cr0: r.cr0, cr3: r.cr3, cr4: cr4(r.cr4, "l2.cr4")?, efer: r.efer, pat: r.pat })
+    Ok(L2Registers {
+        cr0: r.cr0,
+        cr3: r.cr3,
+        cr4: cr4(r.cr4, "l2.cr4")?,
+        efer: r.efer,
+        pat: r.pat,
+        rip: r.rip,
+        rsp: r.rsp,
+        rflags: r.rflags,
+    })
 }

@@ -31,7 +31,7 @@ pub(crate) fn vcpu_info(vcpu: &Vcpu, snapshot: &Snapshot) -> v1::VcpuInfo {
         run_state_reason: snapshot.run_state_reason.clone(),
         generation: snapshot.generation,
         mode: paging.into(),
-        nested: Some(nested_mode(&snapshot.nested)),
+        nested: Some(nested_mode(snapshot)),
         cr3: snapshot.registers.cr3,
         rip: snapshot.registers.rip,
         snapshot_age: Some(age(snapshot)),

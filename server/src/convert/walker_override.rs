@@ -1,15 +1,15 @@
 //! The caller's own walker state, laid over the vCPU's.
 
 use pagewalk::mode::{CR0_PG, EFER_LMA, EFER_LME};
-use pagewalk::{CpuProfile, NgpaWalk, PageWalk, Vendor, Walker};
+use pagewalk::{CpuProfile, PageWalk, Vendor, Walker};
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::walker_override::SecondDimension;
 
 use super::nested::{ept_walk, npt_walk, override_field};
 use crate::status::Error;
-use crate::vcpu::{NestedMode, NptOverlay, Snapshot};
+use crate::vcpu::Snapshot;
 
-/// The walkers that a request describes: absent fields are the vCPU's, or those of the L2 laid over it.
+/// The walkers that a request describes: absent fields are the vCPU's, or those of the L2 that it runs or that is laid over it.
 ///
 /// EFER.LMA follows EFER.LME and CR0.PG where the request changes CR0 and not EFER, as it does in a CPU.
 pub(crate) fn walker(request: &v1::WalkerOverride, snapshot: &Snapshot) -> Result<Walker, Error> {
@@ -41,11 +41,9 @@ pub(crate) fn walker(request: &v1::WalkerOverride, snapshot: &Snapshot) -> Resul
         Some(SecondDimension::None(false)) => {
             return Err(Error::invalid("override.none", "must be true, or be left out"));
         }
-        None => match snapshot.nested {
-            NestedMode::Off => None,
-            NestedMode::Npt(NptOverlay { ncr3, host, .. }) => {
-                Some(NgpaWalk::npt(ncr3, &host, &cpu).map_err(Error::RequestState)?)
-            }
+        None => match snapshot.nested.second() {
+            Some(second) => Some(second.walk(&cpu).map_err(Error::RequestState)?),
+            None => None,
         },
     };
     Ok(match second {

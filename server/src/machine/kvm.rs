@@ -25,6 +25,8 @@ use super::pages::HugePages;
 use super::{Capabilities, Health, LocalSource, OpenError, elf};
 use crate::vcpu::Vcpu;
 use crate::vcpu::kvm::{Features, KvmBackend};
+use crate::vcpu::nested::entry::{NestedOffer, Nesting};
+use crate::vcpu::nested::{OwnPages, own_pages_region};
 
 /// The part of memory that holds what we boot a guest with.
 pub(super) const BOOT_AREA_END: u64 = 0x8_0000;
@@ -83,8 +85,15 @@ pub(super) struct Vm {
     cpuid: CpuId,
     cpu: CpuProfile,
     features: Features,
-    nested_state: bool,
-    _memory: Arc<GuestRam>,
+    /// What vCPUs need to enter guest mode, or why they cannot.
+    nesting: Result<NestingPages, String>,
+    memory: Arc<GuestRam>,
+}
+
+/// Memory slots and MSRs for nested mode.
+struct NestingPages {
+    pages: Arc<GuestRam>,
+    msrs: Vec<u32>,
 }
 
 impl Vm {
@@ -108,25 +117,9 @@ impl Vm {
             return Err(KvmError::Missing("KVM_CAP_IMMEDIATE_EXIT"));
         }
         let fd = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
-        for (slot, region) in memory.map().iter().enumerate() {
-            let host = region
-                .get_host_address(MemoryRegionAddress(0))
-                .map_err(|_| KvmError::Missing("mapped memory"))?;
-            let start = region.start_addr().0;
-            let read_only = memory.regions().iter().any(|r| r.start == Gpa(start) && r.read_only);
-            if read_only && !kvm.check_extension(Cap::ReadonlyMem) {
-                return Err(KvmError::Missing("KVM_CAP_READONLY_MEM"));
-            }
-            let slot = kvm_userspace_memory_region {
-                slot: slot as u32,
-                flags: if read_only { KVM_MEM_READONLY } else { 0 },
-                guest_phys_addr: start,
-                memory_size: region.len(),
-                userspace_addr: host as u64,
-            };
-            // SAFETY: the range is one region of `memory`, which this VM keeps alive, and regions do not overlap.
-            unsafe { fd.set_user_memory_region(slot) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
-        }
+        let read_only_slots = kvm.check_extension(Cap::ReadonlyMem);
+        // SAFETY: this VM keeps `memory` alive.
+        unsafe { add_slots(&fd, memory, 0, read_only_slots) }?;
         let cpuid =
             kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
         let sync_regs = kvm.check_extension_int(Cap::SyncRegs) & 0b11 == 0b11;
@@ -136,8 +129,8 @@ impl Vm {
             protection_keys: register(&cpuid, 7, |e| e.ecx) & (1 << 3) != 0,
             supervisor_keys: register(&cpuid, 7, |e| e.ecx) & (1 << 31) != 0,
         };
-        let nested_state = kvm.check_extension_int(Cap::NestedState) > 0;
-        Ok(Self { fd, cpu: profile(&cpuid), cpuid, features, nested_state, _memory: Arc::clone(memory) })
+        let nesting = nesting(&kvm, &fd, memory)?;
+        Ok(Self { fd, cpu: profile(&cpuid), cpuid, features, nesting, memory: Arc::clone(memory) })
     }
 
     /// What CPUID says to the vCPUs.
@@ -146,10 +139,9 @@ impl Vm {
     }
 
     pub(super) fn capabilities(&self) -> Capabilities {
-        let nested_reason = if self.nested_state {
-            "entering a real L2 is not built for this source yet"
-        } else {
-            "the kernel offers no KVM_CAP_NESTED_STATE"
+        let (real_nested, nested_reason) = match &self.nesting {
+            Ok(_) => (true, "KVM_CAP_NESTED_STATE is there"),
+            Err(reason) => (false, reason.as_str()),
         };
         Capabilities {
             live: true,
@@ -158,8 +150,21 @@ impl Vm {
             can_set_registers: true,
             can_write_memory: true,
             ends_when_detached: true,
-            real_nested: false,
+            real_nested,
             nested_reason: nested_reason.to_owned(),
+        }
+    }
+
+    /// What nested mode of vCPU `index` is made of.
+    fn offer(&self, of_vm: &NestingPages, index: u32) -> NestedOffer {
+        const SVM: u32 = 1 << 2;
+        const GMET: u32 = 1 << 17;
+        NestedOffer {
+            pages: OwnPages::of(&of_vm.pages, index),
+            memory: Arc::clone(&self.memory),
+            msrs: of_vm.msrs.clone(),
+            svm: register(&self.cpuid, 0x8000_0001, |e| e.ecx) & SVM != 0,
+            gmet: register(&self.cpuid, 0x8000_000a, |e| e.edx) & GMET != 0,
         }
     }
 
@@ -184,8 +189,12 @@ impl Vm {
             ..kvm_regs::default()
         };
         vcpu.set_regs(&regs).map_err(failed("KVM_SET_REGS"))?;
+        let nesting = match &self.nesting {
+            Ok(offer) => Nesting::new(&vcpu, self.offer(offer, index)),
+            Err(reason) => Err(reason.clone()),
+        };
         let backend =
-            KvmBackend::new(vcpu, format!("{machine}/vcpu{index}"), self.features, Arc::clone(self));
+            KvmBackend::new(vcpu, format!("{machine}/vcpu{index}"), self.features, nesting, Arc::clone(self));
         Ok(Vcpu::spawn(machine, index, self.cpu, backend)?)
     }
 
@@ -207,6 +216,57 @@ impl Vm {
         }
         cpuid
     }
+}
+
+/// Gives `vm` a slot for each region of `memory`, from number `first`.
+///
+/// # Safety
+/// `memory` must live as long as the VM.
+unsafe fn add_slots(
+    vm: &VmFd,
+    memory: &GuestRam,
+    first: usize,
+    read_only_slots: bool,
+) -> Result<(), KvmError> {
+    for (slot, region) in memory.map().iter().enumerate() {
+        let host = region
+            .get_host_address(MemoryRegionAddress(0))
+            .map_err(|_| KvmError::Missing("mapped memory"))?;
+        let start = region.start_addr().0;
+        let read_only = memory.regions().iter().any(|r| r.start == Gpa(start) && r.read_only);
+        if read_only && !read_only_slots {
+            return Err(KvmError::Missing("KVM_CAP_READONLY_MEM"));
+        }
+        let slot = kvm_userspace_memory_region {
+            slot: (first + slot) as u32,
+            flags: if read_only { KVM_MEM_READONLY } else { 0 },
+            guest_phys_addr: start,
+            memory_size: region.len(),
+            userspace_addr: host as u64,
+        };
+        // SAFETY: the range is one region of `memory`, which the caller keeps alive, and regions do not overlap.
+        unsafe { vm.set_user_memory_region(slot) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
+    }
+    Ok(())
+}
+
+/// Where this kernel lets vCPUs be put into guest mode: pages for that, in slots behind those of `memory`.
+fn nesting(kvm: &Kvm, vm: &VmFd, memory: &GuestRam) -> Result<Result<NestingPages, String>, KvmError> {
+    if kvm.check_extension_int(Cap::NestedState) <= 0 {
+        return Ok(Err("the kernel offers no KVM_CAP_NESTED_STATE".to_owned()));
+    }
+    let region = own_pages_region(VCPUS_MAX);
+    if memory.regions().iter().any(|r| r.start.0 + r.size > region.start.0) {
+        return Ok(Err(format!("the machine has memory above {:#x}", region.start.0)));
+    }
+    let pages = match GuestRam::allocate(&[region]) {
+        Ok(pages) => Arc::new(pages),
+        Err(error) => return Ok(Err(error.to_string())),
+    };
+    // SAFETY: the VM keeps the pages alive.
+    unsafe { add_slots(vm, &pages, memory.regions().len(), true) }?;
+    let msrs = kvm.get_msr_index_list().map_err(failed("KVM_GET_MSR_INDEX_LIST"))?;
+    Ok(Ok(NestingPages { pages, msrs: msrs.as_slice().to_vec() }))
 }
 
 /// A register of CPUID leaf `function`, subleaf 0; 0 where there is none.

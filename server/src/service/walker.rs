@@ -17,7 +17,7 @@ use super::Daemon;
 use super::resolve::{Target, deadline, gone};
 use crate::convert;
 use crate::status::Error;
-use crate::vcpu::{NestedMode, NptOverlay, Snapshot};
+use crate::vcpu::{EnterL2, NestedEffectKind, NestedRequest, Snapshot};
 
 impl Daemon {
     fn walker_state(
@@ -29,7 +29,7 @@ impl Daemon {
         Ok(v1::GetWalkerStateResponse {
             gva_walk: Some(convert::format::page_walk(walker.gva_walk())),
             ngpa_walk: walker.ngpa_walk().map(|walk| convert::format::page_walk(walk.page_walk())),
-            nested: Some(convert::nested::nested_mode(&snapshot.nested)),
+            nested: Some(convert::nested::nested_mode(snapshot)),
             provenance: Some(self.provenance(target, snapshot)?),
         })
     }
@@ -54,50 +54,38 @@ impl WalkerService for Daemon {
     ) -> Result<Response<v1::SetNestedModeResponse>, Status> {
         let deadline = deadline(&request);
         let request = request.into_inner();
-        let target = self.target(request.vcpu)?;
-        let before = target.vcpu.latest();
-        let mode = match request.mode {
-            Some(Mode::Npt(npt)) if npt.guest_mode_execute_trap => {
-                let problem = "GMET is not served here yet; `override.npt` knows it";
-                return Err(Error::unimplemented("npt.guest_mode_execute_trap", problem).into());
-            }
-            Some(Mode::Npt(npt)) => NestedMode::Npt(NptOverlay {
-                ncr3: npt.ncr3,
-                host: convert::nested::npt_host(&npt),
-                l2: convert::registers::l2(request.l2)?,
-            }),
+        let target = self.target(request.vcpu.clone())?;
+        let control_structure = convert::nested::control_structure(&request)?;
+        let second = match &request.mode {
+            Some(Mode::Npt(npt)) => Some(convert::nested::npt(npt)),
+            Some(Mode::Ept(ept)) => Some(convert::nested::ept(ept)),
             Some(Mode::Off(true)) if request.l2.is_some() => {
                 return Err(
                     Error::invalid("l2", "there is no L2 when nested mode is off: leave it out").into()
                 );
             }
-            Some(Mode::Off(true)) => NestedMode::Off,
+            Some(Mode::Off(true)) => None,
             Some(Mode::Off(false)) => return Err(Error::invalid("off", "must be true").into()),
-            Some(Mode::Ept(_)) => {
-                return Err(
-                    Error::unimplemented("ept", "EPT is not served here yet; `override.ept` is").into()
-                );
-            }
-            None => return Err(Error::invalid("mode", "required: npt or off").into()),
+            None => return Err(Error::invalid("mode", "required: npt, ept or off").into()),
         };
-        let snapshot = target.vcpu.set_nested(mode, deadline).await.map_err(Error::from)?;
-        let (kind, reason) = match mode {
-            _ if before.nested == mode => {
-                (v1::NestedEffectKind::Unchanged, "nested mode was like this already".to_owned())
-            }
-            NestedMode::Off => {
-                (v1::NestedEffectKind::WalkerOnly, "the walkers have one dimension again".to_owned())
-            }
-            NestedMode::Npt(_) if request.walker_only => {
-                (v1::NestedEffectKind::WalkerOnly, "as the request wants it".to_owned())
-            }
-            NestedMode::Npt(_) => {
-                let capabilities = target.machine.source().capabilities();
-                (v1::NestedEffectKind::WalkerOnly, capabilities.nested_reason.clone())
-            }
+        let walker_only = request.walker_only;
+        let wanted = match second {
+            Some(second) => NestedRequest::Enter(EnterL2 {
+                second,
+                l2: convert::registers::l2(request.l2)?,
+                control_structure,
+                walker_only,
+            }),
+            None => NestedRequest::Off { walker_only },
+        };
+        let (snapshot, effect) = target.vcpu.set_nested(wanted, deadline).await.map_err(Error::from)?;
+        let kind = match effect.kind {
+            NestedEffectKind::RealVcpu => v1::NestedEffectKind::RealVcpu,
+            NestedEffectKind::WalkerOnly => v1::NestedEffectKind::WalkerOnly,
+            NestedEffectKind::Unchanged => v1::NestedEffectKind::Unchanged,
         };
         Ok(Response::new(v1::SetNestedModeResponse {
-            effect: Some(v1::NestedEffect { kind: kind.into(), reason }),
+            effect: Some(v1::NestedEffect { kind: kind.into(), reason: effect.reason }),
             state: Some(self.walker_state(&target, &snapshot)?),
         }))
     }

@@ -3,6 +3,7 @@
 use std::ptr::NonNull;
 
 use super::command::VcpuError;
+use super::nested::{EnterL2, GuestMode};
 use super::registers::{RegisterChanges, Registers};
 use super::snapshot::RunState;
 
@@ -91,6 +92,37 @@ pub trait Backend: Send + 'static {
     /// As [`Backend::pause`].
     fn resume(&mut self) -> Result<(), VcpuError> {
         Err(VcpuError::Unsupported("nothing here runs elsewhere".into()))
+    }
+
+    /// The L2 that the vCPU, which holds `registers`, runs now: because the guest entered one, or [`Backend::enter_nested`] did.
+    ///
+    /// # Errors
+    /// When the hypervisor refuses, which ends the vCPU.
+    fn guest_mode(&mut self, _registers: &Registers) -> Result<Option<GuestMode>, String> {
+        Ok(None)
+    }
+
+    /// Puts the vCPU into guest mode. Where that fails, everything is as before, with the L2 of an earlier entry.
+    ///
+    /// # Errors
+    /// [`VcpuError::Unsupported`] says why there is no such guest mode here: the walkers alone can be switched then. Other
+    /// errors say what is wrong with the request.
+    fn enter_nested(&mut self, _request: &EnterL2) -> Result<(), VcpuError> {
+        Err(VcpuError::Unsupported("this source cannot put its vCPUs into guest mode".to_owned()))
+    }
+
+    /// Takes the vCPU out of the L2 that [`Backend::enter_nested`] entered, to where L1 was then. Does nothing where there is
+    /// none.
+    ///
+    /// # Errors
+    /// When the hypervisor refuses.
+    fn leave_nested(&mut self) -> Result<(), VcpuError> {
+        Ok(())
+    }
+
+    /// How the L2 that [`Backend::enter_nested`] entered has left by itself, told once.
+    fn take_nested_exit(&mut self) -> Option<String> {
+        None
     }
 
     /// The byte through which a kick reaches [`Backend::run`].

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use pagewalk::StateError;
 use tokio::sync::oneshot;
 
+use super::nested::{L2Error, NestedEffect, NestedRequest};
 use super::registers::RegisterChanges;
-use super::snapshot::{NestedMode, RunState, Snapshot};
+use super::snapshot::{RunState, Snapshot};
 
 /// What the thread is to do. Asking for a fresh snapshot is no command: it is a ticket, so that any number of
 /// askers share one exit.
@@ -17,11 +17,18 @@ pub(super) enum Action {
     Resume,
     Step,
     SetRegisters(Box<RegisterChanges>),
-    SetNested(Box<NestedMode>),
+    SetNested(Box<NestedRequest>),
 }
 
-/// The snapshot taken after an action, or why it was not done.
-pub(super) type Reply = Result<Arc<Snapshot>, VcpuError>;
+/// The snapshot taken after an action, and what a switch of nested mode did.
+#[derive(Debug)]
+pub(super) struct Done {
+    pub(super) snapshot: Arc<Snapshot>,
+    pub(super) nested: Option<NestedEffect>,
+}
+
+/// What became of an action.
+pub(super) type Reply = Result<Done, VcpuError>;
 
 /// An action and where its answer goes. A command whose asker has gone is not carried out.
 #[derive(Debug)]
@@ -80,7 +87,20 @@ pub enum VcpuError {
     },
     /// The described L2 is none that a CPU could enter; the previous mode stays.
     #[error("nested mode is not changed: {0}")]
-    InvalidNested(StateError),
+    InvalidNested(L2Error),
+    /// A field of the request for nested mode is refused; the previous mode stays.
+    #[error("nested mode is not changed: {field}: {problem}")]
+    NestedField {
+        /// The field, by its name in the contract.
+        field: &'static str,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The guest is a hypervisor that runs an L2 on this vCPU.
+    #[error(
+        "the guest itself runs an L2 on this vCPU, which ends when its hypervisor takes over: ask for `walker_only`, or bring your own walker state in `override`"
+    )]
+    GuestRunsL2,
     /// The hypervisor failed.
     #[error("the hypervisor failed: {0}")]
     Hypervisor(String),

@@ -16,6 +16,8 @@ use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 use super::backend::{Backend, Exit, ImmediateExit};
 use super::command::VcpuError;
 use super::console::{self, Console};
+use super::nested::entry::Nesting;
+use super::nested::{EnterL2, GuestMode};
 use super::registers::{RegisterChanges, Registers, Selectors};
 
 const MSR_PAT: u32 = 0x277;
@@ -44,6 +46,8 @@ pub(crate) struct KvmBackend<K> {
     /// Offset of PKRU in the XSAVE area, where the vCPU has protection keys.
     pkru_offset: Option<usize>,
     has_pkrs: bool,
+    /// Or why there is none.
+    nesting: Result<Nesting, String>,
     _keep: Arc<K>,
 }
 
@@ -59,7 +63,13 @@ pub(crate) struct Features {
 
 impl<K: Send + Sync + 'static> KvmBackend<K> {
     /// Takes over `vcpu`, whose CPUID and registers are set. `keep` is dropped after it: the VM and its memory.
-    pub(crate) fn new(mut vcpu: VcpuFd, name: String, features: Features, keep: Arc<K>) -> Self {
+    pub(crate) fn new(
+        mut vcpu: VcpuFd,
+        name: String,
+        features: Features,
+        nesting: Result<Nesting, String>,
+        keep: Arc<K>,
+    ) -> Self {
         if features.sync_regs {
             vcpu.set_sync_valid_reg(SyncReg::Register);
             vcpu.set_sync_valid_reg(SyncReg::SystemRegister);
@@ -76,6 +86,7 @@ impl<K: Send + Sync + 'static> KvmBackend<K> {
             can_step: features.guest_debug,
             pkru_offset,
             has_pkrs: features.supervisor_keys,
+            nesting,
             _keep: keep,
         }
     }
@@ -340,6 +351,33 @@ impl<K: Send + Sync + 'static> Backend for KvmBackend<K> {
                 Err(self.restore(&before, VcpuError::NotTaken { register, wanted, found }))
             }
         }
+    }
+
+    fn guest_mode(&mut self, registers: &Registers) -> Result<Option<GuestMode>, String> {
+        match &mut self.nesting {
+            Ok(nesting) => nesting.guest_mode(&self.vcpu, registers),
+            Err(_) => Ok(None),
+        }
+    }
+
+    fn enter_nested(&mut self, request: &EnterL2) -> Result<(), VcpuError> {
+        self.synced = false;
+        match &mut self.nesting {
+            Ok(nesting) => nesting.enter(&self.vcpu, request),
+            Err(reason) => Err(VcpuError::Unsupported(reason.clone())),
+        }
+    }
+
+    fn leave_nested(&mut self) -> Result<(), VcpuError> {
+        self.synced = false;
+        match &mut self.nesting {
+            Ok(nesting) => nesting.leave(&self.vcpu).map(drop),
+            Err(_) => Ok(()),
+        }
+    }
+
+    fn take_nested_exit(&mut self) -> Option<String> {
+        self.nesting.as_mut().ok()?.take_exit()
     }
 
     fn immediate_exit(&mut self) -> Option<ImmediateExit> {

@@ -9,6 +9,7 @@ mod command;
 mod console;
 mod kick;
 pub(crate) mod kvm;
+pub(crate) mod nested;
 mod plain;
 mod publication;
 mod recorded;
@@ -31,13 +32,17 @@ use tokio::time::timeout_at;
 
 pub use backend::{Backend, Exit, ImmediateExit};
 pub use command::VcpuError;
+pub use nested::{
+    EnterL2, Entered, GuestMode, L2Error, L2Registers, NestedEffect, NestedEffectKind, NestedMode,
+    NestedRequest, SecondDimension,
+};
 pub use plain::PlainBackend;
 pub use recorded::RecordedBackend;
 pub(crate) use registers::UNMODELLED;
 pub use registers::{RegisterChanges, Registers, Selectors};
-pub use snapshot::{L2Registers, NestedMode, NptOverlay, RunState, Snapshot};
+pub use snapshot::{RunState, Snapshot};
 
-use command::{Action, Command};
+use command::{Action, Command, Done};
 use kick::Kicker;
 use publication::{Published, Publisher};
 use thread::{Shared, VcpuThread, first_snapshot};
@@ -219,15 +224,26 @@ impl Vcpu {
         self.command(Action::SetRegisters(Box::new(changes)), deadline).await
     }
 
-    /// Lays an L2 over the walkers, or takes it away, as one publication. The vCPU itself stays where it is, and runs on.
+    /// Puts the vCPU into guest mode, or takes it out again; where it cannot be, lays the L2 over the walkers alone. One
+    /// publication. A running vCPU runs on.
     ///
     /// # Errors
-    /// [`VcpuError::InvalidNested`] when the described L2 is none; the previous mode stays.
-    pub async fn set_nested(&self, mode: NestedMode, deadline: Instant) -> Result<Arc<Snapshot>, VcpuError> {
-        self.command(Action::SetNested(Box::new(mode)), deadline).await
+    /// Names what is wrong with the described L2; the previous mode stays.
+    pub async fn set_nested(
+        &self,
+        request: NestedRequest,
+        deadline: Instant,
+    ) -> Result<(Arc<Snapshot>, NestedEffect), VcpuError> {
+        let done = self.perform(Action::SetNested(Box::new(request)), deadline).await?;
+        let unchanged = || NestedEffect { kind: NestedEffectKind::Unchanged, reason: String::new() };
+        Ok((done.snapshot, done.nested.unwrap_or_else(unchanged)))
     }
 
     async fn command(&self, action: Action, deadline: Instant) -> Result<Arc<Snapshot>, VcpuError> {
+        Ok(self.perform(action, deadline).await?.snapshot)
+    }
+
+    async fn perform(&self, action: Action, deadline: Instant) -> Result<Done, VcpuError> {
         let start = Instant::now();
         let ticket = self.shared.published.draw_ticket();
         let (reply, answer) = oneshot::channel();

@@ -2,6 +2,7 @@
 
 use super::backend::{Backend, Exit};
 use super::command::VcpuError;
+use super::nested::EnterL2;
 use super::registers::{RegisterChanges, Registers};
 
 /// Registers over plain memory.
@@ -34,6 +35,10 @@ impl Backend for PlainBackend {
 
     fn registers(&mut self) -> Result<Registers, String> {
         Ok(self.registers.clone())
+    }
+
+    fn enter_nested(&mut self, _request: &EnterL2) -> Result<(), VcpuError> {
+        Err(VcpuError::Unsupported("nothing executes in plain memory".to_owned()))
     }
 
     fn set_registers(&mut self, changes: &RegisterChanges) -> Result<(), VcpuError> {

@@ -6,8 +6,9 @@
 
 use std::time::Instant;
 
-use pagewalk::{ControlRegisters, CpuProfile, NgpaWalk, PageWalk, StateError, Walker};
+use pagewalk::{CpuProfile, StateError, Walker};
 
+use super::nested::NestedMode;
 use super::registers::Registers;
 
 /// What a vCPU is doing.
@@ -37,73 +38,6 @@ impl RunState {
     }
 }
 
-/// Control registers of an L2, where they differ from the vCPU's own.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct L2Registers {
-    /// CR0.
-    pub cr0: Option<u64>,
-    /// CR3.
-    pub cr3: Option<u64>,
-    /// CR4.
-    pub cr4: Option<u64>,
-    /// EFER.
-    pub efer: Option<u64>,
-    /// PAT.
-    pub pat: Option<u64>,
-}
-
-/// An L2 under NPT, laid over the walkers; the real vCPU stays where it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NptOverlay {
-    /// nCR3: root of the nested page tables, an L1 GPA.
-    pub ncr3: u64,
-    /// L1's control registers at VMRUN: CR4 and EFER select the nested format.
-    pub host: ControlRegisters,
-    /// L2's control registers; absent ones are the vCPU's own and follow them.
-    pub l2: L2Registers,
-}
-
-/// Whether the walkers have a second dimension, and which.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum NestedMode {
-    /// One dimension: guest physical addresses are the machine's.
-    #[default]
-    Off,
-    /// Two dimensions, switched on in the walkers alone.
-    Npt(NptOverlay),
-}
-
-impl NestedMode {
-    /// The control registers that `gva_walk` is built from: the vCPU's own, with L2's over them.
-    #[must_use]
-    pub fn gva_control(&self, own: ControlRegisters) -> ControlRegisters {
-        match self {
-            Self::Off => own,
-            Self::Npt(NptOverlay { l2, .. }) => ControlRegisters {
-                cr0: l2.cr0.unwrap_or(own.cr0),
-                cr3: l2.cr3.unwrap_or(own.cr3),
-                cr4: l2.cr4.unwrap_or(own.cr4),
-                efer: l2.efer.unwrap_or(own.efer),
-                pat: l2.pat.unwrap_or(own.pat),
-            },
-        }
-    }
-
-    /// Builds both walkers.
-    ///
-    /// # Errors
-    /// Names the register that holds a value no CPU accepts.
-    pub fn walker(&self, own: ControlRegisters, cpu: &CpuProfile) -> Result<Walker, StateError> {
-        let gva_walk = PageWalk::new(&self.gva_control(own), cpu)?;
-        Ok(match self {
-            Self::Off => Walker::new(gva_walk),
-            Self::Npt(NptOverlay { ncr3, host, .. }) => {
-                Walker::nested(gva_walk, NgpaWalk::npt(*ncr3, host, cpu)?)
-            }
-        })
-    }
-}
-
 /// The state of a vCPU at one moment.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
@@ -117,7 +51,7 @@ pub struct Snapshot {
     pub run_state: RunState,
     /// More about that; may be empty.
     pub run_state_reason: String,
-    /// The vCPU's own registers, also while an L2 is laid over the walkers.
+    /// The vCPU's own registers: L2's while it is in guest mode, and not those of an L2 that is laid over the walkers.
     pub registers: Registers,
     /// What its CPUID says that paging depends on.
     pub cpu: CpuProfile,
@@ -125,6 +59,8 @@ pub struct Snapshot {
     pub walker: Result<Walker, StateError>,
     /// Whether there is a second dimension.
     pub nested: NestedMode,
+    /// More about that; may be empty.
+    pub nested_reason: String,
     /// Registers that could not be read, each with the value assumed: `PKRU=0x0`.
     pub assumed: Vec<String>,
 }

@@ -10,16 +10,19 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pagewalk::{CpuProfile, PageWalk, PagingMode, StateError, Walker};
+use pagewalk::{ControlRegisters, CpuProfile, PageWalk, PagingMode, StateError, Walker};
 use tokio::sync::mpsc;
 
 use super::backend::{Backend, Exit};
-use super::command::{Action, Command, Reply, VcpuError};
+use super::command::{Action, Command, Done, Reply, VcpuError};
 use super::kick::{Kicker, OnThread};
+use super::nested::{
+    EnterL2, Entered, L2Registers, NestedEffect, NestedEffectKind, NestedMode, NestedRequest, SecondDimension,
+};
 use super::publication::{Published, Publisher};
 use super::registers::{RegisterChanges, Registers, UNMODELLED};
 use super::signal::REFRESH;
-use super::snapshot::{NestedMode, RunState, Snapshot};
+use super::snapshot::{RunState, Snapshot};
 
 /// How long a vCPU rests after HLT: nothing here sends it interrupts.
 pub(super) const HALT_REST: Duration = Duration::from_millis(50);
@@ -55,7 +58,10 @@ pub(super) fn first_snapshot<B: Backend>(backend: &mut B, cpu: CpuProfile) -> Re
         (None, Some(elsewhere)) => elsewhere,
         (None, None) => (RunState::Running, String::new()),
     };
-    let walker = registers.with_pdptes(NestedMode::Off.walker(registers.control(), &cpu), &cpu);
+    let guest = backend.guest_mode(&registers)?;
+    let nested = guest.map_or(NestedMode::Off, NestedMode::Guest);
+    let walker = nested.walker(registers.control(), &cpu).map_err(|error| *error.state());
+    let walker = registers.with_pdptes(walker, &cpu);
     Ok(Snapshot {
         generation: 1,
         ticket: 0,
@@ -66,7 +72,8 @@ pub(super) fn first_snapshot<B: Backend>(backend: &mut B, cpu: CpuProfile) -> Re
         walker,
         registers,
         cpu,
-        nested: NestedMode::Off,
+        nested,
+        nested_reason: String::new(),
     })
 }
 
@@ -105,7 +112,10 @@ impl<B: Backend> VcpuThread<B> {
             elsewhere,
             run_state: first.run_state,
             reason: first.run_state_reason.clone(),
-            nested: NestedMode::Off,
+            overlay: None,
+            in_guest_mode: matches!(first.nested, NestedMode::Guest(_)),
+            l1: None,
+            nested_reason: String::new(),
         };
         while let Some(ticket) = shared.published.attend(&on_thread) {
             driver.turn(ticket, &on_thread);
@@ -135,7 +145,12 @@ struct Driver<'a, B> {
     elsewhere: bool,
     run_state: RunState,
     reason: String,
-    nested: NestedMode,
+    /// The L2 that is laid over the walkers alone.
+    overlay: Option<(SecondDimension, L2Registers)>,
+    in_guest_mode: bool,
+    /// L1's control registers, while the vCPU runs the L2 of a request.
+    l1: Option<ControlRegisters>,
+    nested_reason: String,
 }
 
 impl<B: Backend> Driver<'_, B> {
@@ -270,17 +285,99 @@ impl<B: Backend> Driver<'_, B> {
                     }
                 }
             }
-            Action::SetNested(mode) => {
-                // One dimension is always to be had again, also where the vCPU's own registers select no walk.
-                if **mode != NestedMode::Off {
-                    // Against the registers of now: a running vCPU may have left those of the last snapshot behind.
-                    let own = self.publish(ticket).registers.control();
-                    mode.walker(own, &self.cpu).map_err(VcpuError::InvalidNested)?;
-                }
-                self.nested = **mode;
+            Action::SetNested(request) => {
+                let effect = match **request {
+                    NestedRequest::Off { walker_only } => self.leave_nested(walker_only, ticket)?,
+                    NestedRequest::Enter(request) => self.enter_nested(&request, ticket)?,
+                };
+                return Ok(Done { snapshot: self.publish(ticket), nested: Some(effect) });
             }
         }
-        Ok(self.publish(ticket))
+        Ok(Done { snapshot: self.publish(ticket), nested: None })
+    }
+
+    fn enter_nested(&mut self, request: &EnterL2, ticket: u64) -> Result<NestedEffect, VcpuError> {
+        let &EnterL2 { second, l2, .. } = request;
+        // Against the registers of now: a running vCPU may have left those of the last snapshot behind.
+        let now = self.publish(ticket);
+        let own = self.l1.unwrap_or_else(|| now.registers.control());
+        let overlay = NestedMode::WalkerOnly { second, l2 };
+        overlay.walker(own, &self.cpu).map_err(VcpuError::InvalidNested)?;
+        let why_not = if request.walker_only {
+            "as the request wants it".to_owned()
+        } else if self.run_state.is_final() && self.l1.is_none() {
+            format!("the vCPU does not run any more: {}", self.reason)
+        } else {
+            match self.call_nested(|backend| backend.enter_nested(request)) {
+                Ok(()) => {
+                    self.overlay = None;
+                    self.in_guest_mode = true;
+                    self.l1 = Some(own);
+                    self.nested_reason = "SetNestedMode had the vCPU enter it".to_owned();
+                    self.revive("L2 is entered after the one before had failed");
+                    let reason = "the vCPU has entered L2".to_owned();
+                    return Ok(NestedEffect { kind: NestedEffectKind::RealVcpu, reason });
+                }
+                Err(VcpuError::Unsupported(reason)) => reason,
+                Err(problem) => return Err(problem),
+            }
+        };
+        if let Some(field) = request.for_a_real_vcpu() {
+            let problem = format!("for a real vCPU alone, and the walkers alone can be switched: {why_not}");
+            return Err(VcpuError::NestedField { field, problem });
+        }
+        if now.nested == overlay {
+            let reason = "nested mode was like this already".to_owned();
+            return Ok(NestedEffect { kind: NestedEffectKind::Unchanged, reason });
+        }
+        if self.l1.is_some() {
+            self.call_nested(Backend::leave_nested)?;
+            self.left_on_request();
+        }
+        self.overlay = Some((second, l2));
+        Ok(NestedEffect { kind: NestedEffectKind::WalkerOnly, reason: why_not })
+    }
+
+    fn leave_nested(&mut self, walker_only: bool, ticket: u64) -> Result<NestedEffect, VcpuError> {
+        let effect = |kind, reason: &str| Ok(NestedEffect { kind, reason: reason.to_owned() });
+        if self.overlay.take().is_some() {
+            self.nested_reason.clear();
+            return effect(NestedEffectKind::WalkerOnly, "the walkers are the vCPU's own again");
+        }
+        // An L2 may have left by itself meanwhile.
+        let now = self.publish(ticket);
+        match now.nested {
+            NestedMode::Guest(guest) if !walker_only && guest.entered == Entered::ByRequest => {
+                self.call_nested(Backend::leave_nested)?;
+                self.left_on_request();
+                effect(NestedEffectKind::RealVcpu, "the vCPU runs L1 again, from where that was")
+            }
+            NestedMode::Guest(_) if !walker_only => Err(VcpuError::GuestRunsL2),
+            _ => effect(NestedEffectKind::Unchanged, "nested mode was like this already"),
+        }
+    }
+
+    /// Takes note that the vCPU is L1 again, as it was.
+    fn left_on_request(&mut self) {
+        self.in_guest_mode = false;
+        self.l1 = None;
+        self.nested_reason.clear();
+        self.revive("L1 is back; its L2 had failed");
+    }
+
+    /// A vCPU that has stopped for good in an L2 has a state again in which it can run.
+    fn revive(&mut self, reason: &str) {
+        if self.run_state.is_final() {
+            let reason = format!("{reason}: {}", self.reason);
+            self.enter(Activity::Pause, RunState::Paused, reason);
+        }
+    }
+
+    fn call_nested(&mut self, call: impl FnOnce(&mut B) -> Result<(), VcpuError>) -> Result<(), VcpuError> {
+        self.guarded(call).unwrap_or_else(|panicked| {
+            self.after(Exit::Failed(panicked.clone()));
+            Err(VcpuError::Hypervisor(panicked))
+        })
     }
 
     fn must_execute(&self) -> Result<(), VcpuError> {
@@ -294,17 +391,28 @@ impl<B: Backend> Driver<'_, B> {
     /// Reads the registers and publishes them, with the walkers they select.
     fn publish(&mut self, ticket: u64) -> Arc<Snapshot> {
         let previous = self.shared.published.latest();
-        let read = self.guarded(Backend::registers);
-        let (assumed, registers) = match read {
-            Ok(Ok(registers)) => {
-                (self.backend.as_deref().map(Backend::assumed).unwrap_or_default(), registers)
+        let read = self.guarded(|backend| {
+            let registers = backend.registers()?;
+            let guest = backend.guest_mode(&registers)?;
+            Ok((registers, guest, backend.take_nested_exit()))
+        });
+        let (assumed, registers, nested) = match read {
+            Ok(Ok((registers, guest, exit))) => {
+                self.note_transition(guest.is_some(), exit);
+                let assumed = self.backend.as_deref().map(Backend::assumed).unwrap_or_default();
+                (assumed, registers, guest.map_or(NestedMode::Off, NestedMode::Guest))
             }
-            Ok(Err(problem)) | Err(problem) => self.without_registers(&problem, &previous),
+            Ok(Err(problem)) | Err(problem) => {
+                let (assumed, registers) = self.without_registers(&problem, &previous);
+                (assumed, registers, previous.nested)
+            }
         };
-        let walker = self.nested.walker(registers.control(), &self.cpu);
+        let overlay = self.overlay.map(|(second, l2)| NestedMode::WalkerOnly { second, l2 });
+        let nested = overlay.unwrap_or(nested);
+        let walker = nested.walker(registers.control(), &self.cpu).map_err(|error| *error.state());
         let walker = registers.with_pdptes(walker, &self.cpu);
         let assumed = with_limits(assumed, &registers, &walker);
-        let changed = walker != previous.walker || self.nested != previous.nested;
+        let changed = walker != previous.walker || nested != previous.nested;
         let generation = previous.generation + u64::from(changed);
         let snapshot = Arc::new(Snapshot {
             generation,
@@ -315,12 +423,29 @@ impl<B: Backend> Driver<'_, B> {
             registers,
             cpu: self.cpu,
             walker,
-            nested: self.nested,
+            nested,
+            nested_reason: self.nested_reason.clone(),
             assumed,
         });
         let announced = changed.then_some(generation);
         self.publisher.publish(&self.shared.published, Arc::clone(&snapshot), ticket, announced);
         snapshot
+    }
+
+    /// Takes note of whether the vCPU runs an L2: an overlay ends where that changes.
+    fn note_transition(&mut self, in_guest_mode: bool, exit: Option<String>) {
+        let left = exit.is_some();
+        if let Some(exit) = exit {
+            self.nested_reason = format!("the L2 that SetNestedMode had entered has left for its L1: {exit}");
+            self.l1 = None;
+        }
+        if in_guest_mode != self.in_guest_mode {
+            self.in_guest_mode = in_guest_mode;
+            self.overlay = None;
+            if !left {
+                self.nested_reason.clear();
+            }
+        }
     }
 
     /// What to publish when the registers cannot be read: the last ones, and the vCPU is done for.

@@ -3,10 +3,11 @@
 use std::collections::BTreeSet;
 
 use pagewalk::{
-    Access, AccessKind, Backing, ControlRegisters, FaultKind, Gva, PageSize, Privilege, Translation, Walker,
+    Access, AccessKind, Backing, ControlRegisters, FaultKind, Gva, NptControls, PageSize, Privilege,
+    Translation, Walker,
 };
 use pagewalkd::machine::{GuestRam, Machine, demo};
-use pagewalkd::vcpu::{L2Registers, NestedMode, NptOverlay, Snapshot};
+use pagewalkd::vcpu::{EnterL2, L2Registers, SecondDimension, Snapshot};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
@@ -66,12 +67,11 @@ pub(crate) const L2: &[Row] = &[
 ];
 
 /// The overlay that the landmarks `l2-*` are for.
-pub(crate) fn overlay() -> NestedMode {
-    NestedMode::Npt(NptOverlay {
-        ncr3: demo::NCR3,
-        host: ControlRegisters { cr0: 0x8001_0001, cr4: 0x20, efer: 0x1d00, ..ControlRegisters::default() },
-        l2: L2Registers { cr3: Some(demo::L2_CR3), ..L2Registers::default() },
-    })
+pub(crate) fn overlay() -> EnterL2 {
+    let host = ControlRegisters { cr0: 0x8001_0001, cr4: 0x20, efer: 0x1d00, ..ControlRegisters::default() };
+    let second = SecondDimension::Npt { ncr3: demo::NCR3, host, controls: NptControls::default() };
+    let l2 = L2Registers { cr3: Some(demo::L2_CR3), ..L2Registers::default() };
+    EnterL2 { walker_only: false, ..EnterL2::walker_only(second, l2) }
 }
 
 fn address(machine: &Machine, name: &str) -> u64 {

@@ -8,6 +8,7 @@ use pagewalk_proto::v1::set_nested_mode_request::Mode;
 use pagewalk_proto::v1::walker_override::SecondDimension;
 use pagewalkd::config::Config;
 use tonic::{Code, Request};
+use tonic_types::StatusExt as _;
 
 use crate::bed::{Bed, SOON, config, nested_on, number, page, read, refusal, text};
 use crate::raw;
@@ -219,6 +220,10 @@ async fn set_nested_mode() {
     let npt = |npt| v1::SetNestedModeRequest { mode: Some(Mode::Npt(npt)), ..Default::default() };
     let l2 = |l2| v1::SetNestedModeRequest { l2: Some(l2), ..nested_on() };
     let off = |off| v1::SetNestedModeRequest { mode: Some(Mode::Off(off)), ..Default::default() };
+    let ept = |eptp| v1::SetNestedModeRequest {
+        mode: Some(Mode::Ept(v1::Ept { eptp, ..Default::default() })),
+        ..Default::default()
+    };
     let state = || {
         let mut walker = bed.walker();
         async move { walker.get_walker_state(v1::GetWalkerStateRequest::default()).await.unwrap().into_inner() }
@@ -256,12 +261,24 @@ async fn set_nested_mode() {
         ),
         (
             v1::SetNestedModeRequest { mode: Some(Mode::Ept(v1::Ept::default())), ..Default::default() },
-            Code::Unimplemented,
-            "NOT_SERVED_YET",
+            Code::InvalidArgument,
+            "INVALID_WALKER_STATE",
         ),
+        (ept(2 << 3 | 6), Code::InvalidArgument, "INVALID_WALKER_STATE"),
+        (ept(3 << 3 | 1), Code::InvalidArgument, "INVALID_WALKER_STATE"),
+        (ept(1 << 51 | 3 << 3 | 6), Code::InvalidArgument, "INVALID_WALKER_STATE"),
+        (v1::SetNestedModeRequest { vmcs12: Some(0), ..nested_on() }, Code::InvalidArgument, "INVALID_FIELD"),
+        (v1::SetNestedModeRequest { vmcb12: Some(0), ..off(true) }, Code::InvalidArgument, "INVALID_FIELD"),
+        // Nothing runs here, and a place for VMCB12 means something to a real vCPU alone.
+        (v1::SetNestedModeRequest { vmcb12: Some(0), ..nested_on() }, Code::InvalidArgument, "INVALID_FIELD"),
     ] {
         let asked = format!("{request:?}");
-        let answer = refusal(bed.walker().set_nested_mode(request).await);
+        let status = bed.walker().set_nested_mode(request).await.expect_err(&asked);
+        if reason == "INVALID_WALKER_STATE" {
+            let named = status.get_details_bad_request().expect("a field").field_violations;
+            assert!(named[0].field.contains('.'), "{asked}: {named:?}");
+        }
+        let answer = refusal(Err::<(), _>(status));
         assert_eq!(answer, (code, reason.to_owned()), "{asked}");
         let after = state().await;
         assert_eq!((&after.gva_walk, &after.nested), (&before.gva_walk, &before.nested), "{asked}");

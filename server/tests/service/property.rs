@@ -182,7 +182,7 @@ prop_compose! {
             })),
         walker_only in any::<bool>(),
     ) -> v1::SetNestedModeRequest {
-        v1::SetNestedModeRequest { vcpu, mode, l2, walker_only }
+        v1::SetNestedModeRequest { vcpu, mode, l2, walker_only, ..Default::default() }
     }
 }
 

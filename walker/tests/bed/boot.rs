@@ -1,4 +1,4 @@
-//! Runs a test target of this package inside a bed, and repeats what it says.
+//! Runs a test target inside a bed, and repeats what it says.
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -16,8 +16,12 @@ const SECONDS: &str = "600";
 /// One run of a bed.
 pub(crate) struct Boot<'a> {
     pub(crate) bed: &'a str,
+    /// The package of the test target.
+    pub(crate) package: &'a str,
     /// The test target.
     pub(crate) program: &'a str,
+    /// Programs of the package that the guest finds next to it, in its root folder.
+    pub(crate) binaries: &'a [&'a str],
     /// A variable that the bed's script reads, and its value.
     pub(crate) parameters: (&'a str, &'a str),
     /// How many cases each judge makes where the environment does not say.
@@ -60,7 +64,9 @@ pub(crate) fn boot(wanted: &Boot<'_>) -> Result<(), Failed> {
     if let Err(reason) = check(wanted.bed)? {
         return skipped(wanted.bed, &reason);
     }
-    let program = build(&root, wanted.program)?;
+    let program = build(&root, wanted.package, wanted.program)?;
+    let beside = program.parent().and_then(Path::parent).unwrap();
+    let files: Vec<_> = wanted.binaries.iter().map(|name| beside.join(name).display().to_string()).collect();
     let cases = std::env::var("PAGEWALK_JUDGE_CASES").unwrap_or_else(|_| wanted.cases.to_string());
     let (variable, value) = wanted.parameters;
     let mut run = Command::new(script(wanted.bed))
@@ -71,6 +77,7 @@ pub(crate) fn boot(wanted: &Boot<'_>) -> Result<(), Failed> {
         .env("PAGEWALK_BED_SECONDS", SECONDS)
         .env("PAGEWALK_JUDGE_CASES", cases)
         .env("PAGEWALK_REQUIRE", "kvm")
+        .env("PAGEWALK_BED_FILES", files.join(":"))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()?;
@@ -99,8 +106,8 @@ pub(crate) fn boot(wanted: &Boot<'_>) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Links a test target of this package statically, and says where it is.
-fn build(root: &Path, test: &str) -> Result<PathBuf, Failed> {
+/// Links a test target of a package, and with it the package's programs, statically, and says where it is.
+fn build(root: &Path, package: &str, test: &str) -> Result<PathBuf, Failed> {
     let output = Command::new(env!("CARGO"))
         .args([
             "test",
@@ -109,7 +116,7 @@ fn build(root: &Path, test: &str) -> Result<PathBuf, Failed> {
             "--release",
             "--locked",
             "-p",
-            "pagewalk",
+            package,
             "--target",
             STATIC_TARGET,
         ])
@@ -122,5 +129,12 @@ fn build(root: &Path, test: &str) -> Result<PathBuf, Failed> {
         return Err(format!("{test} cannot be built for {STATIC_TARGET}: {}", output.status).into());
     }
     let messages = String::from_utf8(output.stdout)?;
-    messages.lines().find_map(executable).ok_or_else(|| format!("cargo names no executable of {test}").into())
+    // A program of the package has its own message, and lies one folder higher.
+    let is_test = |path: &PathBuf| {
+        path.file_name()
+            .and_then(|name| name.to_str())
+            .is_some_and(|name| name.starts_with(&format!("{test}-")))
+    };
+    let program = messages.lines().filter_map(executable).find(is_test);
+    program.ok_or_else(|| format!("cargo names no executable of {test}").into())
 }

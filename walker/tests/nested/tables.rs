@@ -38,6 +38,8 @@ pub(crate) struct Tables {
     pub(crate) entries: Vec<u64>,
     /// Where L2's tables lie, in the space that L2's entries refer to.
     pub(crate) homes: Vec<u64>,
+    /// Where the first of them lies in memory.
+    pub(crate) first_table: u64,
 }
 
 impl Tables {
@@ -47,6 +49,7 @@ impl Tables {
         let mut pages: Vec<u64> = (0..RAM_PAGES).map(|page| page * PAGE).collect();
         rng.shuffle(&mut pages);
         let guest_tables: Vec<u64> = pages.drain(..GUEST_TABLES).collect();
+        let first_table = guest_tables[0];
         let mut entries = Vec::new();
         let mut homes = guest_tables.clone();
         let mut second_root = None;
@@ -93,7 +96,7 @@ impl Tables {
         }
         let pdptes = (levels == 3).then(|| std::array::from_fn(|_| recipe.pdpte(rng)));
         let root = if rng.u32(0..30) == 0 { RAM_PAGES * PAGE } else { homes[0] };
-        Tables { root, second_root, pdptes, entries, homes }
+        Tables { root, second_root, pdptes, entries, homes, first_table }
     }
 }
 

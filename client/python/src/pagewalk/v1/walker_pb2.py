@@ -26,27 +26,27 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from pagewalk.v1 import types_pb2 as pagewalk_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18pagewalk/v1/walker.proto\x12\x0bpagewalk.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17pagewalk/v1/types.proto\"f\n\x15GetWalkerStateRequest\x12\"\n\x04vcpu\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.VcpuRef\x12)\n\tfreshness\x18\x02 \x01(\x0e\x32\x16.pagewalk.v1.Freshness\"\xd4\x01\n\x16GetWalkerStateResponse\x12\'\n\x08gva_walk\x18\x01 \x01(\x0b\x32\x15.pagewalk.v1.PageWalk\x12-\n\tngpa_walk\x18\x02 \x01(\x0b\x32\x15.pagewalk.v1.PageWalkH\x00\x88\x01\x01\x12\'\n\x06nested\x18\x03 \x01(\x0b\x32\x17.pagewalk.v1.NestedMode\x12+\n\nprovenance\x18\x04 \x01(\x0b\x32\x17.pagewalk.v1.ProvenanceB\x0c\n\n_ngpa_walk\"\xcc\x01\n\x14SetNestedModeRequest\x12\"\n\x04vcpu\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.VcpuRef\x12\x1f\n\x03\x65pt\x18\x02 \x01(\x0b\x32\x10.pagewalk.v1.EptH\x00\x12\x1f\n\x03npt\x18\x03 \x01(\x0b\x32\x10.pagewalk.v1.NptH\x00\x12\r\n\x03off\x18\x04 \x01(\x08H\x00\x12\"\n\x02l2\x18\x05 \x01(\x0b\x32\x16.pagewalk.v1.Registers\x12\x13\n\x0bwalker_only\x18\x06 \x01(\x08\x42\x06\n\x04mode\"K\n\x0cNestedEffect\x12+\n\x04kind\x18\x01 \x01(\x0e\x32\x1d.pagewalk.v1.NestedEffectKind\x12\x0e\n\x06reason\x18\x02 \x01(\t\"v\n\x15SetNestedModeResponse\x12)\n\x06\x65\x66\x66\x65\x63t\x18\x01 \x01(\x0b\x32\x19.pagewalk.v1.NestedEffect\x12\x32\n\x05state\x18\x02 \x01(\x0b\x32#.pagewalk.v1.GetWalkerStateResponse\"\x98\x01\n\x17WatchWalkerStateRequest\x12\"\n\x04vcpu\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.VcpuRef\x12\x18\n\x0bmax_updates\x18\x02 \x01(\rH\x00\x88\x01\x01\x12/\n\x0cmin_interval\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationB\x0e\n\x0c_max_updates*\x9e\x01\n\x10NestedEffectKind\x12\"\n\x1eNESTED_EFFECT_KIND_UNSPECIFIED\x10\x00\x12 \n\x1cNESTED_EFFECT_KIND_REAL_VCPU\x10\x01\x12\"\n\x1eNESTED_EFFECT_KIND_WALKER_ONLY\x10\x02\x12 \n\x1cNESTED_EFFECT_KIND_UNCHANGED\x10\x03\x32\xa3\x02\n\rWalkerService\x12Y\n\x0eGetWalkerState\x12\".pagewalk.v1.GetWalkerStateRequest\x1a#.pagewalk.v1.GetWalkerStateResponse\x12V\n\rSetNestedMode\x12!.pagewalk.v1.SetNestedModeRequest\x1a\".pagewalk.v1.SetNestedModeResponse\x12_\n\x10WatchWalkerState\x12$.pagewalk.v1.WatchWalkerStateRequest\x1a#.pagewalk.v1.GetWalkerStateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18pagewalk/v1/walker.proto\x12\x0bpagewalk.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17pagewalk/v1/types.proto\"f\n\x15GetWalkerStateRequest\x12\"\n\x04vcpu\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.VcpuRef\x12)\n\tfreshness\x18\x02 \x01(\x0e\x32\x16.pagewalk.v1.Freshness\"\xd4\x01\n\x16GetWalkerStateResponse\x12\'\n\x08gva_walk\x18\x01 \x01(\x0b\x32\x15.pagewalk.v1.PageWalk\x12-\n\tngpa_walk\x18\x02 \x01(\x0b\x32\x15.pagewalk.v1.PageWalkH\x00\x88\x01\x01\x12\'\n\x06nested\x18\x03 \x01(\x0b\x32\x17.pagewalk.v1.NestedMode\x12+\n\nprovenance\x18\x04 \x01(\x0b\x32\x17.pagewalk.v1.ProvenanceB\x0c\n\n_ngpa_walk\"\x8c\x02\n\x14SetNestedModeRequest\x12\"\n\x04vcpu\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.VcpuRef\x12\x1f\n\x03\x65pt\x18\x02 \x01(\x0b\x32\x10.pagewalk.v1.EptH\x00\x12\x1f\n\x03npt\x18\x03 \x01(\x0b\x32\x10.pagewalk.v1.NptH\x00\x12\r\n\x03off\x18\x04 \x01(\x08H\x00\x12\"\n\x02l2\x18\x05 \x01(\x0b\x32\x16.pagewalk.v1.Registers\x12\x13\n\x0bwalker_only\x18\x06 \x01(\x08\x12\x13\n\x06vmcb12\x18\x07 \x01(\x06H\x01\x88\x01\x01\x12\x13\n\x06vmcs12\x18\x08 \x01(\x06H\x02\x88\x01\x01\x42\x06\n\x04modeB\t\n\x07_vmcb12B\t\n\x07_vmcs12\"K\n\x0cNestedEffect\x12+\n\x04kind\x18\x01 \x01(\x0e\x32\x1d.pagewalk.v1.NestedEffectKind\x12\x0e\n\x06reason\x18\x02 \x01(\t\"v\n\x15SetNestedModeResponse\x12)\n\x06\x65\x66\x66\x65\x63t\x18\x01 \x01(\x0b\x32\x19.pagewalk.v1.NestedEffect\x12\x32\n\x05state\x18\x02 \x01(\x0b\x32#.pagewalk.v1.GetWalkerStateResponse\"\x98\x01\n\x17WatchWalkerStateRequest\x12\"\n\x04vcpu\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.VcpuRef\x12\x18\n\x0bmax_updates\x18\x02 \x01(\rH\x00\x88\x01\x01\x12/\n\x0cmin_interval\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationB\x0e\n\x0c_max_updates*\x9e\x01\n\x10NestedEffectKind\x12\"\n\x1eNESTED_EFFECT_KIND_UNSPECIFIED\x10\x00\x12 \n\x1cNESTED_EFFECT_KIND_REAL_VCPU\x10\x01\x12\"\n\x1eNESTED_EFFECT_KIND_WALKER_ONLY\x10\x02\x12 \n\x1cNESTED_EFFECT_KIND_UNCHANGED\x10\x03\x32\xa3\x02\n\rWalkerService\x12Y\n\x0eGetWalkerState\x12\".pagewalk.v1.GetWalkerStateRequest\x1a#.pagewalk.v1.GetWalkerStateResponse\x12V\n\rSetNestedMode\x12!.pagewalk.v1.SetNestedModeRequest\x1a\".pagewalk.v1.SetNestedModeResponse\x12_\n\x10WatchWalkerState\x12$.pagewalk.v1.WatchWalkerStateRequest\x1a#.pagewalk.v1.GetWalkerStateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pagewalk.v1.walker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_NESTEDEFFECTKIND']._serialized_start=977
-  _globals['_NESTEDEFFECTKIND']._serialized_end=1135
+  _globals['_NESTEDEFFECTKIND']._serialized_start=1041
+  _globals['_NESTEDEFFECTKIND']._serialized_end=1199
   _globals['_GETWALKERSTATEREQUEST']._serialized_start=98
   _globals['_GETWALKERSTATEREQUEST']._serialized_end=200
   _globals['_GETWALKERSTATERESPONSE']._serialized_start=203
   _globals['_GETWALKERSTATERESPONSE']._serialized_end=415
   _globals['_SETNESTEDMODEREQUEST']._serialized_start=418
-  _globals['_SETNESTEDMODEREQUEST']._serialized_end=622
-  _globals['_NESTEDEFFECT']._serialized_start=624
-  _globals['_NESTEDEFFECT']._serialized_end=699
-  _globals['_SETNESTEDMODERESPONSE']._serialized_start=701
-  _globals['_SETNESTEDMODERESPONSE']._serialized_end=819
-  _globals['_WATCHWALKERSTATEREQUEST']._serialized_start=822
-  _globals['_WATCHWALKERSTATEREQUEST']._serialized_end=974
-  _globals['_WALKERSERVICE']._serialized_start=1138
-  _globals['_WALKERSERVICE']._serialized_end=1429
+  _globals['_SETNESTEDMODEREQUEST']._serialized_end=686
+  _globals['_NESTEDEFFECT']._serialized_start=688
+  _globals['_NESTEDEFFECT']._serialized_end=763
+  _globals['_SETNESTEDMODERESPONSE']._serialized_start=765
+  _globals['_SETNESTEDMODERESPONSE']._serialized_end=883
+  _globals['_WATCHWALKERSTATEREQUEST']._serialized_start=886
+  _globals['_WATCHWALKERSTATEREQUEST']._serialized_end=1038
+  _globals['_WALKERSERVICE']._serialized_start=1202
+  _globals['_WALKERSERVICE']._serialized_end=1493
 # @@protoc_insertion_point(module_scope)

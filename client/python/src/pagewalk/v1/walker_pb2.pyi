@@ -124,26 +124,40 @@ class SetNestedModeRequest(google.protobuf.message.Message):
     OFF_FIELD_NUMBER: builtins.int
     L2_FIELD_NUMBER: builtins.int
     WALKER_ONLY_FIELD_NUMBER: builtins.int
+    VMCB12_FIELD_NUMBER: builtins.int
+    VMCS12_FIELD_NUMBER: builtins.int
     off: builtins.bool
     """Nested mode off. Must be true, else INVALID_ARGUMENT."""
     walker_only: builtins.bool
-    """Switch the walkers alone, even where the kernel could put the real vCPU into guest mode. Default: false."""
+    """Switch the walkers alone, even where the kernel could put the real vCPU into guest mode; with `off`, take away such a
+    switch alone. Default: false.
+    """
+    vmcb12: builtins.int
+    """Where VMCB12 is to lie, for a real vCPU under NPT: an L1 GPA in memory that the guest can write, 4 KiB-aligned. Its page
+    is put back by `off`; a VM exit of the L2 writes to it, as VM exits do. Default: a page of the daemon's own just below
+    64 GiB, outside the machine's memory. INVALID_ARGUMENT otherwise, and where the walkers alone can be switched.
+    """
+    vmcs12: builtins.int
+    """Where VMCS12 is to lie, for a real vCPU under EPT. As `vmcb12`."""
     @property
     def vcpu(self) -> pagewalk.v1.types_pb2.VcpuRef:
         """The vCPU. Default: the only machine, vCPU 0."""
 
     @property
     def ept(self) -> pagewalk.v1.types_pb2.Ept:
-        """L2 under EPT. Not served here yet, but in overrides: UNIMPLEMENTED."""
+        """L2 under EPT."""
 
     @property
     def npt(self) -> pagewalk.v1.types_pb2.Npt:
-        """L2 under NPT. GMET is not served here yet, but in overrides: UNIMPLEMENTED."""
+        """L2 under NPT. On a real vCPU, `host_cr0`, `host_cr4` and `host_efer` become L1's, as far as NPT's format depends on
+        them; their other bits are the vCPU's own, with EFER.SVME set.
+        """
 
     @property
     def l2(self) -> pagewalk.v1.types_pb2.Registers:
-        """L2's registers: CR0, CR3, CR4, EFER, PAT; for a real vCPU also RIP, RSP and RFLAGS. Absent ones are the vCPU's.
-        INVALID_ARGUMENT together with `off`, and for registers that cannot be set.
+        """L2's registers: CR0, CR3, CR4, EFER, PAT; for a real vCPU also RIP, RSP and RFLAGS. Absent ones are the vCPU's. On a
+        real vCPU, EFER.SVME is set besides, as VMRUN wants it, and where L2's mode is not L1's, L2 starts with
+        flat segments of its mode. INVALID_ARGUMENT together with `off`, and for registers that cannot be set.
         """
 
     def __init__(
@@ -155,9 +169,16 @@ class SetNestedModeRequest(google.protobuf.message.Message):
         off: builtins.bool = ...,
         l2: pagewalk.v1.types_pb2.Registers | None = ...,
         walker_only: builtins.bool = ...,
+        vmcb12: builtins.int | None = ...,
+        vmcs12: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["ept", b"ept", "l2", b"l2", "mode", b"mode", "npt", b"npt", "off", b"off", "vcpu", b"vcpu"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["ept", b"ept", "l2", b"l2", "mode", b"mode", "npt", b"npt", "off", b"off", "vcpu", b"vcpu", "walker_only", b"walker_only"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_vmcb12", b"_vmcb12", "_vmcs12", b"_vmcs12", "ept", b"ept", "l2", b"l2", "mode", b"mode", "npt", b"npt", "off", b"off", "vcpu", b"vcpu", "vmcb12", b"vmcb12", "vmcs12", b"vmcs12"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_vmcb12", b"_vmcb12", "_vmcs12", b"_vmcs12", "ept", b"ept", "l2", b"l2", "mode", b"mode", "npt", b"npt", "off", b"off", "vcpu", b"vcpu", "vmcb12", b"vmcb12", "vmcs12", b"vmcs12", "walker_only", b"walker_only"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_vmcb12", b"_vmcb12"]) -> typing.Literal["vmcb12"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_vmcs12", b"_vmcs12"]) -> typing.Literal["vmcs12"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["mode", b"mode"]) -> typing.Literal["ept", "npt", "off"] | None: ...
 
 Global___SetNestedModeRequest: typing_extensions.TypeAlias = SetNestedModeRequest

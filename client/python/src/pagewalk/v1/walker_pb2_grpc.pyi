@@ -124,9 +124,10 @@ class WalkerServiceStub(typing.Generic[_WalkerServiceGetWalkerStateType, _Walker
     A walker-only switch lasts until `off`, or until the vCPU really enters or leaves guest mode.
 
     Role: `control`.
-    Errors: INVALID_ARGUMENT for a missing mode, or for registers that no CPU accepts; NOT_FOUND for an unknown machine
-    or vCPU; FAILED_PRECONDITION where the source cannot do it, or the vCPU is shut down; UNIMPLEMENTED for
-    EPT and GMET, not served here yet; DEADLINE_EXCEEDED when the vCPU does not come out in time.
+    Errors: INVALID_ARGUMENT, with the field named, for a missing mode, for registers that no CPU accepts or that KVM
+    refuses, and for a control structure outside memory; NOT_FOUND for an unknown machine or vCPU; FAILED_PRECONDITION
+    (reason GUEST_RUNS_L2) where the guest itself has entered an L2, unless `walker_only` is set; DEADLINE_EXCEEDED when
+    the vCPU does not come out in time. The previous mode stays then.
     """
 
     WatchWalkerState: _WalkerServiceWatchWalkerStateType
@@ -181,9 +182,10 @@ class WalkerServiceServicer(metaclass=abc.ABCMeta):
         A walker-only switch lasts until `off`, or until the vCPU really enters or leaves guest mode.
 
         Role: `control`.
-        Errors: INVALID_ARGUMENT for a missing mode, or for registers that no CPU accepts; NOT_FOUND for an unknown machine
-        or vCPU; FAILED_PRECONDITION where the source cannot do it, or the vCPU is shut down; UNIMPLEMENTED for
-        EPT and GMET, not served here yet; DEADLINE_EXCEEDED when the vCPU does not come out in time.
+        Errors: INVALID_ARGUMENT, with the field named, for a missing mode, for registers that no CPU accepts or that KVM
+        refuses, and for a control structure outside memory; NOT_FOUND for an unknown machine or vCPU; FAILED_PRECONDITION
+        (reason GUEST_RUNS_L2) where the guest itself has entered an L2, unless `walker_only` is set; DEADLINE_EXCEEDED when
+        the vCPU does not come out in time. The previous mode stays then.
         """
 
     @abc.abstractmethod

@@ -1,0 +1,47 @@
+//! Judges `nested-amd-daemon-*`: the daemon as it ships, inside the bed `nested-amd` (`deploy/beds/nested-amd.sh`), where
+//! its vCPUs have every paging mode and really run an L2.
+//!
+//! Outside the bed this program builds itself and the daemon statically, boots the bed with both, and repeats what is said
+//! there. Inside, it starts `pagewalkd`, asks over gRPC, and compares with what the kernel says of a vCPU of its own that
+//! holds the same registers over the same memory (`KVM_TRANSLATE`). Where the bed was not built, it is skipped.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that reports on standard output")]
+
+#[path = "../../../walker/tests/bed/mod.rs"]
+mod bed;
+mod daemon;
+mod guest;
+mod nested;
+mod translate;
+
+use bed::boot::{Boot, boot, inside};
+use libtest_mimic::{Arguments, Trial};
+
+const BED: &str = "nested-amd";
+
+fn main() {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = Some(1);
+    let trials = if inside(BED) { judges() } else { boots() };
+    libtest_mimic::run(&arguments, trials).exit();
+}
+
+fn judges() -> Vec<Trial> {
+    translate::ROWS.into_iter().map(|row| Trial::test(row.name, move || translate::judge(row))).collect()
+}
+
+fn boots() -> Vec<Trial> {
+    let names: Vec<&str> = translate::ROWS.iter().map(|row| row.name).collect();
+    let run = move || {
+        boot(&Boot {
+            bed: BED,
+            package: "pagewalkd",
+            program: "judge_daemon",
+            binaries: &["pagewalkd"],
+            parameters: ("PAGEWALK_KVM_AMD", "nested=1 npt=1"),
+            cases: 1_200,
+            judges: &names,
+        })
+    };
+    vec![Trial::test("the_daemon_agrees_with_kvm_amd", run)]
+}

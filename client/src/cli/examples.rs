@@ -54,7 +54,11 @@ pub(super) const WALKER: &str =
     concat!(examples!("pagewalk walker", "pagewalk walker --watch --updates 3"), exit_codes!());
 
 pub(super) const NESTED: &str = concat!(
-    examples!("pagewalk nested npt --ncr3 0x50000 --l2-cr3 0x1000", "pagewalk nested off"),
+    examples!(
+        "pagewalk nested npt --ncr3 0x50000 --l2-cr3 0x1000",
+        "pagewalk nested ept --eptp 0x5001e --l2-cr3 0x1000",
+        "pagewalk nested off"
+    ),
     exit_codes!()
 );
 

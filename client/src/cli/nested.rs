@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Subcommand;
 
 use super::{Context, exit::Failure, number, render};
-use crate::v1::{Npt, Registers, SetNestedModeRequest, set_nested_mode_request::Mode};
+use crate::v1::{Ept, Npt, Registers, SetNestedModeRequest, set_nested_mode_request::Mode};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -18,13 +18,37 @@ enum ModeArg {
     /// L2 under NPT
     #[command(after_help = super::examples::NESTED)]
     Npt(NptArgs),
+    /// L2 under EPT
+    #[command(after_help = super::examples::NESTED)]
+    Ept(EptArgs),
     /// No nested guest
     #[command(after_help = super::examples::NESTED)]
     Off {
-        /// Switch the walkers alone
+        /// Take away what was laid over the walkers alone, and leave a real L2 alone
         #[arg(long)]
         walker_only: bool,
     },
+}
+
+#[derive(Debug, clap::Args)]
+struct EptArgs {
+    /// EPTP, the VMCS12 field: root, walk length and memory type
+    #[arg(long, value_name = "VALUE", value_parser = number::u64)]
+    eptp: u64,
+    /// Mode-based execute control
+    #[arg(long)]
+    mbec: bool,
+    /// IA32_VMX_EPT_VPID_CAP (MSR 0x48c), for the walkers alone [default: everything]
+    #[arg(long, value_name = "VALUE", value_parser = number::u64)]
+    ept_capabilities: Option<u64>,
+    /// Where VMCS12 is to lie, for a real vCPU [default: a page of the daemon's own]
+    #[arg(long, value_name = "ADDRESS", value_parser = number::u64)]
+    vmcs12: Option<u64>,
+    /// Switch the walkers alone, even where the real vCPU could enter guest mode
+    #[arg(long)]
+    walker_only: bool,
+    #[command(flatten)]
+    l2: L2Args,
 }
 
 #[derive(Debug, clap::Args)]
@@ -41,6 +65,12 @@ struct NptArgs {
     /// L1's CR0 at VMRUN [default: 0x80010001]
     #[arg(long, value_name = "VALUE", value_parser = number::u64)]
     host_cr0: Option<u64>,
+    /// Guest Mode Execute Trap
+    #[arg(long)]
+    gmet: bool,
+    /// Where VMCB12 is to lie, for a real vCPU [default: a page of the daemon's own]
+    #[arg(long, value_name = "ADDRESS", value_parser = number::u64)]
+    vmcb12: Option<u64>,
     /// Switch the walkers alone, even where the real vCPU could enter guest mode
     #[arg(long)]
     walker_only: bool,
@@ -110,11 +140,25 @@ pub(super) async fn run(context: &Context, args: &Args) -> Result<ExitCode, Fail
                 host_cr4: npt.host_cr4,
                 host_efer: npt.host_efer,
                 host_cr0: npt.host_cr0,
-                ..Npt::default()
+                guest_mode_execute_trap: npt.gmet,
             })),
             l2: npt.l2.registers(),
             walker_only: npt.walker_only,
-            ..SetNestedModeRequest::default()
+            vmcb12: npt.vmcb12,
+            vmcs12: None,
+        },
+        ModeArg::Ept(ept) => SetNestedModeRequest {
+            vcpu,
+            mode: Some(Mode::Ept(Ept {
+                eptp: ept.eptp,
+                mode_based_execute: ept.mbec,
+                capabilities: ept.ept_capabilities,
+                tables_written: false,
+            })),
+            l2: ept.l2.registers(),
+            walker_only: ept.walker_only,
+            vmcb12: None,
+            vmcs12: ept.vmcs12,
         },
     };
     let answer = context.client().await?.set_nested_mode(request).await?;

@@ -83,6 +83,7 @@ pub(crate) fn request_field(error: &L2Error) -> &'static str {
         (L2Error::Registers(_), "CR3") => "l2.cr3",
         (L2Error::Registers(_), "CR4") => "l2.cr4",
         (L2Error::Registers(_), "EFER") => "l2.efer",
+        (L2Error::Registers(_), "PAT") => "l2.pat",
         (L2Error::Registers(_), _) => "l2",
     }
 }

@@ -25,7 +25,8 @@ const SOON: Duration = Duration::from_secs(30);
 pub(crate) struct Daemon {
     child: Child,
     runtime: Runtime,
-    channel: Channel,
+    pub(crate) channel: Channel,
+    pub(crate) address: String,
     memory: File,
     /// Where GPA 0 lies in the daemon's address space.
     origin: u64,
@@ -49,20 +50,39 @@ impl Daemon {
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line)?;
         let address = line.trim().strip_prefix("listening on ").ok_or(format!("the daemon says {line:?}"))?;
+        let address = address.to_owned();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         let endpoint = Endpoint::from_shared(format!("http://{address}"))?;
         let channel = runtime.block_on(endpoint.connect())?;
         let memory = OpenOptions::new().read(true).write(true).open(format!("/proc/{}/mem", child.id()))?;
         let origin = find_mark(child.id(), &memory)? - (CODE + MARK_AT as u64);
-        Ok(Daemon { child, runtime, channel, memory, origin })
+        Ok(Daemon { child, runtime, channel, address, memory, origin })
     }
 
     pub(crate) fn block_on<F: Future>(&self, future: F) -> F::Output {
         self.runtime.block_on(future)
     }
 
+    pub(crate) fn spawn<F>(&self, future: F) -> tokio::task::JoinHandle<F::Output>
+    where
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+    {
+        self.runtime.spawn(future)
+    }
+
+    pub(crate) fn read(&self, gpa: u64, bytes: &mut [u8]) -> std::io::Result<()> {
+        self.memory.read_exact_at(bytes, self.origin + gpa)
+    }
+
     pub(crate) fn write(&self, gpa: u64, bytes: &[u8]) -> std::io::Result<()> {
         self.memory.write_all_at(bytes, self.origin + gpa)
+    }
+
+    pub(crate) fn read_u64(&self, gpa: u64) -> std::io::Result<u64> {
+        let mut word = [0; 8];
+        self.read(gpa, &mut word)?;
+        Ok(u64::from_le_bytes(word))
     }
 
     pub(crate) fn translate(&self, request: v1::TranslateRequest) -> Result<v1::TranslateResponse, Status> {
@@ -76,6 +96,13 @@ impl Daemon {
     ) -> Result<v1::SetNestedModeResponse, Status> {
         let mut client = WalkerServiceClient::new(self.channel.clone());
         self.block_on(client.set_nested_mode(request)).map(tonic::Response::into_inner)
+    }
+
+    pub(crate) fn state(&self) -> Result<v1::GetWalkerStateResponse, Status> {
+        let request =
+            v1::GetWalkerStateRequest { freshness: v1::Freshness::Sync.into(), ..Default::default() };
+        let mut client = WalkerServiceClient::new(self.channel.clone());
+        self.block_on(client.get_walker_state(request)).map(tonic::Response::into_inner)
     }
 
     pub(crate) fn registers(&self) -> Result<v1::Registers, Status> {
@@ -94,6 +121,12 @@ impl Daemon {
     pub(crate) fn pause(&self) -> Result<v1::VcpuInfo, Status> {
         let mut client = VcpuServiceClient::new(self.channel.clone());
         let answer = self.block_on(client.pause_vcpu(v1::PauseVcpuRequest::default()))?.into_inner();
+        Ok(answer.vcpu.unwrap_or_default())
+    }
+
+    pub(crate) fn resume(&self) -> Result<v1::VcpuInfo, Status> {
+        let mut client = VcpuServiceClient::new(self.channel.clone());
+        let answer = self.block_on(client.resume_vcpu(v1::ResumeVcpuRequest::default()))?.into_inner();
         Ok(answer.vcpu.unwrap_or_default())
     }
 

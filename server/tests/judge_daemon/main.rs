@@ -3,7 +3,8 @@
 //!
 //! Outside the bed this program builds itself and the daemon statically, boots the bed with both, and repeats what is said
 //! there. Inside, it starts `pagewalkd`, asks over gRPC, and compares with what the kernel says of a vCPU of its own that
-//! holds the same registers over the same memory (`KVM_TRANSLATE`). Where the bed was not built, it is skipped.
+//! holds the same registers over the same memory (`KVM_TRANSLATE`), or with what the guest's program has to do by
+//! construction. Where the bed was not built, it is skipped.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that reports on standard output")]
 
@@ -12,12 +13,23 @@ mod bed;
 mod daemon;
 mod guest;
 mod nested;
+mod running;
 mod translate;
 
 use bed::boot::{Boot, boot, inside};
-use libtest_mimic::{Arguments, Trial};
+use libtest_mimic::{Arguments, Failed, Trial};
 
 const BED: &str = "nested-amd";
+
+type Judge = (&'static str, fn(&'static str) -> Result<(), Failed>);
+
+const JUDGES: [Judge; 5] = [
+    ("daemon-restored", running::restored),
+    ("daemon-toggled", running::toggled),
+    ("daemon-observed", running::observed),
+    ("daemon-crashed", running::crashed),
+    ("daemon-refused", running::refused),
+];
 
 fn main() {
     let mut arguments = Arguments::from_args();
@@ -27,11 +39,14 @@ fn main() {
 }
 
 fn judges() -> Vec<Trial> {
-    translate::ROWS.into_iter().map(|row| Trial::test(row.name, move || translate::judge(row))).collect()
+    let rows = translate::ROWS.into_iter().map(|row| Trial::test(row.name, move || translate::judge(row)));
+    let others = JUDGES.into_iter().map(|(name, judge)| Trial::test(name, move || judge(name)));
+    rows.chain(others).collect()
 }
 
 fn boots() -> Vec<Trial> {
-    let names: Vec<&str> = translate::ROWS.iter().map(|row| row.name).collect();
+    let names: Vec<&str> =
+        translate::ROWS.iter().map(|row| row.name).chain(JUDGES.iter().map(|(name, _)| *name)).collect();
     let run = move || {
         boot(&Boot {
             bed: BED,

@@ -66,7 +66,9 @@ pub(crate) fn boot(wanted: &Boot<'_>) -> Result<(), Failed> {
     }
     let program = build(&root, wanted.package, wanted.program)?;
     let beside = program.parent().and_then(Path::parent).unwrap();
-    let files: Vec<_> = wanted.binaries.iter().map(|name| beside.join(name).display().to_string()).collect();
+    let mut files: Vec<_> =
+        wanted.binaries.iter().map(|name| beside.join(name).display().to_string()).collect();
+    files.extend(std::env::var("PAGEWALK_BED_FILES").ok());
     let cases = std::env::var("PAGEWALK_JUDGE_CASES").unwrap_or_else(|_| wanted.cases.to_string());
     let (variable, value) = wanted.parameters;
     let mut run = Command::new(script(wanted.bed))

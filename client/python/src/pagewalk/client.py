@@ -433,21 +433,28 @@ class Client:
         second_dimension: Npt | Ept,
         *,
         l2: Registers | None = None,
+        control_structure: int | None = None,
         walker_only: bool = False,
         vcpu: int = 0,
         machine: str = "",
     ) -> NestedChange:
-        """Switch nested mode on. Needs the role `control`. `effect` says whether the real vCPU went along."""
-        return self._set_nested(second_dimension, l2, vcpu, machine, walker_only=walker_only)
+        """Switch nested mode on. Needs the role `control`. `effect` says whether the real vCPU went along.
+
+        `control_structure` is where VMCB12 or VMCS12 is to lie, for a real vCPU; by default it is a page of the daemon's own.
+        """
+        request = convert.to_nested(
+            second_dimension,
+            l2,
+            convert.to_vcpu(machine, vcpu),
+            control_structure=control_structure,
+            walker_only=walker_only,
+        )
+        return convert.nested_change(self._call(self._walker.SetNestedMode, request))
 
     def nested_off(self, *, vcpu: int = 0, machine: str = "") -> NestedChange:
         """Switch nested mode off. Needs the role `control`."""
-        return self._set_nested(None, None, vcpu, machine, walker_only=False)
-
-    def _set_nested(
-        self, second: Npt | Ept | None, l2: Registers | None, vcpu: int, machine: str, *, walker_only: bool
-    ) -> NestedChange:
-        request = convert.to_nested(second, l2, convert.to_vcpu(machine, vcpu), walker_only=walker_only)
+        where = convert.to_vcpu(machine, vcpu)
+        request = convert.to_nested(None, None, where, control_structure=None, walker_only=False)
         return convert.nested_change(self._call(self._walker.SetNestedMode, request))
 
     def vcpus(self, *, machine: str = "") -> list[Vcpu]:

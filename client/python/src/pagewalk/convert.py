@@ -113,6 +113,7 @@ def to_nested(
     l2: answers.Registers | None,
     vcpu: types_pb2.VcpuRef,
     *,
+    control_structure: int | None,
     walker_only: bool,
 ) -> walker_pb2.SetNestedModeRequest:
     """Send a switch of nested mode; None means off."""
@@ -123,6 +124,14 @@ def to_nested(
         l2=None if l2 is None else to_registers(l2),
         walker_only=walker_only,
     )
+    if control_structure is not None:
+        place = to_word(control_structure, "control_structure")
+        if second is None:
+            raise ValueError("control_structure goes with an Npt or an Ept")
+        if isinstance(second, answers.Npt):
+            message.vmcb12 = place
+        else:
+            message.vmcs12 = place
     if second is None:
         message.off = True
     return message

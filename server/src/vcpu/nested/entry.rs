@@ -21,6 +21,8 @@ use crate::vcpu::registers::Registers;
 
 const MSR_PAT: u32 = 0x277;
 const RFLAGS_FIXED: u64 = 1 << 1;
+/// The bits that EFER has: SCE, LME, LMA, NXE, SVME, LMSLE, FFXSR, TCE, MCOMMIT, INTWB, UAIE, AIBRSE.
+const KNOWN_EFER: u64 = 0x36_fd01;
 /// Flag of `kvm_sregs2`.
 const PDPTRS_VALID: u64 = 1;
 
@@ -307,6 +309,10 @@ impl L2 {
 
     /// Has the vCPU hold them.
     fn load(&self, vcpu: &VcpuFd, l1: &kvm_sregs2) -> Result<(), VcpuError> {
+        // KVM takes any EFER, and the CPU then refuses to enter.
+        if let reserved @ 1.. = self.sregs.efer & !KNOWN_EFER {
+            return Err(field("l2.efer", format!("has reserved bits set: {reserved:#x}")));
+        }
         if let Err((what, error)) = state::set_sregs(vcpu, &self.sregs) {
             // The one that would be taken if it were L1's is the one that is refused.
             let sregs = &self.sregs;

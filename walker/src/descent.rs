@@ -68,7 +68,6 @@ pub(crate) fn descend<E: EntryLayout, M: Memory, R: Recorder>(
     // checked, its change is a change of meaning.
     let shadow_stack = format.shadow_stacks() && purpose.access.is_shadow_stack();
     let dirty_is_meant = shadow_stack && !purpose.access.is_exempt();
-    let dirties_leaf = purpose.access.is_write() && !shadow_stack;
     loop {
         let shift = (12 + E::INDEX_BITS * level.wrapping_sub(1)) & 63;
         let number = (address >> shift) & ((1 << E::INDEX_BITS) - 1);
@@ -77,7 +76,7 @@ pub(crate) fn descend<E: EntryLayout, M: Memory, R: Recorder>(
         };
         let note = |recorder: &mut R, held, entry_gpa: Gpa, entry, rights_so_far, verdict| {
             if R::ENABLED {
-                let dirties = verdict == Verdict::Leaf && dirties_leaf;
+                let dirties = verdict == Verdict::Leaf && purpose.access.is_write() && !shadow_stack;
                 let walked = matches!(verdict, Verdict::Table | Verdict::Leaf);
                 recorder.record(Step {
                     dimension: purpose.dimension,
@@ -138,7 +137,7 @@ pub(crate) fn descend<E: EntryLayout, M: Memory, R: Recorder>(
                 let output = (E::page(level, entry) & format.address_bits() & !within) | (address & within);
                 let leaf = Leaf { rights, entry, size: PageSize::of_bits(shift), output };
                 permit::<E>(&leaf, level, format, purpose.access, &path).map_err(Stop::Refused)?;
-                check_update::<E>(entry, level, dirties_leaf, &update)?;
+                check_update::<E>(entry, level, purpose.access.is_write(), &update)?;
                 if let Some(unwritable) = purpose.unwritable {
                     let write = Access::new(AccessKind::Write, purpose.access.privilege());
                     unwritable.set(refusal::<E>(&leaf, level, format, &write, &path));

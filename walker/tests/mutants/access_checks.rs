@@ -179,7 +179,15 @@ pub(crate) const MUTANTS: &[Mutant] = &[
             "!is_canonical(gva, format.linear_width())",
         )],
     ),
-    unseen("CR2 has the metadata", &[("walk.rs", "let gva = masked;", "let gva = gva;")]),
+    unseen(
+        "CR2 has the metadata",
+        &[(
+            "walk.rs",
+            "linear(walk, second, memory, masked, access, recorder)",
+            "linear(walk, second, memory, masked, access, recorder)
+                .map_err(|fault| Fault { address: gva, ..fault })",
+        )],
+    ),
     unasked(
         "the fast lane knows nothing of LAM48 over 5-level paging",
         &[(

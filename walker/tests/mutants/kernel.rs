@@ -166,8 +166,8 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         "writes set the dirty bit above the leaf",
         &[(
             "descent.rs",
-            "let dirties = verdict == Verdict::Leaf && dirties_leaf;",
-            "let dirties = dirties_leaf;",
+            "verdict == Verdict::Leaf && purpose.access.is_write() &&",
+            "purpose.access.is_write() &&",
         )],
     ),
     mutant("the accessed bit is not set", &[("entry.rs", "Self::ACCESSED | if dirties", "if dirties")]),

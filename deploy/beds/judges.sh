@@ -29,8 +29,9 @@ intel-exit|kvm_intel in Bochs: executed accesses of an L2, exit qualification as
 tcg-mmu|QEMU's own MMU on stock Linux, every `info tlb` entry|qemu|1|0|0|linux-4-level-info-tlb linux-5-level-info-tlb linux-2-level-info-tlb linux-pae-info-tlb
 oracle|The independent oracle, odometer and soup||5000000|0|0|oracle
 exhaustive|Loop-free rules, every input: reserved bits, canonicality, rights, keys||30000000|0|0|exhaustive
-fuzz|Fuzzing: panics, step bound, hangs, contradictions||100000|0|SECONDS|fuzz-walk fuzz-registers
-mutants|Mutants of the walker, each caught by a judge|kvm|60|0|0|mutants
+fuzz|Fuzzing the walker: panics, step bound, hangs, contradictions||100000|0|SECONDS|fuzz-walk fuzz-registers
+fuzz-daemon|Fuzzing the daemon: requests and words of any kind||10000|0|SECONDS|fuzz-requests fuzz-words
+mutants|Mutants of the walker, each caught by a judge|kvm|200|0|0|mutants
 model|Interleavings of kicks and publications; slips in them||5|5000|0|loom-publication loom-slips
 ROWS
 }

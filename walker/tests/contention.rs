@@ -6,7 +6,8 @@ use std::cell::{Cell, RefCell};
 
 use pagewalk::{
     Access, AccessKind, AdPolicy, Backing, ControlRegisters, CpuProfile, ExchangeError, Fault, FaultKind,
-    Gpa, Gva, MAX_ATTEMPTS, Memory, NoTrace, PageWalk, Privilege, Reason, Translation, Vendor, Walker,
+    Gpa, Gva, MAX_ATTEMPTS, Memory, NestedGpa, NestedPhase, NgpaWalk, NoTrace, PageWalk, Privilege, Reason,
+    Translation, Vendor, Walker,
 };
 
 const ACCESSED: u64 = 0x20;
@@ -117,4 +118,26 @@ fn an_entry_that_never_stands_still_is_contended() {
     assert_eq!((fault.kind, fault.reason, fault.level), (FaultKind::Contended, Reason::Changing, 1));
     assert_eq!(memory.loads.get(), 4 * MAX_ATTEMPTS);
     assert_eq!(memory.leaf() & (ACCESSED | DIRTY), 0);
+}
+
+/// NPT over the same tables.
+#[test]
+fn an_ngpa_that_never_stands_still_is_contended() {
+    let host = ControlRegisters { cr0: 0x8000_0001, cr4: 0x20, efer: 0xd00, ..ControlRegisters::default() };
+    let cpu = CpuProfile { vendor: Vendor::Amd, maxphyaddr: 48, gib_pages: true, encryption_bit: None };
+    let walk = NgpaWalk::npt(0x1000, &host, &cpu).unwrap();
+    let write = |memory: &Busy| {
+        let access = Access::new(AccessKind::Write, Privilege::User);
+        let ngpa = NestedGpa(0x123);
+        walk.translate_with(memory, ngpa, &access, NestedPhase::Final, AdPolicy::Set, &mut NoTrace)
+    };
+    let memory = Busy::new(0x1_0007, |leaf, _| *leaf ^= 1 << 9);
+    let fault = write(&memory).unwrap_err();
+    assert_eq!((fault.kind, fault.reason, fault.level), (FaultKind::Contended, Reason::Changing, 1));
+    assert_eq!((fault.nested_gpa, fault.address), (Some(NestedGpa(0x123)), 0));
+    assert_eq!(memory.loads.get(), 4 * MAX_ATTEMPTS);
+    assert_eq!(memory.leaf() & (ACCESSED | DIRTY), 0);
+    let calm = Busy::new(0x1_0007, |_, _| {});
+    assert_eq!(write(&calm).unwrap().gpa, Gpa(0x1_0123));
+    assert_eq!(calm.leaf(), 0x1_0007 | ACCESSED | DIRTY);
 }

@@ -410,6 +410,63 @@ fn setting_the_guests_bits_is_a_write() {
     assert_eq!(fault.nested_gpa, Some(NestedGpa(0x4000)));
 }
 
+/// Policy `Set` for an nGPA: EPT's own bits, where it has any, by what the address is for; the guest's entries stay.
+#[test]
+fn set_on_an_ngpa_marks_the_second_dimension_alone() {
+    for (eptp, kind, phase, upper, leaf) in [
+        (EPTP | ACCESSED_DIRTY, AccessKind::Read, NestedPhase::Final, A, A),
+        (EPTP | ACCESSED_DIRTY, AccessKind::Write, NestedPhase::Final, A, A | D),
+        (EPTP | ACCESSED_DIRTY, AccessKind::Read, NestedPhase::Table, A, A | D),
+        (EPTP | ACCESSED_DIRTY, AccessKind::Write, NestedPhase::Pdpte, A, A),
+        (EPTP, AccessKind::Write, NestedPhase::Final, 0, 0),
+    ] {
+        let memory = Memory::new();
+        memory.set(0x14000, PAGE | 7);
+        let walk = NgpaWalk::ept(eptp, &PLAIN, &EptCapabilities::all(), &CPU).unwrap();
+        let before: Vec<u64> =
+            EPT.iter().map(|table| memory.get(table + if *table == 0xb000 { 0x20 } else { 0 })).collect();
+        let ask = |policy, trace: &mut Trace| {
+            walk.translate_with(&memory.window(), NestedGpa(0x4000), &access(kind), phase, policy, trace)
+        };
+        let (mut observed, mut set) = (Trace::new(), Trace::new());
+        let outcome = ask(AdPolicy::Observe, &mut observed);
+        assert_eq!(ask(AdPolicy::Set, &mut set), outcome);
+        assert_eq!((set.steps(), outcome.unwrap().gpa), (observed.steps(), Gpa(0x14000)));
+        for (table, before) in EPT.iter().zip(before) {
+            let (at, bits) = if *table == 0xb000 { (table + 0x20, leaf) } else { (*table, upper) };
+            assert_eq!(memory.get(at), before | bits, "{kind:?} {phase:?} {at:#x}");
+        }
+        assert_eq!(memory.get(0x14000), PAGE | 7);
+        // The same as traced by nobody.
+        let again = walk.translate_with(
+            &memory.window(),
+            NestedGpa(0x4000),
+            &access(kind),
+            phase,
+            AdPolicy::Set,
+            &mut NoTrace,
+        );
+        assert_eq!(again, outcome);
+    }
+    // A fault marks nothing.
+    let memory = Memory::new();
+    memory.forbid(0x4000, W);
+    let walk = NgpaWalk::ept(EPTP | ACCESSED_DIRTY, &PLAIN, &EptCapabilities::all(), &CPU).unwrap();
+    let write = access(AccessKind::Write);
+    let fault = walk
+        .translate_with(
+            &memory.window(),
+            NestedGpa(0x4000),
+            &write,
+            NestedPhase::Final,
+            AdPolicy::Set,
+            &mut NoTrace,
+        )
+        .unwrap_err();
+    assert_eq!(fault.reason, Reason::ReadOnly);
+    assert!([0x8000, 0x9000, 0xa000, 0xb020].iter().all(|at| memory.get(*at) & (A | D) == 0));
+}
+
 /// The guest's own refusal comes first: an entry that is not used is not marked.
 #[test]
 fn a_refused_leaf_is_not_written() {

@@ -4,6 +4,6 @@
 use libfuzzer_sys::fuzz_target;
 use pagewalk_fuzz::{registers, report};
 
-fuzz_target!(init: report::begin("fuzz-registers", &registers::CLASSES), |bytes: &[u8]| {
+fuzz_target!(init: report::begin("fuzz-registers", &registers::CLASSES, 500_000), |bytes: &[u8]| {
     report::case(|counts| registers::check(bytes, counts));
 });

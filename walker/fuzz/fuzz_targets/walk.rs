@@ -11,6 +11,6 @@ thread_local! {
     static RAM: RefCell<Ram> = RefCell::default();
 }
 
-fuzz_target!(init: report::begin("fuzz-walk", &walk::CLASSES), |bytes: &[u8]| {
+fuzz_target!(init: report::begin("fuzz-walk", &walk::CLASSES, 500_000), |bytes: &[u8]| {
     report::case(|counts| RAM.with_borrow_mut(|ram| walk::check(bytes, ram, counts)));
 });

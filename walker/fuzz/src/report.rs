@@ -16,6 +16,8 @@ pub struct Report {
     /// Inputs so far.
     pub cases: u64,
     started: Instant,
+    /// Inputs after which every class must have been met [`MINIMUM`] times.
+    enough: u64,
 }
 
 /// Outlives all thread-local values, which are gone when the process exits.
@@ -25,14 +27,14 @@ fn report() -> MutexGuard<'static, Option<Report>> {
     REPORT.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Inputs after which every class must have been met this often.
-const ENOUGH: u64 = 500_000;
+/// How often every class must have been met.
 const MINIMUM: u64 = 100;
 
 /// Opens the report of this process; it is printed when it exits, and when it panics.
-pub fn begin(name: &'static str, classes: &'static [&'static str]) {
+/// After `enough` inputs, every class must have been met.
+pub fn begin(name: &'static str, classes: &'static [&'static str], enough: u64) {
     let counts = vec![0; classes.len()];
-    *report() = Some(Report { name, classes, counts, cases: 0, started: Instant::now() });
+    *report() = Some(Report { name, classes, counts, cases: 0, started: Instant::now(), enough });
     extern "C" fn at_exit() {
         if !report().as_ref().is_none_or(|report| report.print(0)) {
             // SAFETY: has no preconditions; everything was printed.
@@ -74,7 +76,7 @@ impl Report {
         for (class, count) in self.classes.iter().zip(&self.counts) {
             println!("  {class:<52} {count:>12}");
         }
-        let rare = |count: &u64| self.cases >= ENOUGH && *count < MINIMUM;
+        let rare = |count: &u64| self.cases >= self.enough && *count < MINIMUM;
         let starved: Vec<_> = self
             .classes
             .iter()

@@ -15,11 +15,12 @@
 //! - The emulated CPU reports reserved bits in L2's entries without P.
 //! - KVM commits accessed and dirty bits of each nested walk that was finished, whatever becomes of the access.
 //! - Where NPT is in 2-level format under EFER.NXE, KVM's code tells a fetch, for which the manual asks for CR4.PAE, too.
+//! - Where L1 has CR4.SMEP and not EFER.NXE, KVM's code tells a fetch: SMEP has no say over NPT, where every access is the user's.
+//!   So is every fourth batch.
 //!
 //! Not judged: L2's accessed and dirty bits where the access is refused, and those of PDPTEs, which the emulated CPU sets
-//! early; the reserved bits of PDPTEs in NPT and most of those in L2, where KVM and the emulated CPU do not look; L1's SMEP
-//! without EFER.NXE, of which KVM thinks that it makes an NPF tell a fetch; addresses above what NPT's format can translate,
-//! whose high bits KVM ignores.
+//! early; the reserved bits of PDPTEs in NPT and most of those in L2, where KVM and the emulated CPU do not look; addresses above
+//! what NPT's format can translate, whose high bits KVM ignores.
 
 mod case;
 mod memory;
@@ -57,7 +58,7 @@ pub(crate) fn judge(name: &'static str, l2: PagingMode, npt: PagingMode) -> Resu
     let mut judge = Judge::new(name)?;
     let mut rng = Rng::with_seed(judge.seed());
     let memory = Memory::new(machine.ram, l2, npt);
-    let mut bed = Bed { machine, vcpu, memory };
+    let mut bed = Bed { machine, vcpu, memory, batches: 0 };
     // Of PAE paging in L2, KVM_TRANSLATE does not see that PDPTEs are loaded from memory.
     let wanted = cases(50_000)? / if l2 == PagingMode::Pae { 10 } else { 16 };
     while judge.cases() < wanted {
@@ -70,6 +71,7 @@ struct Bed {
     machine: Machine,
     vcpu: Vcpu,
     memory: Memory,
+    batches: u64,
 }
 
 /// What an access has to end in.
@@ -83,6 +85,7 @@ impl Bed {
     fn batch(&mut self, rng: &mut Rng, judge: &mut Judge) -> Result<(), Failed> {
         let cpu = self.vcpu.profile();
         let host = self.host(rng);
+        self.batches += 1;
         self.machine.renew()?;
         self.memory.clear(rng);
         let mut batch = Vec::new();
@@ -123,14 +126,15 @@ impl Bed {
     /// L1's registers: NPT's format, and much that must not matter to it.
     fn host(&self, rng: &mut Rng) -> Host {
         let npt = self.memory.npt;
-        let nxe = rng.u32(0..4) != 0;
+        let smep_alone = self.batches % 4 == 0;
+        let nxe = !smep_alone && rng.u32(0..4) != 0;
         let registers = ControlRegisters {
             cr0: CR0_PE | CR0_NE | CR0_PG | when(rng.bool(), CR0_WP),
             cr3: L1_TABLES[0],
             cr4: when(npt.levels > 2, CR4_PAE)
                 | when(npt.levels == 5, CR4_LA57)
                 | when(rng.u32(0..3) != 0, CR4_PSE)
-                | when(nxe && rng.bool(), CR4_SMEP)
+                | when(smep_alone || rng.bool(), CR4_SMEP)
                 | when(rng.bool(), CR4_SMAP),
             efer: EFER_SVME | when(npt.is_long(), EFER_LME | EFER_LMA) | when(nxe, EFER_NXE),
             ..ControlRegisters::default()
@@ -238,9 +242,17 @@ impl Bed {
                 let mut info = exit_info_1;
                 let two_level = self.memory.npt.mode == PagingMode::TwoLevel;
                 let of_final = info & EXIT_INFO_1_FINAL != 0;
-                if two_level && fetch && of_final && host.registers.efer & EFER_NXE != 0 {
-                    judge.exempt("fetch reported under EFER.NXE in 2-level NPT");
-                    info |= u64::from(PFEC_FETCH);
+                if fetch && of_final {
+                    let nxe = host.registers.efer & EFER_NXE != 0;
+                    let smep = host.registers.cr4 & CR4_SMEP != 0;
+                    if two_level && nxe {
+                        judge.exempt("fetch reported under EFER.NXE in 2-level NPT");
+                        info |= u64::from(PFEC_FETCH);
+                    } else if !nxe && smep {
+                        judge.exempt("fetch reported under CR4.SMEP without EFER.NXE");
+                        judge.count("NPF of a fetch under SMEP alone", 0);
+                        info |= u64::from(PFEC_FETCH);
+                    }
                 }
                 judge.count("NPF, EXITINFO1 code", info);
                 Ok(Exit::NestedPageFault { info, ngpa: fault.nested_gpa.map_or(0, |ngpa| ngpa.0) })
@@ -417,6 +429,7 @@ fn minima(l2: PagingMode, npt: PagingMode) -> Vec<(&'static str, Option<u64>, u6
         }
     }
     minima.extend([("NPF: supervisor page, level", None, 2_000), ("NPF for the final address", None, 5_000)]);
+    minima.push(("NPF of a fetch under SMEP alone", None, 400));
     if npt != PagingMode::TwoLevel {
         minima.push(("NPF: no execute, level", None, 800));
     }

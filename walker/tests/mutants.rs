@@ -114,6 +114,15 @@ fn main() {
     libtest_mimic::run(&arguments, trials).exit();
 }
 
+/// A mutant's row of the table.
+fn print(mutant: &Mutant, verdicts: &[Verdict]) {
+    let columns = COLUMNS.map(|(name, _)| {
+        let at = mutant.judges.iter().position(|judge| *judge == name);
+        format!(" {:>13}", at.map_or_else(|| "-".to_owned(), |at| verdicts[at].to_string()))
+    });
+    println!("  {:<82}{}", mutant.slip, columns.concat());
+}
+
 /// All mutants, or those that are asked for.
 fn mutants() -> Result<Vec<&'static Mutant>, Failed> {
     let wanted = std::env::var("PAGEWALK_MUTANTS").unwrap_or_default();
@@ -161,19 +170,9 @@ fn judge() -> Result<(), Failed> {
             mutants.into_iter().filter(|mutant| !mutant.is_for_a_bed()).collect()
         }
     };
-    let verdicts = verdicts(&mutants, judge.seed())?;
-    print!("  {:<82}", "mutant");
-    for (_, title) in COLUMNS {
-        print!(" {title:>13}");
-    }
-    println!();
-    for (mutant, verdicts) in mutants.iter().zip(verdicts) {
-        print!("  {:<82}", mutant.slip);
-        for (name, _) in COLUMNS {
-            let at = mutant.judges.iter().position(|judge| *judge == name);
-            print!(" {:>13}", at.map_or_else(|| "-".to_owned(), |at| verdicts[at].to_string()));
-        }
-        println!();
+    let titles = COLUMNS.map(|(_, title)| format!(" {title:>13}"));
+    println!("  {:<82}{}", "mutant", titles.concat());
+    for (mutant, verdicts) in mutants.iter().zip(verdicts(&mutants, judge.seed())?) {
         judge.case();
         if !verdicts.iter().any(Verdict::caught) {
             judge.disagree(|| format!("nobody noticed: {}", mutant.slip));
@@ -208,7 +207,9 @@ fn verdicts(mutants: &[&Mutant], seed: u64) -> Result<Vec<Vec<Verdict>>, Failed>
             if mutant.is_for_a_bed() {
                 fs::copy(copy.build_for_bed()?, program(at))?;
             } else {
-                *results[at].lock().unwrap() = copy.verdicts(mutant.judges, seed)?;
+                let verdicts = copy.verdicts(mutant.judges, seed)?;
+                print(mutant, &verdicts);
+                *results[at].lock().unwrap() = verdicts;
             }
             copy.restore(mutant)?;
         }
@@ -220,6 +221,7 @@ fn verdicts(mutants: &[&Mutant], seed: u64) -> Result<Vec<Vec<Verdict>>, Failed>
     })?;
     let for_bed: Vec<usize> = (0..mutants.len()).filter(|at| mutants[*at].is_for_a_bed()).collect();
     for (at, verdict) in for_bed.iter().zip(in_bed(&for_bed, seed)?) {
+        print(mutants[*at], std::slice::from_ref(&verdict));
         results[*at].lock().unwrap().push(verdict);
     }
     Ok(results.into_iter().map(|verdicts| verdicts.into_inner().unwrap()).collect())

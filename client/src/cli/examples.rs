@@ -104,7 +104,7 @@ pub(super) const MACHINES: &str =
 
 pub(super) const ATTACH: &str = concat!(
     examples!("pagewalk attach other=demo:plain"),
-    "\n\nSPEC is what `pagewalkd --machine` takes; files and sockets are the daemon's.",
+    "\n\nSPEC is what `pagewalkd --machine` takes, such as vm=qemu:qmp=/run/vm.qmp; files and sockets are the daemon's.",
     exit_codes!()
 );
 

@@ -281,15 +281,22 @@ impl GuestRam {
         }
         largest_first(&mut windows);
         let mut windows = windows.into_iter();
-        let nothing = Window { start: 0, words: 0, origin: std::ptr::null_mut(), read_only: false };
+        let none = Self::none();
         Ok(Self {
-            first: windows.next().unwrap_or(nothing),
+            first: windows.next().unwrap_or(none.first),
             rest: windows.collect(),
-            map: GuestMemoryMmap::new(),
+            map: none.map,
             files: files.into(),
             fetched: fetched.into(),
             regions: all.into(),
         })
+    }
+
+    /// No memory at all, until it is known where it lies.
+    pub(super) fn none() -> Self {
+        let first = Window { start: 0, words: 0, origin: std::ptr::null_mut(), read_only: false };
+        let (rest, files, fetched, regions) = Default::default();
+        Self { first, rest, map: GuestMemoryMmap::new(), files, fetched, regions }
     }
 
     /// The regions, by address.
@@ -308,6 +315,12 @@ impl GuestRam {
     #[must_use]
     pub fn is_ours(&self) -> bool {
         self.files.is_empty() && self.fetched.is_empty()
+    }
+
+    /// Whether none of it has to be fetched.
+    #[must_use]
+    pub fn is_mapped(&self) -> bool {
+        self.fetched.is_empty()
     }
 
     /// Whether most of it has to be fetched, so that a walk may block: to be done where that holds up nobody.

@@ -13,6 +13,7 @@ mod kvm;
 mod mapping;
 mod memory;
 mod pages;
+mod qemu;
 mod registry;
 mod sigbus;
 mod spec;
@@ -33,6 +34,7 @@ pub use kvm::KvmError;
 pub use mapping::{Fetch, FileMapping};
 pub use memory::{GuestRam, MemoryError, Place, Region};
 pub use pages::HugePages;
+pub use qemu::{MonitorError, ProcessError, QemuError};
 pub use registry::{AttachError, DetachError, LookupError, Machine, Machines};
 pub use spec::{MachineSpec, SourceSpec, SpecError};
 
@@ -96,7 +98,7 @@ fn regular_file(path: &Path) -> io::Result<File> {
 
 /// Where a machine comes from.
 pub trait Source: Send + Sync {
-    /// The kind of source, in one word: `kvm`, `demo`.
+    /// The kind of source, in one word: `kvm`, `qemu`, `demo`.
     fn kind(&self) -> &str;
     /// What it is, for a person.
     fn description(&self) -> &str;
@@ -194,6 +196,9 @@ pub enum OpenError {
     /// The image cannot be read.
     #[error(transparent)]
     Image(#[from] image::ImageError),
+    /// The guest of QEMU's cannot be attached to.
+    #[error(transparent)]
+    Qemu(#[from] QemuError),
     /// A vCPU cannot be started.
     #[error(transparent)]
     Spawn(#[from] SpawnError),

@@ -1,14 +1,14 @@
 //! The words after `--machine`: which machine to make, and under which id.
 //!
-//! `demo`, `demo:plain`, `kvm:elf=FILE,mem=64M,cpus=1`, `dump:FILE`, `image:FILE.toml`, each optionally as `ID=SPEC`. The FILE of
-//! `elf=` cannot contain a comma.
+//! `demo`, `demo:plain`, `kvm:elf=FILE,mem=64M,cpus=1`, `qemu:qmp=SOCKET,pid=N`, `dump:FILE`, `image:FILE.toml`, each
+//! optionally as `ID=SPEC`. The FILE of `elf=` and SOCKET cannot contain a comma.
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
 use super::pages::HugePages;
-use super::{Machine, OpenError, demo, dump, image, kvm};
+use super::{Machine, OpenError, Source, demo, dump, image, kvm, qemu};
 
 const MEMORY_MIN: u64 = 1 << 20;
 const MEMORY_DEFAULT: u64 = 64 << 20;
@@ -46,6 +46,13 @@ pub enum SourceSpec {
     Dump(PathBuf),
     /// Memory files, and the TOML file that describes them.
     Image(PathBuf),
+    /// A running guest of QEMU's.
+    Qemu {
+        /// QEMU's QMP socket.
+        qmp: PathBuf,
+        /// Its process, where that cannot be told from the socket: one that was handed to QEMU open.
+        pid: Option<u32>,
+    },
 }
 
 /// What is wrong with a machine's specification.
@@ -53,7 +60,7 @@ pub enum SourceSpec {
 pub enum SpecError {
     /// No such source.
     #[error(
-        "there is no source `{0}`: use demo, demo:plain, kvm:elf=FILE,mem=64M,cpus=1, dump:FILE or image:FILE.toml, optionally as ID=SPEC"
+        "there is no source `{0}`: use demo, demo:plain, kvm:elf=FILE,mem=64M,cpus=1, qemu:qmp=SOCKET, dump:FILE or image:FILE.toml, optionally as ID=SPEC"
     )]
     Source(String),
     /// An id that is empty, too long or has odd characters.
@@ -80,6 +87,9 @@ pub enum SpecError {
     /// A missing file.
     #[error("source {0} needs a file: {0}:FILE")]
     NoFile(&'static str),
+    /// A missing option.
+    #[error("source qemu needs qmp=SOCKET: the path in QEMU's -qmp unix:SOCKET,server=on,wait=off")]
+    NoQmp,
     /// A value that is no number, or out of range.
     #[error("{key}={value} is not accepted: {expected}")]
     Value {
@@ -114,6 +124,7 @@ impl FromStr for MachineSpec {
             ("kvm", options) => parse_kvm(options.unwrap_or_default())?,
             ("dump", file) => SourceSpec::Dump(parse_file("dump", file)?),
             ("image", file) => SourceSpec::Image(parse_file("image", file)?),
+            ("qemu", options) => parse_qemu(options.unwrap_or_default())?,
             _ => return Err(SpecError::Source(spec.to_owned())),
         };
         let id = id.unwrap_or(kind);
@@ -156,6 +167,37 @@ fn parse_kvm(options: &str) -> Result<SourceSpec, SpecError> {
 
 fn parse_file(kind: &'static str, file: Option<&str>) -> Result<PathBuf, SpecError> {
     file.filter(|file| !file.is_empty()).map(PathBuf::from).ok_or(SpecError::NoFile(kind))
+}
+
+fn parse_qemu(options: &str) -> Result<SourceSpec, SpecError> {
+    let (mut qmp, mut pid) = (None, None);
+    for option in options.split(',').filter(|_| !options.is_empty()) {
+        let (key, value) = option.split_once('=').unwrap_or((option, ""));
+        let twice = match key {
+            "qmp" if value.is_empty() => return Err(SpecError::NoQmp),
+            "qmp" => qmp.replace(PathBuf::from(value)).is_some(),
+            "pid" => pid.replace(parse_pid(value)?).is_some(),
+            _ => {
+                let known = "qmp and pid";
+                return Err(SpecError::Key { source_kind: "qemu", key: key.to_owned(), known });
+            }
+        };
+        if twice {
+            return Err(SpecError::Twice(key.to_owned()));
+        }
+    }
+    Ok(SourceSpec::Qemu { qmp: qmp.ok_or(SpecError::NoQmp)?, pid })
+}
+
+fn parse_pid(value: &str) -> Result<u32, SpecError> {
+    decimal(value)
+        .and_then(|n| u32::try_from(n).ok())
+        .filter(|pid| (1..=i32::MAX.cast_unsigned()).contains(pid))
+        .ok_or_else(|| SpecError::Value {
+            key: "pid",
+            value: value.to_owned(),
+            expected: "use the number of QEMU's process",
+        })
 }
 
 fn parse_memory(value: &str) -> Result<u64, SpecError> {
@@ -216,6 +258,10 @@ impl MachineSpec {
         match &self.source {
             SourceSpec::Demo { .. } | SourceSpec::Kvm { .. } => None,
             SourceSpec::Dump(file) | SourceSpec::Image(file) => Some(real_name(file)),
+            SourceSpec::Qemu { qmp, .. } => {
+                let path = qmp.canonicalize().unwrap_or_else(|_| qmp.clone());
+                Some(format!("QMP socket {}", path.display()))
+            }
         }
     }
 
@@ -225,16 +271,17 @@ impl MachineSpec {
     /// When the file cannot be loaded or the host lacks something. The demo machine makes do with plain memory where
     /// `/dev/kvm` cannot be used.
     pub fn open(&self) -> Result<Machine, OpenError> {
-        let source = match &self.source {
-            SourceSpec::Demo { plain } => demo::open(&self.id, *plain)?,
+        let source: Arc<dyn Source> = match &self.source {
+            SourceSpec::Demo { plain } => Arc::new(demo::open(&self.id, *plain)?),
             SourceSpec::Kvm { elf, memory, cpus, pages } => {
-                kvm::open_elf(&self.id, elf, *memory, *cpus, *pages)?
+                Arc::new(kvm::open_elf(&self.id, elf, *memory, *cpus, *pages)?)
             }
-            SourceSpec::Dump(file) => dump::open(&self.id, file)?,
-            SourceSpec::Image(file) => image::open(&self.id, file)?,
+            SourceSpec::Qemu { qmp, pid } => Arc::new(qemu::open(&self.id, qmp, *pid)?),
+            SourceSpec::Dump(file) => Arc::new(dump::open(&self.id, file)?),
+            SourceSpec::Image(file) => Arc::new(image::open(&self.id, file)?),
         };
-        tracing::info!(machine = %self.id, "{}", source.description);
-        Ok(Machine::new(&self.id, Arc::new(source)))
+        tracing::info!(machine = %self.id, "{}", source.description());
+        Ok(Machine::new(&self.id, source))
     }
 }
 
@@ -263,6 +310,8 @@ mod tests {
             ("bug-7=image:i.toml", "bug-7", SourceSpec::Image("i.toml".into())),
             ("x=kvm:elf=f,mem=1024K", "x", kvm("f", 1 << 20, 1)),
             ("x=kvm:elf=f,mem=1052672", "x", kvm("f", (1 << 20) + 4096, 1)),
+            ("qemu:qmp=/run/a.qmp", "qemu", SourceSpec::Qemu { qmp: "/run/a.qmp".into(), pid: None }),
+            ("vm=qemu:pid=7,qmp=s=t", "vm", SourceSpec::Qemu { qmp: "s=t".into(), pid: Some(7) }),
         ] {
             assert_eq!(parse(text).unwrap(), MachineSpec { id: id.into(), source }, "{text}");
         }
@@ -277,11 +326,21 @@ mod tests {
         let value: Check = |e| matches!(e, SpecError::Value { .. });
         let no_elf: Check = |e| matches!(e, SpecError::NoElf);
         let no_file: Check = |e| matches!(e, SpecError::NoFile(_));
+        let no_qmp: Check = |e| matches!(e, SpecError::NoQmp);
         let twice: Check = |e| matches!(e, SpecError::Twice(_));
         for (text, check) in [
             ("", source),
             ("demo ", source),
-            ("qemu", source),
+            ("qemux", source),
+            ("qemu", no_qmp),
+            ("qemu:", no_qmp),
+            ("qemu:qmp=", no_qmp),
+            ("qemu:pid=7", no_qmp),
+            ("qemu:qmp=s,pid=0", value),
+            ("qemu:qmp=s,pid=-1", value),
+            ("qemu:qmp=s,pid=4294967297", value),
+            ("qemu:qmp=s,qmp=t", twice),
+            ("qemu:qmp=s,hmp=t", key),
             ("elf=f", source),
             ("=demo", id),
             ("-x=demo", id),

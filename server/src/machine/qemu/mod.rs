@@ -1,0 +1,472 @@
+//! A guest of QEMU's that somebody else started: asked over its QMP socket, its memory read where QEMU has it.
+//!
+//! Registers come from `info registers`, the layout of memory from `info mtree -f`. QEMU runs the guest and may stop it for
+//! anybody: what it does is known from events. Nothing here writes to the guest. The latest snapshot is answered from without
+//! QEMU; a fresh one costs a round trip over the socket, and looks at the layout of memory as well.
+//!
+//! Memory that QEMU shares through a file (`memory-backend-memfd,share=on`, `memory-backend-file,share=on`) is mapped and
+//! walked like our own. All other memory is fetched through `/proc/PID/mem`.
+//!
+//! What QEMU does not tell is named in each answer's `assumed`. Not seen: System Management Mode's own memory, a vIOMMU, what
+//! a device has mapped for itself, and vCPUs that are plugged in after the machine was attached.
+
+mod layout;
+mod monitor;
+mod process;
+mod registers;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+
+use arc_swap::ArcSwap;
+use pagewalk::{CpuProfile, Vendor};
+use qapi::qmp;
+
+use super::mapping::{Fetch, FileMapping};
+use super::memory::{GuestRam, MemoryError, Place};
+use super::{Capabilities, Health, Source};
+use crate::vcpu::{Backend, Exit, RegisterChanges, Registers, RunState, SpawnError, Vcpu, VcpuError};
+use layout::Range;
+use monitor::{Event, Events, Monitor};
+use process::Process;
+
+pub use monitor::MonitorError;
+pub use process::ProcessError;
+
+/// Most vCPUs that are taken on: each has a thread.
+const VCPUS_MAX: usize = 256;
+/// Where QEMU does not tell: what its own CPU models have unless told otherwise.
+const MAXPHYADDR: u8 = 40;
+
+/// Why a guest of QEMU's cannot be attached to.
+#[derive(Debug, thiserror::Error)]
+pub enum QemuError {
+    /// The monitor.
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
+    /// QEMU's process.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// The other end of the socket.
+    #[error("the process behind the QMP socket {path} is not known: {problem}")]
+    Peer {
+        /// The socket.
+        path: PathBuf,
+        /// What the system says.
+        problem: std::io::Error,
+    },
+    /// An answer of QEMU's that cannot be.
+    #[error("the QMP socket {path}: {problem}")]
+    Answer {
+        /// The socket.
+        path: PathBuf,
+        /// What it was.
+        problem: String,
+    },
+    /// The guest's memory.
+    #[error("the guest's memory: {0}")]
+    Memory(#[from] MemoryError),
+    /// A file behind the guest's memory cannot be mapped.
+    #[error("the file behind the guest's memory at {at:#x} cannot be mapped: {problem}")]
+    Map {
+        /// Guest physical address.
+        at: u64,
+        /// What the system says.
+        problem: std::io::Error,
+    },
+    /// A vCPU.
+    #[error(transparent)]
+    Spawn(#[from] SpawnError),
+}
+
+/// What QEMU does with the guest, as last heard, and what the vCPUs share.
+struct News {
+    path: PathBuf,
+    state: ArcSwap<(RunState, String)>,
+    health: Arc<Health>,
+    process: OnceLock<Arc<Process>>,
+    vcpus: OnceLock<Vec<Weak<Vcpu>>>,
+}
+
+impl News {
+    fn set(&self, state: RunState, reason: &str) {
+        self.state.store(Arc::new((state, reason.to_owned())));
+    }
+
+    /// Has every vCPU publish what there is now.
+    fn tell(&self) {
+        for vcpu in self.vcpus.get().into_iter().flatten().filter_map(Weak::upgrade) {
+            vcpu.look();
+        }
+    }
+}
+
+impl Events for News {
+    fn event(&self, event: Event) {
+        tracing::debug!(socket = %self.path.display(), ?event, "QEMU tells");
+        match event {
+            Event::Stop => self.set(RunState::Paused, "stopped in QEMU"),
+            Event::Resume => self.set(RunState::Running, ""),
+            Event::Shutdown => self.set(RunState::Shutdown, "the guest shut down"),
+            // What it does after a reset was told by another event, or has not changed.
+            Event::Reset | Event::Layout => {}
+        }
+        self.tell();
+    }
+
+    fn ended(&self, problem: &str) {
+        let path = self.path.display();
+        let reason = match self.process.get() {
+            Some(process) if !process.lives() => {
+                format!("QEMU's process {} has ended (its QMP socket {path}: {problem})", process.pid())
+            }
+            _ => format!("the QMP socket {path}: {problem}"),
+        };
+        self.health.declare_lost(reason);
+        self.tell();
+    }
+}
+
+/// QEMU, as the vCPUs' threads use it.
+struct Attached {
+    news: Arc<News>,
+    monitor: Monitor,
+    process: Arc<Process>,
+    /// The layout that `memory` was made from. Held while that is looked at and replaced.
+    layout: Mutex<Layout>,
+    memory: ArcSwap<GuestRam>,
+}
+
+#[derive(Default)]
+struct Layout {
+    /// As QEMU printed it.
+    view: String,
+    /// By inode, so that a file is mapped once.
+    files: BTreeMap<u64, Arc<FileMapping>>,
+}
+
+impl Attached {
+    fn answer(&self, problem: String) -> QemuError {
+        QemuError::Answer { path: self.news.path.clone(), problem }
+    }
+
+    /// Looks how memory lies now, and has it that way.
+    fn refresh_memory(&self) -> Result<(), QemuError> {
+        let mut layout = self.layout.lock().unwrap_or_else(PoisonError::into_inner);
+        let mtree = self.monitor.ask("info mtree -f", 0)?;
+        let view = layout::view(&mtree).map_err(|problem| self.answer(problem))?;
+        if view == layout.view {
+            return Ok(());
+        }
+        let ranges = layout::ranges(view).map_err(|problem| self.answer(problem))?;
+        let memory = self.memory_of(&ranges, &mut layout.files)?;
+        view.clone_into(&mut layout.view);
+        self.memory.store(Arc::new(memory));
+        Ok(())
+    }
+
+    fn memory_of(
+        &self,
+        ranges: &[Range],
+        files: &mut BTreeMap<u64, Arc<FileMapping>>,
+    ) -> Result<GuestRam, QemuError> {
+        let areas = self.process.areas()?;
+        let mut in_use = BTreeMap::new();
+        let mut fetched: Option<Arc<dyn Fetch>> = None;
+        let mut places = Vec::new();
+        for Range { region, name } in ranges {
+            let answer = self.monitor.ask(&format!("gpa2hva {:#x}", region.start.0), 0)?;
+            let host = layout::host_address(&answer).map_err(|problem| self.answer(problem))?;
+            let end = host.checked_add(region.size);
+            let area = areas.iter().find(|area| {
+                area.start <= host && end.is_some_and(|end| end <= area.end) && area.shared && area.inode != 0
+            });
+            let place = match area {
+                Some(area) => {
+                    let file = match files.get(&area.inode).or_else(|| in_use.get(&area.inode)) {
+                        Some(file) => Arc::clone(file),
+                        None => {
+                            let file = self.process.file(area)?;
+                            FileMapping::of(&file)
+                                .map_err(|problem| QemuError::Map { at: region.start.0, problem })?
+                        }
+                    };
+                    in_use.insert(area.inode, Arc::clone(&file));
+                    Place::Mapped(file, area.offset + (host - area.start))
+                }
+                None => {
+                    let from = match &fetched {
+                        Some(from) => Arc::clone(from),
+                        None => {
+                            let memory = self.process.memory(&self.news.health)?;
+                            let memory: Arc<dyn Fetch> = Arc::new(memory);
+                            fetched.insert(memory).clone()
+                        }
+                    };
+                    Place::Fetched(from, host)
+                }
+            };
+            tracing::debug!(range = ?region, block = %name, mapped = area.is_some(), "guest memory");
+            places.push((*region, place));
+        }
+        *files = in_use;
+        // The largest first: that is where it is looked first.
+        places.sort_by_key(|(region, _)| std::cmp::Reverse(region.size));
+        Ok(GuestRam::of_others(places)?)
+    }
+
+    /// Asks what QEMU does with the guest.
+    fn refresh_state(&self) -> Result<(), MonitorError> {
+        let qmp::StatusInfo { running, status, .. } = self.monitor.execute(&qmp::query_status {})?;
+        match status {
+            _ if running => self.news.set(RunState::Running, ""),
+            qmp::RunState::shutdown => self.news.set(RunState::Shutdown, "the guest shut down"),
+            qmp::RunState::paused => self.news.set(RunState::Paused, "stopped in QEMU"),
+            other => {
+                let name = <qmp::RunState as qapi::Enum>::name(&other);
+                self.news.set(RunState::Paused, &format!("stopped in QEMU: {name}"));
+            }
+        }
+        Ok(())
+    }
+
+    fn command<C: qmp::QmpCommand>(&self, command: &C) -> Result<(), VcpuError> {
+        let refused = |error: MonitorError| {
+            if error.is_final() {
+                self.news.health.declare_lost(error.to_string());
+            }
+            VcpuError::Unsupported(error.to_string())
+        };
+        self.monitor.execute(command).map_err(refused)?;
+        self.refresh_state().map_err(refused)
+    }
+}
+
+/// One vCPU of the guest.
+struct QemuVcpu {
+    attached: Arc<Attached>,
+    index: i64,
+    /// What the monitor has no word for, of the CPU and of the last registers.
+    cpu_assumed: Vec<String>,
+    assumed: Vec<String>,
+}
+
+impl Backend for QemuVcpu {
+    fn run(&mut self) -> Exit {
+        Exit::Failed("QEMU runs this guest".to_owned())
+    }
+
+    fn step(&mut self) -> Result<Exit, VcpuError> {
+        Err(VcpuError::Unsupported("QEMU's monitor has no single step: use its gdbstub".to_owned()))
+    }
+
+    fn registers(&mut self) -> Result<Registers, String> {
+        let failed = |error: QemuError| {
+            let reason = error.to_string();
+            self.attached.news.health.declare_lost(reason.clone());
+            reason
+        };
+        self.attached.refresh_memory().map_err(failed)?;
+        let answer = self.attached.monitor.ask("info registers", self.index);
+        let read = answer
+            .map_err(QemuError::from)
+            .and_then(|answer| registers::parse(&answer).map_err(|problem| self.attached.answer(problem)));
+        let read = read.map_err(failed)?;
+        self.assumed = read.assumed;
+        Ok(read.registers)
+    }
+
+    fn set_registers(&mut self, _: &RegisterChanges) -> Result<(), VcpuError> {
+        Err(VcpuError::Unsupported("QEMU's monitor writes no registers: use its gdbstub".to_owned()))
+    }
+
+    fn assumed(&self) -> Vec<String> {
+        self.cpu_assumed.iter().chain(&self.assumed).cloned().collect()
+    }
+
+    fn elsewhere(&mut self) -> Option<(RunState, String)> {
+        Some(RunStateNow::clone(&self.attached.news.state.load()))
+    }
+
+    fn pause(&mut self) -> Result<(), VcpuError> {
+        self.attached.command(&qmp::stop {})
+    }
+
+    fn resume(&mut self) -> Result<(), VcpuError> {
+        self.attached.command(&qmp::cont {})
+    }
+}
+
+type RunStateNow = (RunState, String);
+
+/// A guest of QEMU's.
+pub(super) struct Qemu {
+    // Before what their threads use.
+    vcpus: Vec<Arc<Vcpu>>,
+    attached: Arc<Attached>,
+    identity: String,
+    description: String,
+    capabilities: Capabilities,
+    cpu: CpuProfile,
+}
+
+/// Attaches to the guest behind a QMP socket. `pid` names QEMU's process where the socket does not tell.
+pub(super) fn open(id: &str, path: &Path, pid: Option<u32>) -> Result<Qemu, QemuError> {
+    let news = Arc::new(News {
+        path: path.to_owned(),
+        state: ArcSwap::from_pointee((RunState::Running, String::new())),
+        health: Arc::default(),
+        process: OnceLock::new(),
+        vcpus: OnceLock::new(),
+    });
+    let monitor = Monitor::connect(path, Arc::clone(&news) as Arc<dyn Events>)?;
+    let pid = match pid {
+        Some(pid) => pid,
+        None => Process::behind(monitor.socket())
+            .map_err(|problem| QemuError::Peer { path: path.to_owned(), problem })?,
+    };
+    let process = Arc::new(Process::open(pid)?);
+    // Nobody else sets it.
+    let _ = news.process.set(Arc::clone(&process));
+    let attached = Arc::new(Attached {
+        news: Arc::clone(&news),
+        monitor,
+        process,
+        layout: Mutex::default(),
+        memory: ArcSwap::from_pointee(GuestRam::none()),
+    });
+    attached.refresh_memory()?;
+    attached.refresh_state()?;
+    let (indices, cpu, cpu_assumed) = cpus(&attached)?;
+    let vcpus = indices
+        .into_iter()
+        .zip(0..)
+        .map(|(cpu_index, index)| {
+            let backend = QemuVcpu {
+                attached: Arc::clone(&attached),
+                index: cpu_index,
+                cpu_assumed: cpu_assumed.clone(),
+                assumed: Vec::new(),
+            };
+            Vcpu::spawn(id, index, cpu, backend)
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    let _ = news.vcpus.set(vcpus.iter().map(Arc::downgrade).collect());
+    // What was told before there was anybody to tell.
+    news.tell();
+    let version = attached.monitor.execute(&qmp::query_version {})?.qemu;
+    let memory = attached.memory.load_full();
+    let way = match (memory.blocks(), memory.is_mapped()) {
+        (true, _) => "its memory fetched through /proc",
+        (false, true) => "its memory shared",
+        (false, false) => "its memory shared, device memory and ROMs fetched through /proc",
+    };
+    Ok(Qemu {
+        identity: attached.process.identity(),
+        description: format!(
+            "guest of QEMU {}.{}.{}, process {pid}, {way}",
+            version.major, version.minor, version.micro
+        ),
+        vcpus,
+        capabilities: Capabilities {
+            live: true,
+            can_pause: true,
+            can_step: false,
+            can_set_registers: false,
+            can_write_memory: false,
+            ends_when_detached: false,
+            real_nested: false,
+            nested_reason: "QEMU runs the vCPU, and its monitor enters no guest mode".to_owned(),
+        },
+        attached,
+        cpu,
+    })
+}
+
+/// The indices that the monitor knows the vCPUs by, what their CPUID says, and what is assumed of that.
+fn cpus(attached: &Attached) -> Result<(Vec<i64>, CpuProfile, Vec<String>), QemuError> {
+    let cpus = attached.monitor.execute(&qmp::query_cpus_fast {})?;
+    let mut known: Vec<(i64, String)> = cpus
+        .into_iter()
+        .map(|cpu| {
+            let base = match cpu {
+                qmp::CpuInfoFast::x86_64(base) | qmp::CpuInfoFast::i386(base) => base,
+                _ => return Err("the guest is no x86 machine".to_owned()),
+            };
+            Ok((base.cpu_index, base.qom_path))
+        })
+        .collect::<Result<_, _>>()
+        .map_err(|problem| attached.answer(problem))?;
+    known.sort_unstable();
+    let first = match known.first() {
+        Some((_, path)) if known.len() <= VCPUS_MAX => path.clone(),
+        _ => {
+            return Err(
+                attached.answer(format!("QEMU has {} vCPUs, 1 to {VCPUS_MAX} can be had", known.len()))
+            );
+        }
+    };
+    let property = |name: &str| {
+        let command = qmp::qom_get { path: first.clone(), property: name.to_owned() };
+        match attached.monitor.execute(&command) {
+            Ok(value) => Ok(Some(value)),
+            Err(error) if error.is_final() => Err(error),
+            Err(_) => Ok(None),
+        }
+    };
+    let mut assumed = Vec::new();
+    let vendor = match property("vendor")?.as_ref().and_then(|vendor| vendor.as_str()) {
+        Some("AuthenticAMD" | "HygonGenuine") => Vendor::Amd,
+        Some(_) => Vendor::Intel,
+        None => {
+            assumed.push("CPUID vendor=GenuineIntel".to_owned());
+            Vendor::Intel
+        }
+    };
+    let bits = property("phys-bits")?.and_then(|bits| u8::try_from(bits.as_u64()?).ok());
+    let maxphyaddr = bits.filter(|bits| (32..=52).contains(bits)).unwrap_or_else(|| {
+        assumed.push(format!("MAXPHYADDR={MAXPHYADDR}"));
+        MAXPHYADDR
+    });
+    let gib_pages = property("pdpe1gb")?.and_then(|has| has.as_bool()).unwrap_or_else(|| {
+        assumed.push("CPUID pdpe1gb=1".to_owned());
+        true
+    });
+    let cpu = CpuProfile { vendor, maxphyaddr, gib_pages, encryption_bit: None };
+    Ok((known.into_iter().map(|(index, _)| index).collect(), cpu, assumed))
+}
+
+impl Source for Qemu {
+    fn kind(&self) -> &str {
+        "qemu"
+    }
+
+    fn description(&self) -> &str {
+        &self.description
+    }
+
+    fn memory(&self) -> Arc<GuestRam> {
+        self.attached.memory.load_full()
+    }
+
+    fn vcpus(&self) -> &[Arc<Vcpu>] {
+        &self.vcpus
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn cpu(&self) -> CpuProfile {
+        self.cpu
+    }
+
+    fn health(&self) -> &Health {
+        &self.attached.news.health
+    }
+
+    fn identity(&self) -> Option<&str> {
+        Some(&self.identity)
+    }
+}

@@ -5,13 +5,14 @@ use std::{env, error::Error, fs, path::PathBuf};
 use prost::Message as _;
 use prost_types::{FileDescriptorProto, FileDescriptorSet};
 
-const FILES: [&str; 6] = [
+const FILES: [&str; 7] = [
     "pagewalk/v1/types.proto",
     "pagewalk/v1/translation.proto",
     "pagewalk/v1/walker.proto",
     "pagewalk/v1/mapping.proto",
     "pagewalk/v1/vcpu.proto",
     "pagewalk/v1/machine.proto",
+    "pagewalk/v1/memory.proto",
 ];
 
 /// Messages with a column, and the column: that field is no part of the generated struct, which is called `...Head`.

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use pagewalk_proto::v1::{
     self, machine_service_client::MachineServiceClient, mapping_service_client::MappingServiceClient,
-    translation_service_client::TranslationServiceClient, vcpu_service_client::VcpuServiceClient,
-    walker_service_client::WalkerServiceClient,
+    memory_service_client::MemoryServiceClient, translation_service_client::TranslationServiceClient,
+    vcpu_service_client::VcpuServiceClient, walker_service_client::WalkerServiceClient,
 };
 use tonic::{IntoStreamingRequest, Request, Response, Status, Streaming, transport::Channel};
 use tonic_health::pb::{
@@ -120,6 +120,10 @@ impl Client {
         get_machine: MachineServiceClient, GetMachineRequest -> GetMachineResponse;
         /// Takes in a machine.
         attach_machine: MachineServiceClient, AttachMachineRequest -> AttachMachineResponse;
+        /// Reads memory, at most 1 MiB.
+        read_memory: MemoryServiceClient, ReadMemoryRequest -> ReadMemoryResponse;
+        /// Writes memory, at most 32 KiB.
+        write_memory: MemoryServiceClient, WriteMemoryRequest -> WriteMemoryResponse;
         /// Lets go of a machine.
         detach_machine: MachineServiceClient, DetachMachineRequest -> DetachMachineResponse;
     }

@@ -12,7 +12,7 @@ use std::{
 use daemon::Daemon;
 use serde_json::Value;
 
-const VERBS: [&str; 14] = [
+const VERBS: [&str; 16] = [
     "maps",
     "find",
     "translate",
@@ -25,6 +25,8 @@ const VERBS: [&str; 14] = [
     "resume",
     "step",
     "machines",
+    "read",
+    "write",
     "explain-fault",
     "doctor",
 ];

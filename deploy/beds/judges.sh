@@ -27,6 +27,7 @@ intel-translate|kvm_intel in Bochs, KVM_TRANSLATE: unpaged, 2-level, PAE, 4-leve
 intel-nested|kvm_intel nested: L2 unpaged, 2-level, PAE, 4-level over 4-level EPT|nested-intel|10000|20000|0|nested-intel-ept-unpaged nested-intel-ept-2 nested-intel-ept-pae nested-intel-ept-4
 intel-exit|kvm_intel in Bochs: executed accesses of an L2, exit qualification as L1 sees it|nested-intel|1000|5000|0|nested-intel-vmentry-unpaged nested-intel-vmentry-2 nested-intel-vmentry-pae nested-intel-vmentry-4
 tcg-mmu|QEMU's own MMU on stock Linux, every `info tlb` entry|qemu|1|0|0|linux-4-level-info-tlb linux-5-level-info-tlb linux-2-level-info-tlb linux-pae-info-tlb
+attached|The daemon attached to such guests: `info tlb`, `gva2gpa`|qemu|20000|0|0|attached-4-level-translation attached-5-level-translation attached-2-level-translation attached-pae-translation attached-5-level-private-translation
 oracle|The independent oracle, odometer and soup||5000000|0|0|oracle
 exhaustive|Loop-free rules, every input: reserved bits, canonicality, rights, keys||30000000|0|0|exhaustive
 fuzz|Fuzzing the walker: panics, step bound, hangs, contradictions||100000|0|SECONDS|fuzz-walk fuzz-registers
@@ -98,7 +99,7 @@ table() {
 targets() {
     local package file
     for package in walker:pagewalk server:pagewalkd; do
-        for file in "${package%%:*}"/tests/{judge_*,mutants.rs,model}; do
+        for file in "${package%%:*}"/tests/{judge_*,mutants.rs,model,attached}; do
             [ -e "$file" ] && printf -- '%s %s\n' "${package##*:}" "$(basename "$file" .rs)"
         done
     done

@@ -18,6 +18,8 @@
 #
 #   PAGEWALK_BEDS          the cache folder; default ${XDG_CACHE_HOME:-~/.cache}/pagewalk-beds
 #   PAGEWALK_BED_SECONDS   how long a guest may live; default 600
+#   PAGEWALK_BED_QMP       path of a socket for one more QMP; default none
+#   PAGEWALK_BED_MEMORY    `file` or `private`: whether RAM holds the guest's memory; default file
 set -euo pipefail
 
 bed=qemu-linux
@@ -56,11 +58,14 @@ boot() {
     exec 3<"$work/initramfs"
     rm -rf "$work"
     qemu_command "${PAGEWALK_BED_SECONDS:-600}"
+    local backend="memory-backend-file,id=ram0,size=$memory,mem-path=$ram,share=on"
+    [ "${PAGEWALK_BED_MEMORY:-file}" = file ] || backend="memory-backend-ram,id=ram0,size=$memory"
+    [ -z "${PAGEWALK_BED_QMP-}" ] || qemu+=(-qmp "unix:$PAGEWALK_BED_QMP,server=on,wait=off")
     exec "${qemu[@]}" \
         -machine pc,accel=tcg,memory-backend=ram0 -cpu "$cpu" -smp 2 -m "$memory" \
-        -object "memory-backend-file,id=ram0,size=$memory,mem-path=$ram,share=on" \
+        -object "$backend" \
         -kernel "$beds/$linux/vmlinuz" -initrd /dev/fd/3 \
-        -append "console=ttyS0 quiet loglevel=3 panic=-1 hugepages=8 $append" \
+        -append "console=ttyS0 quiet loglevel=3 panic=-1 no_timer_check hugepages=8 $append" \
         -chardev stdio,id=qmp,signal=off -mon chardev=qmp,mode=control \
         -chardev file,id=serial,path=/dev/stderr -serial chardev:serial
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use pagewalk_proto::FILE_DESCRIPTOR_SET;
 use pagewalk_proto::v1::machine_service_server::MachineServiceServer;
 use pagewalk_proto::v1::mapping_service_server::MappingServiceServer;
+use pagewalk_proto::v1::memory_service_server::MemoryServiceServer;
 use pagewalk_proto::v1::translation_service_server::TranslationServiceServer;
 use pagewalk_proto::v1::vcpu_service_server::VcpuServiceServer;
 use pagewalk_proto::v1::walker_service_server::WalkerServiceServer;
@@ -214,7 +215,8 @@ async fn set_health(health: &HealthReporter, serving: bool) {
         WalkerServiceServer<Daemon>,
         MappingServiceServer<Daemon>,
         VcpuServiceServer<Daemon>,
-        MachineServiceServer<Daemon>
+        MachineServiceServer<Daemon>,
+        MemoryServiceServer<Daemon>
     );
     let whole =
         if serving { tonic_health::ServingStatus::Serving } else { tonic_health::ServingStatus::NotServing };

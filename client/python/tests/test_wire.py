@@ -76,6 +76,9 @@ class Scripted(TranslationServiceServicer, WalkerServiceServicer, MachineService
     def GetMachine(self, request: Any, context: Any) -> Any:  # noqa: N802
         return self._reply(request, context)
 
+    def TranslateRange(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return self._reply(request, context)
+
     def AttachMachine(self, request: Any, context: Any) -> Any:  # noqa: N802
         return self._reply(request, context)
 

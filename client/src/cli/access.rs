@@ -14,7 +14,7 @@ enum KindArg {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum PrivilegeArg {
+pub(super) enum PrivilegeArg {
     /// As the vCPU would now: user if its CPL is 3, else supervisor
     Cpl,
     /// User mode: CPL 3
@@ -25,6 +25,18 @@ enum PrivilegeArg {
     Implicit,
     /// Check no rights: only whether and where it is mapped
     Exempt,
+}
+
+impl PrivilegeArg {
+    pub(super) fn message(self) -> Privilege {
+        match self {
+            Self::Cpl => Privilege::AsCpl,
+            Self::User => Privilege::User,
+            Self::Supervisor => Privilege::Supervisor,
+            Self::Implicit => Privilege::ImplicitSupervisor,
+            Self::Exempt => Privilege::Exempt,
+        }
+    }
 }
 
 #[derive(Debug, clap::Args)]
@@ -46,13 +58,6 @@ impl AccessArgs {
             KindArg::ShadowStackRead => AccessKind::ShadowStackRead,
             KindArg::ShadowStackWrite => AccessKind::ShadowStackWrite,
         };
-        let privilege = match self.privilege {
-            PrivilegeArg::Cpl => Privilege::AsCpl,
-            PrivilegeArg::User => Privilege::User,
-            PrivilegeArg::Supervisor => Privilege::Supervisor,
-            PrivilegeArg::Implicit => Privilege::ImplicitSupervisor,
-            PrivilegeArg::Exempt => Privilege::Exempt,
-        };
-        Access { kind: kind.into(), privilege: privilege.into(), ..Access::default() }
+        Access { kind: kind.into(), privilege: self.privilege.message().into(), ..Access::default() }
     }
 }

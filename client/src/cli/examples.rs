@@ -102,6 +102,16 @@ pub(super) const STEP: &str = concat!(examples!("pagewalk step"), exit_codes!())
 pub(super) const MACHINES: &str =
     concat!(examples!("pagewalk machines", "pagewalk machines --machine demo"), exit_codes!());
 
+pub(super) const READ: &str = concat!(
+    examples!("pagewalk read 0xffff800000011000 64", "pagewalk read --physical 0x10000 16 --json"),
+    exit_codes!("  1  answered, and not all bytes could be read\n")
+);
+
+pub(super) const WRITE: &str = concat!(
+    examples!("pagewalk write 0xffff800000012000 0123456789abcdef"),
+    exit_codes!("  1  answered, and nothing could be written\n")
+);
+
 pub(super) const ATTACH: &str = concat!(
     examples!("pagewalk attach other=demo:plain"),
     "\n\nSPEC is what `pagewalkd --machine` takes, such as vm=qemu:qmp=/run/vm.qmp; files and sockets are the daemon's.",

@@ -13,6 +13,7 @@ mod explain_fault;
 mod json;
 mod machines;
 mod maps;
+mod memory;
 mod nested;
 mod nested_gpa;
 mod number;
@@ -99,12 +100,18 @@ enum Verb {
     /// Save a machine as an image: its memory and registers, in two files
     #[command(after_help = examples::SAVE)]
     Save(save::Args),
+    /// Read memory, by virtual or by physical address
+    #[command(after_help = examples::READ)]
+    Read(memory::ReadArgs),
+    /// Write memory, by virtual or by physical address
+    #[command(after_help = examples::WRITE)]
+    Write(memory::WriteArgs),
     /// Explain a page fault that somebody saw
     #[command(after_help = examples::EXPLAIN_FAULT)]
     ExplainFault(explain_fault::Args),
     /// Check this host and the daemon, and say what to do
     #[command(after_help = examples::DOCTOR)]
-    Doctor,
+    Doctor(doctor::Args),
 }
 
 /// What a verb works with: the way to the daemon, the vCPU that is meant, and where answers go.
@@ -154,11 +161,13 @@ async fn dispatch(cli: Cli, output: Output) -> Result<ExitCode, Failure> {
         Verb::Resume => run_control::resume(&context).await,
         Verb::Step => run_control::step(&context).await,
         Verb::Machines => machines::run(&context).await,
+        Verb::Read(args) => memory::read(&context, &args).await,
+        Verb::Write(args) => memory::write(&context, &args).await,
         Verb::Attach(args) => attach::attach(&context, args).await,
         Verb::Detach(args) => attach::detach(&context, args).await,
         Verb::Save(args) => save::run(&context, &args).await,
         Verb::ExplainFault(args) => explain_fault::run(&context, &args).await,
-        Verb::Doctor => doctor::run(&context).await,
+        Verb::Doctor(args) => doctor::run(&context, &args).await,
     }
 }
 

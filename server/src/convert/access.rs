@@ -7,13 +7,13 @@ use crate::status::Error;
 use crate::vcpu::Registers;
 
 /// RFLAGS.AC.
-const RFLAGS_AC: u64 = 1 << 18;
+pub(crate) const RFLAGS_AC: u64 = 1 << 18;
 
 pub(crate) fn access(request: Option<v1::Access>, registers: &Registers) -> Result<Access, Error> {
     let request = request
         .ok_or_else(|| Error::invalid("access", r#"required, for its kind: {"kind": "ACCESS_KIND_READ"}"#))?;
     let kind = kind(request.kind)?;
-    let privilege = privilege(request.privilege, registers)?;
+    let privilege = privilege(request.privilege, registers, "access.privilege")?;
     if request.stack && kind == AccessKind::Fetch {
         return Err(Error::invalid("access.stack", "a fetch does not go through the stack segment"));
     }
@@ -88,7 +88,11 @@ fn kind(kind: i32) -> Result<AccessKind, Error> {
     }
 }
 
-fn privilege(privilege: i32, registers: &Registers) -> Result<Privilege, Error> {
+pub(crate) fn privilege(
+    privilege: i32,
+    registers: &Registers,
+    field: &'static str,
+) -> Result<Privilege, Error> {
     match v1::Privilege::try_from(privilege) {
         Ok(v1::Privilege::Exempt) => Ok(Privilege::Exempt),
         Ok(v1::Privilege::User) => Ok(Privilege::User),
@@ -96,7 +100,7 @@ fn privilege(privilege: i32, registers: &Registers) -> Result<Privilege, Error> 
         Ok(v1::Privilege::ImplicitSupervisor) => Ok(Privilege::ImplicitSupervisor),
         Ok(v1::Privilege::Unspecified | v1::Privilege::AsCpl) if registers.cpl == 3 => Ok(Privilege::User),
         Ok(v1::Privilege::Unspecified | v1::Privilege::AsCpl) => Ok(Privilege::Supervisor),
-        Err(_) => Err(Error::invalid("access.privilege", format!("{privilege} is no privilege"))),
+        Err(_) => Err(Error::invalid(field, format!("{privilege} is no privilege"))),
     }
 }
 

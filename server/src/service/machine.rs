@@ -1,7 +1,7 @@
 //! `MachineService`.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::machine_service_server::MachineService;
@@ -10,7 +10,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::Daemon;
-use super::resolve::{deadline, still_there};
+use super::resolve::{client_deadline, deadline, still_there};
 use super::save_image;
 use crate::convert;
 use crate::machine::{Machine, MachineSpec};
@@ -18,6 +18,8 @@ use crate::status::Error;
 
 /// Longest specification that is looked at: a path and some options.
 const SPEC_MAX: usize = 8192;
+/// How long an attach may take if its client set no deadline.
+const ATTACH: Duration = Duration::from_secs(30);
 /// How often it is looked whether a detached machine is still in use.
 const IN_USE: Duration = Duration::from_millis(20);
 
@@ -49,7 +51,7 @@ impl MachineService for Daemon {
         &self,
         request: Request<v1::AttachMachineRequest>,
     ) -> Result<Response<v1::AttachMachineResponse>, Status> {
-        let deadline = deadline(&request);
+        let deadline = client_deadline(&request).unwrap_or_else(|| Instant::now() + ATTACH);
         let spec = spec(&request.into_inner().spec)?;
         let machines = Arc::clone(&self.machines);
         let opened = tokio::task::spawn_blocking(move || machines.open(&spec));

@@ -4,6 +4,7 @@ mod batch;
 mod explain;
 mod machine;
 mod mapping;
+mod memory;
 mod nested_gpa;
 mod parts;
 mod range;
@@ -21,6 +22,7 @@ use std::sync::Arc;
 
 use pagewalk_proto::v1::machine_service_server::MachineServiceServer;
 use pagewalk_proto::v1::mapping_service_server::MappingServiceServer;
+use pagewalk_proto::v1::memory_service_server::MemoryServiceServer;
 use pagewalk_proto::v1::translation_service_server::TranslationServiceServer;
 use pagewalk_proto::v1::vcpu_service_server::VcpuServiceServer;
 use pagewalk_proto::v1::walker_service_server::WalkerServiceServer;
@@ -79,6 +81,7 @@ pub(crate) fn add_to(routes: Routes, daemon: &Daemon) -> Routes {
         WalkerServiceServer,
         MappingServiceServer,
         VcpuServiceServer,
-        MachineServiceServer
+        MachineServiceServer,
+        MemoryServiceServer
     )
 }

@@ -59,6 +59,13 @@ impl VcpuService for Daemon {
         let deadline = deadline(&request);
         let target = self.target(request.into_inner().vcpu)?;
         let snapshot = target.vcpu.pause(deadline).await.map_err(Error::from)?;
+        let source = target.machine.source();
+        if !source.capabilities().ends_when_detached {
+            // A guest that runs elsewhere stops as a whole: when this is answered, each vCPU has published where it stopped.
+            for vcpu in source.vcpus() {
+                vcpu.sync(deadline).await.map_err(Error::from)?;
+            }
+        }
         Ok(Response::new(v1::PauseVcpuResponse {
             vcpu: Some(convert::snapshot::vcpu_info(&target.vcpu, &snapshot)),
             provenance: Some(self.provenance(&target, &snapshot)?),

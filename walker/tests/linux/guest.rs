@@ -5,6 +5,7 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, BufWriter};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -44,6 +45,15 @@ pub(crate) struct Guest {
 impl Guest {
     /// Boots the guest of this name, and answers once it is ready, with what it said until then.
     pub(crate) fn boot(script: &Path, name: &str) -> Result<(Guest, Vec<String>), Failed> {
+        Self::boot_with(script, name, &[])
+    }
+
+    /// Boots it with more variables of the bed's.
+    pub(crate) fn boot_with(
+        script: &Path,
+        name: &str,
+        variables: &[(&str, &OsStr)],
+    ) -> Result<(Guest, Vec<String>), Failed> {
         let shared = Path::new("/dev/shm");
         let ram = if shared.is_dir() { tempfile::tempfile_in(shared)? } else { tempfile::tempfile()? };
         let (ours, theirs) = UnixStream::pair()?;
@@ -53,6 +63,7 @@ impl Guest {
             .args(["boot", name])
             .arg(format!("/proc/{}/fd/{}", std::process::id(), ram.as_raw_fd()))
             .env("PAGEWALK_BED_SECONDS", LIFE_SECONDS)
+            .envs(variables.iter().copied())
             .stdin(OwnedFd::from(theirs.try_clone()?))
             .stdout(OwnedFd::from(theirs))
             .stderr(Stdio::piped())
@@ -87,6 +98,16 @@ impl Guest {
         }
         self.monitor.handshake()?;
         Ok(())
+    }
+
+    /// The file behind its memory.
+    pub(crate) fn file(&self) -> &File {
+        &self.ram
+    }
+
+    /// Kills QEMU, as the host's administrator would, and waits until it is gone.
+    pub(crate) fn kill(&mut self) {
+        self.process.end();
     }
 
     pub(crate) fn pause(&mut self) -> Result<(), Failed> {

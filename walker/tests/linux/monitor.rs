@@ -84,6 +84,9 @@ pub(crate) fn extents(answer: &str) -> Result<Vec<Extent>, String> {
 
 /// The answer to `gva2gpa`, which is `None` for "Unmapped".
 pub(crate) fn gpa(answer: &str) -> Result<Option<u64>, String> {
+    if answer.trim() == "gpa: 0" {
+        return Ok(Some(0));
+    }
     match answer.trim().strip_prefix("gpa: 0x") {
         Some(digits) => Ok(Some(hex(digits).ok_or_else(|| format!("gva2gpa says {answer:?}"))?)),
         None if answer.trim() == "Unmapped" => Ok(None),

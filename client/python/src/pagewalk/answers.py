@@ -548,6 +548,29 @@ class SavedImage:
 
 
 @dataclass(frozen=True)
+class MemoryStop:
+    """Why bytes from `address` on were not read or written."""
+
+    #: Virtual, or physical where a physical address was asked for.
+    address: int
+    #: The kind of fault, error code and entry are in its reason; `None` where the walk found a page.
+    fault_kind: FaultKind | None
+    error_code: int | None
+    gpa: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class MemoryRead:
+    """Bytes that were read."""
+
+    data: bytes
+    #: Why there are fewer than were asked for; `None` where there are not.
+    stop: MemoryStop | None
+    provenance: Provenance
+
+
+@dataclass(frozen=True)
 class DecodedBit:
     """One bit of an error code."""
 

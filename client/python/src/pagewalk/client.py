@@ -21,6 +21,8 @@ from pagewalk.answers import (
     FaultExplanation,
     Freshness,
     Machine,
+    MemoryRead,
+    MemoryStop,
     NestedChange,
     NestedPhase,
     NestedTranslation,
@@ -34,8 +36,9 @@ from pagewalk.answers import (
     WalkerOverride,
     WalkerState,
 )
-from pagewalk.v1 import machine_pb2, translation_pb2, types_pb2, vcpu_pb2, walker_pb2
+from pagewalk.v1 import machine_pb2, memory_pb2, translation_pb2, types_pb2, vcpu_pb2, walker_pb2
 from pagewalk.v1.machine_pb2_grpc import MachineServiceStub
+from pagewalk.v1.memory_pb2_grpc import MemoryServiceStub
 from pagewalk.v1.translation_pb2_grpc import TranslationServiceStub
 from pagewalk.v1.vcpu_pb2_grpc import VcpuServiceStub
 from pagewalk.v1.walker_pb2_grpc import WalkerServiceStub
@@ -51,6 +54,8 @@ _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 #: An answer to the largest batch, with as many faults as can be asked for, is smaller.
 _LARGEST_ANSWER = 12 << 20
+#: Most bytes of one `ReadMemory`.
+_READ_MAX = 1 << 20
 _PathLike = Union[str, "PathLike[str]"]
 
 
@@ -123,6 +128,7 @@ class Client:
         self._walker = WalkerServiceStub(self._channel)
         self._vcpu = VcpuServiceStub(self._channel)
         self._machine = MachineServiceStub(self._channel)
+        self._memory = MemoryServiceStub(self._channel)
 
     def close(self) -> None:
         """Close the connection. Calls that are still under way fail."""
@@ -508,6 +514,61 @@ class Client:
         """Give one machine, by default the only one."""
         request = machine_pb2.GetMachineRequest(machine=machine)
         return convert.machine(self._call(self._machine.GetMachine, request).machine)
+
+    def read_memory(
+        self,
+        address: int,
+        length: int,
+        *,
+        physical: bool = False,
+        privilege: Privilege = "exempt",
+        freshness: Freshness = "latest",
+        override: WalkerOverride | None = None,
+        vcpu: int = 0,
+        machine: str = "",
+    ) -> MemoryRead:
+        """Read bytes by virtual address, or by physical one, until all are read or one cannot be: look at `stop`.
+
+        A length of more than 1 MiB takes several calls.
+        """
+        data = bytearray()
+        while True:
+            at = convert.to_address(address + len(data))
+            request = memory_pb2.ReadMemoryRequest(
+                vcpu=convert.to_vcpu(machine, vcpu),
+                gva=None if physical else at,
+                gpa=at if physical else None,
+                length=min(length - len(data), _READ_MAX),
+                privilege=convert.number(types_pb2.Privilege.DESCRIPTOR, privilege, "privilege"),
+                freshness=convert.number(types_pb2.Freshness.DESCRIPTOR, freshness, "freshness"),
+                override=convert.to_override(override),
+            )
+            answer = self._call(self._memory.ReadMemory, request)
+            data += answer.data
+            if answer.HasField("stop") or len(data) >= length or not answer.data:
+                return convert.memory_read(bytes(data), answer)
+
+    def write_memory(
+        self,
+        address: int,
+        data: bytes,
+        *,
+        physical: bool = False,
+        override: WalkerOverride | None = None,
+        vcpu: int = 0,
+        machine: str = "",
+    ) -> MemoryStop | None:
+        """Write at most 32 KiB, all of it or nothing: then the answer says why. Needs the role `control`."""
+        at = convert.to_address(address)
+        request = memory_pb2.WriteMemoryRequest(
+            vcpu=convert.to_vcpu(machine, vcpu),
+            gva=None if physical else at,
+            gpa=at if physical else None,
+            data=data,
+            override=convert.to_override(override),
+        )
+        answer = self._call(self._memory.WriteMemory, request)
+        return convert.memory_stop(answer.stop) if answer.HasField("stop") else None
 
     def attach(self, spec: str) -> Machine:
         """Have the daemon take in a machine, described as `pagewalkd --machine` takes it. Needs the role `control`."""

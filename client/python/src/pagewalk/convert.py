@@ -6,7 +6,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pagewalk import answers
-from pagewalk.v1 import machine_pb2, translation_pb2, types_pb2, vcpu_pb2, walker_pb2
+from pagewalk.v1 import machine_pb2, memory_pb2, translation_pb2, types_pb2, vcpu_pb2, walker_pb2
 
 if TYPE_CHECKING:
     from google.protobuf.descriptor import EnumDescriptor
@@ -431,6 +431,27 @@ def vcpu(message: vcpu_pb2.VcpuInfo) -> answers.Vcpu:
         cr3=message.cr3,
         rip=message.rip,
         snapshot_age=message.snapshot_age.ToTimedelta().total_seconds(),
+    )
+
+
+def memory_stop(message: memory_pb2.MemoryStop) -> answers.MemoryStop:
+    """Convert."""
+    faulted = message.HasField("fault")
+    return answers.MemoryStop(
+        address=message.address,
+        fault_kind=_name(types_pb2.FaultKind.DESCRIPTOR, message.fault.kind) if faulted else None,
+        error_code=message.fault.error_code if message.fault.HasField("error_code") else None,
+        gpa=message.gpa,
+        reason=message.reason,
+    )
+
+
+def memory_read(data: bytes, message: memory_pb2.ReadMemoryResponse) -> answers.MemoryRead:
+    """Convert the last answer of several, with the bytes of all."""
+    return answers.MemoryRead(
+        data=data,
+        stop=memory_stop(message.stop) if message.HasField("stop") else None,
+        provenance=provenance(message.provenance),
     )
 
 

@@ -4,8 +4,9 @@ mod check;
 mod daemon;
 mod huge_pages;
 mod kvm;
+mod qmp;
 
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
 use self::check::Report;
 use super::{
@@ -13,11 +14,19 @@ use super::{
     exit::{Failure, NEGATIVE},
 };
 
-pub(super) async fn run(context: &Context) -> Result<ExitCode, Failure> {
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Also look whether a QEMU greets at this QMP socket; may be repeated
+    #[arg(long, value_name = "PATH")]
+    qmp: Vec<PathBuf>,
+}
+
+pub(super) async fn run(context: &Context, args: &Args) -> Result<ExitCode, Failure> {
     let endpoint = context.connection.endpoint()?;
     let mut report = Report::default();
     kvm::examine(&mut report);
     huge_pages::examine(&mut report);
+    qmp::examine(&mut report, &args.qmp);
     daemon::examine(&mut report, endpoint, &context.connection).await;
     if context.output.is_json() {
         context.output.print(&format!("{:#}", report.json()))?;

@@ -5,6 +5,7 @@
 pub(super) mod explanation;
 pub(super) mod machine;
 pub(super) mod mappings;
+pub(super) mod memory;
 mod names;
 pub(super) mod outcome;
 mod page_format;

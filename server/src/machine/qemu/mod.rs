@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use arc_swap::ArcSwap;
-use pagewalk::{CpuProfile, Vendor};
+use pagewalk::{CpuProfile, Gpa, Vendor};
 use qapi::qmp;
 
 use super::mapping::{Fetch, FileMapping};
@@ -36,6 +36,9 @@ pub use process::ProcessError;
 
 /// Most vCPUs that are taken on: each has a thread.
 const VCPUS_MAX: usize = 256;
+const CR0_PG: u64 = 1 << 31;
+const CR4_PAE: u64 = 1 << 5;
+const EFER_LMA: u64 = 1 << 10;
 /// Where QEMU does not tell: what its own CPU models have unless told otherwise.
 const MAXPHYADDR: u8 = 40;
 
@@ -133,6 +136,8 @@ struct Attached {
     news: Arc<News>,
     monitor: Monitor,
     process: Arc<Process>,
+    /// No hypervisor's CPU executes the guest, but TCG.
+    emulated: bool,
     /// The layout that `memory` was made from. Held while that is looked at and replaced.
     layout: Mutex<Layout>,
     memory: ArcSwap<GuestRam>,
@@ -216,6 +221,23 @@ impl Attached {
         Ok(GuestRam::of_others(places)?)
     }
 
+    /// The PDPTE registers that a vCPU of TCG would have, if it had any. TCG sets accessed bits in the PDPTEs in memory, which
+    /// no CPU does: they are reserved there, and every walk would end at one.
+    fn pdptes(&self, registers: &Registers) -> Option<[u64; 4]> {
+        const ACCESSED: u64 = 1 << 5;
+        let pae =
+            registers.cr0 & CR0_PG != 0 && registers.cr4 & CR4_PAE != 0 && registers.efer & EFER_LMA == 0;
+        if !pae || !self.emulated {
+            return None;
+        }
+        let mut bytes = [0; 32];
+        let memory = self.memory.load();
+        let read = memory.read(Gpa(registers.cr3 & 0xffff_ffe0), &mut bytes).ok()?;
+        let (words, _) = bytes.as_chunks::<8>();
+        let pdptes = <[[u8; 8]; 4]>::try_from(words).ok()?;
+        (read == bytes.len()).then(|| pdptes.map(|word| u64::from_le_bytes(word) & !ACCESSED))
+    }
+
     /// Asks what QEMU does with the guest.
     fn refresh_state(&self) -> Result<(), MonitorError> {
         let qmp::StatusInfo { running, status, .. } = self.monitor.execute(&qmp::query_status {})?;
@@ -272,7 +294,12 @@ impl Backend for QemuVcpu {
         let read = answer
             .map_err(QemuError::from)
             .and_then(|answer| registers::parse(&answer).map_err(|problem| self.attached.answer(problem)));
-        let read = read.map_err(failed)?;
+        let mut read = read.map_err(failed)?;
+        if let Some(pdptes) = self.attached.pdptes(&read.registers) {
+            read.registers.pdptes = Some(pdptes);
+            read.assumed
+                .push("PDPTE0-3=as in memory at CR3, without the accessed bits that TCG sets".to_owned());
+        }
         self.assumed = read.assumed;
         Ok(read.registers)
     }
@@ -329,7 +356,9 @@ pub(super) fn open(id: &str, path: &Path, pid: Option<u32>) -> Result<Qemu, Qemu
     let process = Arc::new(Process::open(pid)?);
     // Nobody else sets it.
     let _ = news.process.set(Arc::clone(&process));
+    let emulated = !monitor.execute(&qmp::query_kvm {})?.enabled;
     let attached = Arc::new(Attached {
+        emulated,
         news: Arc::clone(&news),
         monitor,
         process,
@@ -356,6 +385,7 @@ pub(super) fn open(id: &str, path: &Path, pid: Option<u32>) -> Result<Qemu, Qemu
     // What was told before there was anybody to tell.
     news.tell();
     let version = attached.monitor.execute(&qmp::query_version {})?.qemu;
+    attached.monitor.trust();
     let memory = attached.memory.load_full();
     let way = match (memory.blocks(), memory.is_mapped()) {
         (true, _) => "its memory fetched through /proc",

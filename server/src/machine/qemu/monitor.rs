@@ -9,8 +9,9 @@ use std::io::{self, BufRead, BufReader, Read};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,9 +20,11 @@ use qapi::{ExecuteError, Qmp, Stream, qmp};
 use serde::Deserialize;
 
 /// For QEMU to greet: it serves one client of a socket at a time, and lets others wait without a word.
-const GREETING: Duration = Duration::from_secs(5);
-/// For one answer. A busy QEMU may take its time, for a pause above all.
-const ANSWER: Duration = Duration::from_secs(10);
+const GREETING: Duration = Duration::from_secs(3);
+/// For an answer while attaching, so that whoever waits is told why, and not only that it took too long.
+const FIRST_ANSWERS: Duration = Duration::from_secs(4);
+/// For an answer later on: another client's command may keep QEMU busy.
+const ANSWER: Duration = Duration::from_secs(30);
 /// Longest line that is read. The longest answer asked for, a layout of memory, has some ten thousand bytes.
 const LINE_MAX: usize = 16 << 20;
 /// Lines that nobody has asked for.
@@ -105,6 +108,8 @@ type Wire = Qmp<Stream<Answers, UnixStream>>;
 pub(super) struct Monitor {
     path: PathBuf,
     wire: Mutex<Result<Wire, MonitorError>>,
+    /// The machine is attached, and QEMU may take its time.
+    trusted: AtomicBool,
     socket: UnixStream,
 }
 
@@ -117,15 +122,25 @@ impl Monitor {
         let reading = socket.try_clone().map_err(failed)?;
         let writing = socket.try_clone().map_err(failed)?;
         let (lines, answers) = sync_channel(UNASKED);
+        let ended = Arc::new(OnceLock::new());
         thread::Builder::new()
             .name("qmp".to_owned())
-            .spawn(move || read_lines(reading, &lines, &*events))
+            .spawn({
+                let ended = Arc::clone(&ended);
+                move || {
+                    let problem = read_lines(reading, &lines, &*events);
+                    events.ended(ended.get_or_init(|| problem));
+                    // Whoever waits for an answer finds out only now, and finds the reason.
+                    drop(lines);
+                }
+            })
             .map_err(failed)?;
-        let answers =
-            Answers { lines: answers, line: Vec::new(), at: 0, deadline: Instant::now() + GREETING };
+        let deadline = Instant::now() + GREETING;
+        let answers = Answers { lines: answers, line: Vec::new(), at: 0, deadline, ended };
         let mut monitor = Self {
             path: path.to_owned(),
             wire: Mutex::new(Ok(Qmp::new(Stream::new(answers, writing)))),
+            trusted: AtomicBool::new(false),
             socket,
         };
         monitor.greet()?;
@@ -147,6 +162,11 @@ impl Monitor {
         Ok(())
     }
 
+    /// From now on, gives QEMU more time for an answer.
+    pub(super) fn trust(&self) {
+        self.trusted.store(true, Ordering::Relaxed);
+    }
+
     /// The socket, for asking who is behind it.
     pub(super) fn socket(&self) -> &UnixStream {
         &self.socket
@@ -166,7 +186,8 @@ impl Monitor {
     fn execute_named<C: QmpCommand>(&self, name: &str, command: &C) -> Result<C::Ok, MonitorError> {
         let mut slot = self.wire.lock().unwrap_or_else(PoisonError::into_inner);
         let wire = slot.as_mut().map_err(|error| error.clone())?;
-        wire.inner_mut().get_mut_read().deadline = Instant::now() + ANSWER;
+        let patience = if self.trusted.load(Ordering::Relaxed) { ANSWER } else { FIRST_ANSWERS };
+        wire.inner_mut().get_mut_read().deadline = Instant::now() + patience;
         match wire.execute(command) {
             Ok(answer) => Ok(answer),
             Err(ExecuteError::Qapi(error)) => {
@@ -193,9 +214,9 @@ impl Drop for Monitor {
 }
 
 /// Reads until the connection ends, and says why it did.
-fn read_lines(socket: UnixStream, answers: &SyncSender<Vec<u8>>, events: &dyn Events) {
+fn read_lines(socket: UnixStream, answers: &SyncSender<Vec<u8>>, events: &dyn Events) -> String {
     let mut socket = BufReader::new(socket);
-    let problem = loop {
+    loop {
         let mut line = Vec::new();
         match (&mut socket).take(LINE_MAX as u64).read_until(b'\n', &mut line) {
             Ok(0) => break "QEMU closed it".to_owned(),
@@ -220,8 +241,7 @@ fn read_lines(socket: UnixStream, answers: &SyncSender<Vec<u8>>, events: &dyn Ev
                 break format!("what it sends is no QMP ({error}): {start:?}");
             }
         }
-    };
-    events.ended(&problem);
+    }
 }
 
 /// The answers, line by line, for a reader that is to be told when it has waited long enough.
@@ -230,6 +250,8 @@ struct Answers {
     line: Vec<u8>,
     at: usize,
     deadline: Instant,
+    /// Why the connection has ended.
+    ended: Arc<OnceLock<String>>,
 }
 
 impl BufRead for Answers {
@@ -240,7 +262,8 @@ impl BufRead for Answers {
                 RecvTimeoutError::Timeout => io::Error::new(io::ErrorKind::TimedOut, "no answer in time"),
                 // Never end of file: qapi panics on that in place of a greeting.
                 RecvTimeoutError::Disconnected => {
-                    io::Error::new(io::ErrorKind::ConnectionAborted, "the connection has ended")
+                    let reason = self.ended.get().map_or("it was closed", String::as_str);
+                    io::Error::new(io::ErrorKind::ConnectionAborted, reason)
                 }
             })?;
             self.at = 0;

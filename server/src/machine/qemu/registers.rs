@@ -73,6 +73,7 @@ pub(super) fn parse(answer: &str) -> Result<Read, String> {
             fs: fs.selector,
             gs: gs.selector,
         },
+        pdptes: None,
     };
     let mut assumed = vec![format!("PAT={PAT:#x}"), "CR8=0x0".to_owned()];
     if !wide {

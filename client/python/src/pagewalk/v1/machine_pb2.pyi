@@ -162,7 +162,7 @@ class Machine(google.protobuf.message.Message):
     id: builtins.str
     """Id, unique in this daemon; what `VcpuRef.machine` takes."""
     source: builtins.str
-    """Source: `kvm`, `demo`, later `qemu`, `dump`, `image`."""
+    """Source: `kvm`, `demo`, `qemu`, later `dump`, `image`."""
     description: builtins.str
     """What it is, in English. For the demo: whether it runs on /dev/kvm or is served from plain memory, and why."""
     memory_bytes: builtins.int
@@ -303,8 +303,8 @@ class AttachMachineRequest(google.protobuf.message.Message):
 
     SPEC_FIELD_NUMBER: builtins.int
     spec: builtins.str
-    """What the daemon's flag `--machine` takes, at most 8192 bytes: `demo`, `kvm:elf=FILE,mem=64M,cpus=1`, optionally
-    as `ID=SPEC`. Files and sockets are the daemon's, not the client's. Required.
+    """What the daemon's flag `--machine` takes, at most 8192 bytes: `demo`, `kvm:elf=FILE,mem=64M,cpus=1`,
+    `qemu:qmp=SOCKET`, optionally as `ID=SPEC`. Files and sockets are the daemon's, not the client's. Required.
     """
     def __init__(
         self,

@@ -1,0 +1,186 @@
+//! A daemon in this process that starts without a machine.
+
+use std::path::Path;
+use std::time::Duration;
+
+use libtest_mimic::Failed;
+use pagewalk_proto::v1;
+use pagewalk_proto::v1::machine_service_client::MachineServiceClient;
+use pagewalk_proto::v1::memory_service_client::MemoryServiceClient;
+use pagewalk_proto::v1::translation_service_client::TranslationServiceClient;
+use pagewalk_proto::v1::vcpu_service_client::VcpuServiceClient;
+use pagewalkd::config::{Config, LogFormat};
+use pagewalkd::machine::Machines;
+use pagewalkd::serve::Server;
+use tokio::runtime::Runtime;
+use tonic::transport::Channel;
+use tonic::{Code, Status};
+use tonic_types::StatusExt as _;
+
+pub(crate) struct Daemon {
+    runtime: Runtime,
+    channel: Channel,
+}
+
+impl Daemon {
+    pub(crate) fn start() -> Result<Self, Failed> {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+        let config = Config {
+            listen: vec!["127.0.0.1:0".parse()?],
+            uds: None,
+            tls: None,
+            machines: Vec::new(),
+            log: "info".into(),
+            log_format: LogFormat::Human,
+            grace: Duration::from_secs(5),
+            max_calls: 1024,
+        };
+        let channel = runtime.block_on(async {
+            let server = Server::bind(&config, Machines::default()).await?;
+            let address = server.addresses()[0];
+            tokio::spawn(server.run(std::future::pending()));
+            Ok::<_, Failed>(Channel::from_shared(format!("http://{address}"))?.connect().await?)
+        })?;
+        Ok(Self { runtime, channel })
+    }
+
+    pub(crate) fn attach(&self, spec: &str) -> Result<v1::Machine, Status> {
+        let request = v1::AttachMachineRequest { spec: spec.to_owned() };
+        let mut client = MachineServiceClient::new(self.channel.clone());
+        let answer = self.runtime.block_on(client.attach_machine(request))?;
+        Ok(answer.into_inner().machine.unwrap())
+    }
+
+    /// Attaches as machine `id` to the guest behind a QMP socket.
+    pub(crate) fn attach_qemu(&self, id: &str, qmp: &Path) -> Result<v1::Machine, Status> {
+        self.attach(&format!("{id}=qemu:qmp={}", qmp.display()))
+    }
+
+    pub(crate) fn detach(&self, id: &str) -> Result<(), Status> {
+        let request = v1::DetachMachineRequest { machine: id.to_owned(), end_guest: false };
+        let mut client = MachineServiceClient::new(self.channel.clone());
+        self.runtime.block_on(client.detach_machine(request)).map(drop)
+    }
+
+    pub(crate) fn machine(&self, id: &str) -> v1::Machine {
+        let request = v1::GetMachineRequest { machine: id.to_owned() };
+        let mut client = MachineServiceClient::new(self.channel.clone());
+        self.runtime.block_on(client.get_machine(request)).unwrap().into_inner().machine.unwrap()
+    }
+
+    pub(crate) fn pause(&self, id: &str) -> Result<v1::VcpuInfo, Status> {
+        let request = v1::PauseVcpuRequest { vcpu: vcpu(id, 0) };
+        let mut client = VcpuServiceClient::new(self.channel.clone());
+        Ok(self.runtime.block_on(client.pause_vcpu(request))?.into_inner().vcpu.unwrap())
+    }
+
+    pub(crate) fn resume(&self, id: &str) -> Result<v1::VcpuInfo, Status> {
+        let request = v1::ResumeVcpuRequest { vcpu: vcpu(id, 0) };
+        let mut client = VcpuServiceClient::new(self.channel.clone());
+        Ok(self.runtime.block_on(client.resume_vcpu(request))?.into_inner().vcpu.unwrap())
+    }
+
+    pub(crate) fn registers(&self, id: &str, index: u32) -> Result<v1::GetRegistersResponse, Status> {
+        let request =
+            v1::GetRegistersRequest { vcpu: vcpu(id, index), freshness: v1::Freshness::Sync.into() };
+        let mut client = VcpuServiceClient::new(self.channel.clone());
+        Ok(self.runtime.block_on(client.get_registers(request))?.into_inner())
+    }
+
+    pub(crate) fn vcpus(&self, id: &str) -> Vec<v1::VcpuInfo> {
+        let request = v1::ListVcpusRequest { machine: id.to_owned() };
+        let mut client = VcpuServiceClient::new(self.channel.clone());
+        self.runtime.block_on(client.list_vcpus(request)).unwrap().into_inner().vcpus
+    }
+
+    /// What addresses mean, by the words of `BatchTranslate`, whatever the rights.
+    pub(crate) fn words(&self, id: &str, index: u32, addresses: &[u64]) -> Result<Vec<u64>, Status> {
+        let request = v1::BatchTranslateRequest {
+            head: v1::BatchTranslateRequestHead {
+                vcpu: vcpu(id, index),
+                access: Some(exempt()),
+                ..Default::default()
+            },
+            column: addresses.iter().copied().collect(),
+        };
+        let mut client =
+            TranslationServiceClient::new(self.channel.clone()).max_decoding_message_size(8 << 20);
+        let answer = self.runtime.block_on(client.batch_translate(request))?.into_inner();
+        Ok(answer.column.iter().collect())
+    }
+
+    pub(crate) fn translate(&self, id: &str, gva: u64) -> Result<v1::TranslateResponse, Status> {
+        let request = v1::TranslateRequest {
+            vcpu: vcpu(id, 0),
+            address: Some(number(gva)),
+            access: Some(exempt()),
+            ..Default::default()
+        };
+        let mut client = TranslationServiceClient::new(self.channel.clone());
+        Ok(self.runtime.block_on(client.translate(request))?.into_inner())
+    }
+
+    pub(crate) fn read(
+        &self,
+        id: &str,
+        index: u32,
+        gva: u64,
+        length: u64,
+    ) -> Result<v1::ReadMemoryResponse, Status> {
+        let request = v1::ReadMemoryRequest {
+            vcpu: vcpu(id, index),
+            at: Some(v1::read_memory_request::At::Gva(number(gva))),
+            length,
+            ..Default::default()
+        };
+        let mut client = MemoryServiceClient::new(self.channel.clone());
+        Ok(self.runtime.block_on(client.read_memory(request))?.into_inner())
+    }
+
+    pub(crate) fn read_physical(&self, id: &str, gpa: u64, length: u64) -> Result<Vec<u8>, Status> {
+        let request = v1::ReadMemoryRequest {
+            vcpu: vcpu(id, 0),
+            at: Some(v1::read_memory_request::At::Gpa(number(gpa))),
+            length,
+            ..Default::default()
+        };
+        let mut client = MemoryServiceClient::new(self.channel.clone());
+        Ok(self.runtime.block_on(client.read_memory(request))?.into_inner().data)
+    }
+
+    pub(crate) fn write_physical(&self, id: &str, gpa: u64, data: &[u8]) -> Result<(), Status> {
+        let request = v1::WriteMemoryRequest {
+            vcpu: vcpu(id, 0),
+            at: Some(v1::write_memory_request::At::Gpa(number(gpa))),
+            data: data.to_vec(),
+            ..Default::default()
+        };
+        let mut client = MemoryServiceClient::new(self.channel.clone());
+        self.runtime.block_on(client.write_memory(request)).map(drop)
+    }
+}
+
+fn vcpu(machine: &str, vcpu: u32) -> Option<v1::VcpuRef> {
+    Some(v1::VcpuRef { machine: machine.to_owned(), vcpu })
+}
+
+fn number(address: u64) -> v1::Address {
+    v1::Address { value: Some(v1::address::Value::Number(address)) }
+}
+
+fn exempt() -> v1::Access {
+    v1::Access {
+        kind: v1::AccessKind::Read.into(),
+        privilege: v1::Privilege::Exempt.into(),
+        ..Default::default()
+    }
+}
+
+/// Code and reason of a refusal, which has to say `said`.
+#[track_caller]
+pub(crate) fn refusal<T: std::fmt::Debug>(answer: Result<T, Status>, said: &str) -> (Code, String) {
+    let status = answer.expect_err("should have been refused");
+    assert!(status.message().contains(said), "{said:?} is missing in {status:?}");
+    let info = status.get_details_error_info().unwrap_or_else(|| panic!("no ErrorInfo: {status:?}"));
+    (status.code(), info.reason)
+}

@@ -1,0 +1,88 @@
+//! Peers that are no QEMU: silent, talking nonsense, talking without end. Each is refused in time, by an error that names the
+//! socket.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::{Duration, Instant};
+
+use libtest_mimic::{Failed, Trial};
+use tonic::Code;
+
+use crate::daemon::{Daemon, refusal};
+
+const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}}"#;
+const BOUND: Duration = Duration::from_secs(12);
+
+/// Its name, what is said of it, and what it does.
+type Peer = (&'static str, &'static str, fn(UnixStream));
+
+pub(crate) fn trials() -> Vec<Trial> {
+    let peers: [Peer; 9] = [
+        ("silent", "no greeting", |stream| drop(BufReader::new(stream).read_line(&mut String::new()))),
+        ("closes", "closed", drop),
+        ("garbage", "no QMP", |mut stream| drop(stream.write_all(&[0xff; 100_000]))),
+        ("another_protocol", "no QMP", |mut stream| {
+            drop(stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n"));
+        }),
+        ("no_line_ends", "bytes", |mut stream| while stream.write_all(&[b' '; 1 << 16]).is_ok() {}),
+        ("deeply_nested", "no QMP", |mut stream| {
+            drop(stream.write_all("[".repeat(1 << 20).as_bytes()));
+            drop(stream.write_all(b"\n"));
+        }),
+        ("greets_and_is_silent", "no answer in time", |mut stream| {
+            drop(writeln!(stream, "{GREETING}"));
+            let mut lines = BufReader::new(stream);
+            while lines.read_line(&mut String::new()).is_ok_and(|read| read > 0) {}
+        }),
+        ("answers_unasked", "", |mut stream| while writeln!(stream, "{GREETING}").is_ok() {}),
+        ("answers_nonsense", "", |mut stream| {
+            drop(writeln!(stream, "{GREETING}"));
+            let mut lines = BufReader::new(stream.try_clone().unwrap());
+            let mut line = String::new();
+            while lines.read_line(&mut line).is_ok_and(|read| read > 0) {
+                let answer = if line.contains("qmp_capabilities") { "{}" } else { r#""nonsense""# };
+                // An event before each answer.
+                drop(writeln!(stream, r#"{{"event": "NO_SUCH_EVENT", "data": {{}}, "timestamp": 1}}"#));
+                drop(writeln!(stream, r#"{{"return": {answer}}}"#));
+                line.clear();
+            }
+        }),
+    ];
+    let mut trials: Vec<Trial> = peers
+        .into_iter()
+        .map(|(name, said, peer)| Trial::test(format!("peer_{name}"), move || refuses(said, peer)))
+        .collect();
+    trials.push(Trial::test("peer_is_not_there", || {
+        let daemon = Daemon::start()?;
+        let folder = tempfile::tempdir()?;
+        let missing = folder.path().join("nothing.qmp");
+        let refused = daemon.attach_qemu("vm", &missing);
+        assert_eq!(refusal(refused, &missing.display().to_string()).0, Code::FailedPrecondition);
+        Ok(())
+    }));
+    trials
+}
+
+fn refuses(said: &str, peer: fn(UnixStream)) -> Result<(), Failed> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("peer.qmp");
+    let listener = UnixListener::bind(&path)?;
+    let peer = std::thread::spawn(move || {
+        let (stream, _) = listener.accept().unwrap();
+        // One that never stops talking must not outlive the test.
+        stream.set_write_timeout(Some(BOUND)).unwrap();
+        peer(stream);
+    });
+    let daemon = Daemon::start()?;
+    daemon.attach("other=demo:plain")?;
+    let start = Instant::now();
+    let status = daemon.attach_qemu("vm", &path).unwrap_err();
+    let took = start.elapsed();
+    println!("{took:?}: {}", status.message());
+    assert!(status.message().contains(&path.display().to_string()), "{status:?}");
+    assert_eq!(refusal(Err::<(), _>(status), said).0, Code::FailedPrecondition);
+    assert!(took < BOUND, "{took:?}");
+    assert!(daemon.translate("other", 0xffff_8000_0001_0000).is_ok());
+    peer.join().unwrap();
+    Ok(())
+}

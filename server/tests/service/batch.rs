@@ -30,7 +30,7 @@ fn addresses(bed: &Bed) -> Vec<u64> {
         .flat_map(|at| [at, at + 7, at ^ 0x1000, at.wrapping_sub(0x20_0000), at ^ 1 << 60])
         .collect();
     let mut state = 1_u64;
-    addresses.extend((0..200).map(|_| {
+    addresses.extend((0..60).map(|_| {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         0xffff_8000_0000_0000 | state >> 40
     }));
@@ -118,7 +118,7 @@ async fn as_single_translations() {
             seen = (seen.0 + met.0, seen.1 + met.1);
         }
     }
-    assert!(seen.0 > 50 && seen.1 > 1000, "{seen:?}");
+    assert!(seen.0 > 50 && seen.1 > 500, "{seen:?}");
     bed.stop().await;
 }
 
@@ -130,7 +130,7 @@ async fn as_single_translations_of_an_l2() {
     let mut request = batch(&all);
     request.head.access = access(v1::AccessKind::Write, v1::Privilege::Supervisor);
     let met = judge(&bed, request.clone()).await;
-    assert!(met.0 > 1 && met.1 > 100, "{met:?}");
+    assert!(met.0 > 1 && met.1 > 50, "{met:?}");
     bed.walker().set_nested_mode(nested_off()).await.unwrap();
     // The same by EPT, which the request brings: its tables happen to be sound EPT entries.
     let ept = v1::Ept { eptp: pagewalkd::machine::demo::NCR3 | 0x1e, ..Default::default() };
@@ -140,7 +140,7 @@ async fn as_single_translations_of_an_l2() {
         ..Default::default()
     });
     let met = judge(&bed, request).await;
-    assert!(met.0 > 1 && met.1 > 100, "{met:?}");
+    assert!(met.0 > 1 && met.1 > 50, "{met:?}");
     bed.stop().await;
 }
 

@@ -1,0 +1,136 @@
+//! What a bench found: one Markdown table of `benches/RESULTS.md`, and JSON lines.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+/// Two sides of one comparison, a figure a round each.
+pub(crate) struct Row {
+    pub(crate) case: String,
+    pub(crate) unit: &'static str,
+    pub(crate) ours: Vec<f64>,
+    pub(crate) peer: String,
+    pub(crate) theirs: Vec<f64>,
+}
+
+pub(crate) fn median(rounds: &[f64]) -> f64 {
+    let mut sorted = rounds.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[sorted.len() / 2]
+}
+
+pub(crate) struct Report {
+    bench: &'static str,
+    title: &'static str,
+    about: &'static str,
+    rows: Vec<Row>,
+}
+
+impl Report {
+    pub(crate) fn new(bench: &'static str, title: &'static str, about: &'static str) -> Self {
+        Self { bench, title, about, rows: Vec::new() }
+    }
+
+    pub(crate) fn add(
+        &mut self,
+        case: impl Into<String>,
+        unit: &'static str,
+        ours: Vec<f64>,
+        peer: impl Into<String>,
+        theirs: Vec<f64>,
+    ) {
+        let row = Row { case: case.into(), unit, ours, peer: peer.into(), theirs };
+        println!("{}", line(&row));
+        self.rows.push(row);
+    }
+
+    /// Prints the table; writes the files, unless this was a trial that each case runs.
+    pub(crate) fn finish(self, record: bool) {
+        let mut table =
+            "| case | pagewalk | unit | next to | its | ratio | rounds |\n|---|---:|---|---|---:|---:|---:|\n"
+                .to_owned();
+        let mut lines = String::new();
+        for row in &self.rows {
+            table += &line(row);
+            table.push('\n');
+            let (ours, theirs) = (median(&row.ours), median(&row.theirs));
+            lines += &format!(
+                "{{\"bench\":\"{}\",\"case\":\"{}\",\"ours_ns\":{ours:.3},\"peer\":\"{}\",\"peer_ns\":{theirs:.3},\"ratio\":{:.4}}}\n",
+                self.bench,
+                row.case,
+                row.peer,
+                ours / theirs,
+            );
+        }
+        println!("\n{table}");
+        if !record {
+            return;
+        }
+        let target = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("pagewalk-bench");
+        fs::create_dir_all(&target).unwrap();
+        fs::write(target.join(format!("{}.jsonl", self.bench)), lines).unwrap();
+        let results = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/RESULTS.md");
+        let old = fs::read_to_string(&results).unwrap_or_default();
+        let head = format!("# {}\n", self.title);
+        let others: Vec<&str> =
+            sections(&old).into_iter().filter(|section| !section.starts_with(&head)).collect();
+        let own = format!("{head}\n{}\n\n{}\n{table}", self.about, made());
+        let mut all: Vec<String> = others.into_iter().map(|section| section.trim_end().to_owned()).collect();
+        all.push(own.trim_end().to_owned());
+        all.sort();
+        fs::write(results, all.join("\n\n") + "\n").unwrap();
+    }
+}
+
+fn sections(text: &str) -> Vec<&str> {
+    let mut starts: Vec<usize> = text.match_indices("# ").map(|(at, _)| at).collect();
+    starts.retain(|at| *at == 0 || text[..*at].ends_with('\n'));
+    let ends = starts.iter().skip(1).copied().chain([text.len()]);
+    starts.iter().zip(ends).map(|(start, end)| &text[*start..end]).collect()
+}
+
+fn line(row: &Row) -> String {
+    let (ours, theirs) = (median(&row.ours), median(&row.theirs));
+    format!(
+        "| {} | {ours:.2} | {} | {} | {theirs:.2} | {:.3} | {} |",
+        row.case,
+        row.unit,
+        row.peer,
+        ours / theirs,
+        row.ours.len(),
+    )
+}
+
+/// Where and with what the table was made.
+fn made() -> String {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let field = |name: &str| {
+        let line = cpuinfo.lines().find(|line| line.starts_with(name));
+        line.and_then(|line| line.split_once(": ")).map_or("?", |(_, value)| value).to_owned()
+    };
+    let output = |program: &str, argument: &str| {
+        let output = Command::new(program).arg(argument).output();
+        output.map_or("?".to_owned(), |output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    let lock =
+        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.lock")).unwrap_or_default();
+    let version = |name: &str| {
+        let start = format!("name = \"{name}\"\nversion = \"");
+        lock.split_once(&start).and_then(|(_, rest)| rest.split('"').next()).unwrap_or("?").to_owned()
+    };
+    format!(
+        "- machine: {} (family {}, model {}), {} processors, {}, {}\n- date: {}\n- {}; pagewalkd {}, tonic {}, prost {}, tokio {}\n",
+        field("model name"),
+        field("cpu family"),
+        field("model\t"),
+        cpuinfo.matches("processor\t").count(),
+        std::env::consts::ARCH,
+        std::env::consts::OS,
+        output("date", "-u"),
+        output("rustc", "--version"),
+        env!("CARGO_PKG_VERSION"),
+        version("tonic"),
+        version("prost"),
+        version("tokio"),
+    )
+}

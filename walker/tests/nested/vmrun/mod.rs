@@ -126,7 +126,7 @@ impl Bed {
     /// L1's registers: NPT's format, and much that must not matter to it.
     fn host(&self, rng: &mut Rng) -> Host {
         let npt = self.memory.npt;
-        let smep_alone = self.batches % 4 == 0;
+        let smep_alone = self.batches.is_multiple_of(4);
         let nxe = !smep_alone && rng.u32(0..4) != 0;
         let registers = ControlRegisters {
             cr0: CR0_PE | CR0_NE | CR0_PG | when(rng.bool(), CR0_WP),

@@ -63,6 +63,54 @@ def test_every_landmark_is_answered(client: pagewalk.Client, paused: pagewalk.Ma
     assert {outcome.ok for outcome in outcomes} == {True, False}, "the demo shows pages and faults"
 
 
+def test_mappings_say_what_translations_say(client: pagewalk.Client, paused: pagewalk.Machine) -> None:
+    mappings = client.mappings(problems=True)
+    extents = list(mappings)
+    assert mappings.continue_at is None
+    assert mappings.tally is not None
+    assert mappings.provenance is not None
+    assert mappings.provenance.machine == paused.id
+    assert mappings.tally.extents == len(extents) > 5
+    assert {extent.ok for extent in extents} == {True, False}
+    for extent in extents:
+        single = client.translate(extent.start, privilege="exempt")
+        assert single.ok == extent.ok
+        if single.ok and extent.outcome.ok:
+            assert (single.gpa, single.rights, single.page_size) == (
+                extent.outcome.gpa,
+                extent.outcome.rights,
+                extent.outcome.page_size,
+            )
+        assert str(extent)
+    assert all(it.ok and it.outcome.rights.write for it in client.mappings(write=True) if it.outcome.ok)
+    assert [it.bytes for it in client.mappings(page_sizes=["2m"])] == [2 << 20]
+
+
+def test_mappings_stop_at_the_budget_and_go_on(client: pagewalk.Client, paused: pagewalk.Machine) -> None:
+    starts = [extent.start for extent in client.mappings()]
+    first = client.mappings(max_extents=2)
+    head = [extent.start for extent in first]
+    assert first.continue_at is not None
+    rest = [extent.start for extent in client.mappings((first.continue_at, None))]
+    assert head + rest == starts
+    assert len(head) == 2
+    with pytest.raises(pagewalk.InvalidArgumentError):
+        list(client.mappings((0x2000, 0x1000)))
+    with pytest.raises(ValueError, match="page_sizes"):
+        client.mappings(page_sizes=["3k"])  # type: ignore[list-item]
+
+
+def test_mappings_found_by_their_memory(client: pagewalk.Client, landmarks: Landmarks) -> None:
+    gva = landmarks["kernel-text"]
+    page = client.translate(gva, privilege="exempt")
+    assert page.ok
+    assert [(it.start, it.bytes) for it in client.find_mappings(page.gpa + 0x123)] == [(gva + 0x123, 1)]
+    assert list(client.find_mappings(0x7FFF_0000)) == []
+    extents = list(client.translate_range((gva, gva + 0x10000), "write", privilege="user"))
+    assert sum(it.bytes for it in extents) == 0x10000
+    assert not any(it.ok for it in extents)
+
+
 READ_ONLY = 1 << 1
 USER_BIT = 1 << 2
 NX = 1 << 63

@@ -25,8 +25,10 @@ use crate::vcpu::Snapshot;
 
 /// Extents in one message.
 const EXTENTS: usize = 2048;
-/// Entries read in one slice.
-const ENTRIES: u64 = 1 << 18;
+/// How long a slice takes, give or take [`ENTRIES`].
+const SLICE: Duration = Duration::from_millis(1);
+/// Entries read between two looks at the clock: many more than a descent from the root, with which each begins.
+const ENTRIES: u64 = 1 << 15;
 /// How long a client that waits for the next extent hears nothing of what has been reached.
 const SILENCE: Duration = Duration::from_millis(250);
 
@@ -152,10 +154,15 @@ impl Sending {
 fn slice<M: pagewalk::Memory>(map: &mut Map, memory: &M) -> (Vec<v1::Extent>, Progress) {
     let format = map.walker().gva_walk().format().clone();
     let mut extents = Vec::new();
-    let progress = map.advance(memory, ENTRIES, |extent| {
-        extents.push(convert::mapping::extent(&extent, &format));
-        // The map may have one more in hand when it ends.
-        if extents.len() + 1 < EXTENTS { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
-    });
-    (extents, progress)
+    let begun = Instant::now();
+    loop {
+        let progress = map.advance(memory, ENTRIES, |extent| {
+            extents.push(convert::mapping::extent(&extent, &format));
+            // The map may have one more in hand when it ends.
+            if extents.len() + 1 < EXTENTS { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        });
+        if progress != Progress::Going || extents.len() + 1 >= EXTENTS || begun.elapsed() >= SLICE {
+            return (extents, progress);
+        }
+    }
 }

@@ -11,6 +11,7 @@ mod bed;
 #[path = "../demo_landmarks/mod.rs"]
 mod demo_landmarks;
 mod explain;
+mod mapping;
 mod memory;
 mod nested;
 mod nested_gpa;

@@ -160,12 +160,13 @@ impl<E: EntryLayout> Run<E> {
         }
         let mut length = 0;
         let mut expected = self.first;
+        // Products are computed once: vectors of 64-bit words have no multiplication everywhere.
+        let further: [u64; CHUNK] = core::array::from_fn(|number| self.step.wrapping_mul(number as u64));
         let (chunks, _) = words.as_chunks::<CHUNK>();
         for chunk in chunks {
             let (mut differs, mut all) = (0, any);
-            for (number, entry) in chunk.iter().enumerate() {
-                let wanted = expected.wrapping_add(self.step.wrapping_mul(number as u64));
-                differs |= (entry & self.meant) ^ wanted;
+            for (entry, further) in chunk.iter().zip(&further) {
+                differs |= (entry & self.meant) ^ expected.wrapping_add(*further);
                 all |= entry;
             }
             if differs != 0 {

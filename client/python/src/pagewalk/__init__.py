@@ -68,6 +68,7 @@ from pagewalk.errors import (
     UnavailableError,
     UnimplementedError,
 )
+from pagewalk.mappings import Extent, Mappings, PageSizeName, Range, Tally
 
 __all__ = [
     "AccessKind",
@@ -84,6 +85,7 @@ __all__ = [
     "Ept",
     "EptMemoryType",
     "Error",
+    "Extent",
     "FailedPreconditionError",
     "Fault",
     "FaultExplanation",
@@ -93,6 +95,7 @@ __all__ = [
     "Landmark",
     "Machine",
     "MachineState",
+    "Mappings",
     "MemoryRead",
     "MemoryRegion",
     "MemoryStop",
@@ -107,12 +110,14 @@ __all__ = [
     "Npt",
     "Outcome",
     "PageFormat",
+    "PageSizeName",
     "PageWalk",
     "PagingMode",
     "PermissionDeniedError",
     "PointerMasking",
     "Privilege",
     "Provenance",
+    "Range",
     "Registers",
     "ResourceExhaustedError",
     "Rights",
@@ -120,6 +125,7 @@ __all__ = [
     "SavedImage",
     "Step",
     "Stepped",
+    "Tally",
     "Tls",
     "Translation",
     "UnavailableError",

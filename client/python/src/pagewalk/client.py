@@ -36,15 +36,17 @@ from pagewalk.answers import (
     WalkerOverride,
     WalkerState,
 )
-from pagewalk.v1 import machine_pb2, memory_pb2, translation_pb2, types_pb2, vcpu_pb2, walker_pb2
+from pagewalk.mappings import Mappings, PageSizeName, Range, to_budget, to_filter, to_range
+from pagewalk.v1 import machine_pb2, mapping_pb2, memory_pb2, translation_pb2, types_pb2, vcpu_pb2, walker_pb2
 from pagewalk.v1.machine_pb2_grpc import MachineServiceStub
+from pagewalk.v1.mapping_pb2_grpc import MappingServiceStub
 from pagewalk.v1.memory_pb2_grpc import MemoryServiceStub
 from pagewalk.v1.translation_pb2_grpc import TranslationServiceStub
 from pagewalk.v1.vcpu_pb2_grpc import VcpuServiceStub
 from pagewalk.v1.walker_pb2_grpc import WalkerServiceStub
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from types import TracebackType
 
     # mypy's 3.9 target has no typing.Self.
@@ -125,6 +127,7 @@ class Client:
             request_serializer=columns.StreamRequest.SerializeToString,
             response_deserializer=columns.StreamResponse.FromString,
         )
+        self._mapping = MappingServiceStub(self._channel)
         self._walker = WalkerServiceStub(self._channel)
         self._vcpu = VcpuServiceStub(self._channel)
         self._machine = MachineServiceStub(self._channel)
@@ -397,6 +400,107 @@ class Client:
             override=convert.to_override(override),
         )
         return convert.fault_explanation(nested_gpa, self._call(self._translation.ExplainFault, request))
+
+    def mappings(
+        self,
+        bounds: Range | None = None,
+        *,
+        write: bool | None = None,
+        execute: bool | None = None,
+        user: bool | None = None,
+        page_sizes: Iterable[PageSizeName] = (),
+        problems: bool = False,
+        max_entries: int | None = None,
+        max_extents: int | None = None,
+        freshness: Freshness = "latest",
+        override: WalkerOverride | None = None,
+        timeout: float | None = None,
+        vcpu: int = 0,
+        machine: str = "",
+    ) -> Mappings:
+        """List the mappings of an address space, or from `bounds[0]` to right before `bounds[1]`, in order.
+
+        `write`, `execute`, `user` and `page_sizes` leave those mappings that have, or have not, what they say.
+        `problems` adds, as faults, what is present and leads nowhere. `timeout`, in seconds, bounds the whole list, by
+        default not at all.
+        """
+        request = mapping_pb2.ListMappingsRequest(
+            vcpu=convert.to_vcpu(machine, vcpu),
+            range=to_range(bounds),
+            filter=to_filter(write, execute, user, page_sizes),
+            budget=to_budget(max_entries, max_extents),
+            freshness=convert.number(types_pb2.Freshness.DESCRIPTOR, freshness, "freshness"),
+            override=convert.to_override(override),
+            problems=problems,
+        )
+        return Mappings(self._mapping.ListMappings(request, timeout=timeout), self._target, tls=self._tls)
+
+    def find_mappings(
+        self,
+        gpa: int | str,
+        size: int = 1,
+        bounds: Range | None = None,
+        *,
+        write: bool | None = None,
+        execute: bool | None = None,
+        user: bool | None = None,
+        page_sizes: Iterable[PageSizeName] = (),
+        max_entries: int | None = None,
+        max_extents: int | None = None,
+        freshness: Freshness = "latest",
+        override: WalkerOverride | None = None,
+        timeout: float | None = None,
+        vcpu: int = 0,
+        machine: str = "",
+    ) -> Mappings:
+        """Find the guest virtual addresses that lead to `size` bytes of memory from `gpa` on; else as `mappings`."""
+        request = mapping_pb2.FindMappingsRequest(
+            vcpu=convert.to_vcpu(machine, vcpu),
+            gpa=convert.to_address(gpa, "gpa"),
+            bytes=convert.to_word(size, "size"),
+            range=to_range(bounds),
+            filter=to_filter(write, execute, user, page_sizes),
+            budget=to_budget(max_entries, max_extents),
+            freshness=convert.number(types_pb2.Freshness.DESCRIPTOR, freshness, "freshness"),
+            override=convert.to_override(override),
+        )
+        return Mappings(self._mapping.FindMappings(request, timeout=timeout), self._target, tls=self._tls)
+
+    def translate_range(
+        self,
+        bounds: Range,
+        access: AccessKind = "read",
+        *,
+        privilege: Privilege = "as_cpl",
+        ac: bool | None = None,
+        pkru: int | None = None,
+        pkrs: int | None = None,
+        stack: bool = False,
+        max_entries: int | None = None,
+        max_extents: int | None = None,
+        freshness: Freshness = "latest",
+        override: WalkerOverride | None = None,
+        timeout: float | None = None,
+        vcpu: int = 0,
+        machine: str = "",
+    ) -> Mappings:
+        """Ask what every address from `bounds[0]` to right before `bounds[1]` means for an access."""
+        request = mapping_pb2.TranslateRangeRequest(
+            vcpu=convert.to_vcpu(machine, vcpu),
+            range=to_range(bounds),
+            access=types_pb2.Access(
+                kind=convert.number(types_pb2.AccessKind.DESCRIPTOR, access, "access"),
+                privilege=convert.number(types_pb2.Privilege.DESCRIPTOR, privilege, "privilege"),
+                ac=ac,
+                pkru=pkru,
+                pkrs=pkrs,
+                stack=stack,
+            ),
+            budget=to_budget(max_entries, max_extents),
+            freshness=convert.number(types_pb2.Freshness.DESCRIPTOR, freshness, "freshness"),
+            override=convert.to_override(override),
+        )
+        return Mappings(self._translation.TranslateRange(request, timeout=timeout), self._target, tls=self._tls)
 
     def walker_state(self, *, freshness: Freshness = "latest", vcpu: int = 0, machine: str = "") -> WalkerState:
         """Give the whole of both walkers."""

@@ -6,7 +6,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pagewalk import answers
-from pagewalk.v1 import machine_pb2, memory_pb2, translation_pb2, types_pb2, vcpu_pb2, walker_pb2
+from pagewalk.v1 import machine_pb2, mapping_pb2, memory_pb2, translation_pb2, types_pb2, vcpu_pb2, walker_pb2
 
 if TYPE_CHECKING:
     from google.protobuf.descriptor import EnumDescriptor
@@ -171,6 +171,13 @@ def outcome(address: int | str, message: translation_pb2.TranslateResponse) -> a
     if message.HasField("fault"):
         return _fault(message.fault, steps, message.explanation, source)
     return _translation(address, message.translation, steps, message.explanation, source)
+
+
+def extent_outcome(message: mapping_pb2.Extent, source: answers.Provenance) -> answers.Translation | answers.Fault:
+    """Convert."""
+    if message.HasField("fault"):
+        return _fault(message.fault, (), "", source)
+    return _translation(message.start, message.translation, (), "", source)
 
 
 def batch_faults(

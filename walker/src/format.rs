@@ -3,7 +3,6 @@
 use crate::access::{Access, AccessKind};
 use crate::entry::{EntryLayout, LongMode, TwoLevel};
 use crate::ept::{EPTP_ACCESSED_DIRTY, EPTP_SUPERVISOR_SHADOW_STACK, EptCapabilities, EptControls};
-use crate::lane::Masks;
 use crate::masking::Masking;
 use crate::memory_type::MemoryType;
 use crate::mode::{
@@ -36,7 +35,6 @@ pub struct PageFormat {
     mode_based_execute: bool,
     bad_memory_type_xwr: u64,
     reserved: ReservedBits,
-    lane: Masks,
     permissions: [u16; WORDS],
     protection_key_mask: u32,
     shadow_stacks: bool,
@@ -114,7 +112,6 @@ impl PageFormat {
             mode_based_execute: controls.mode_based_execute,
             bad_memory_type_xwr: bad_memory_type_xwr(capabilities.execute_only, controls.mode_based_execute),
             reserved,
-            lane: Masks::new(&reserved, &permissions, 0),
             permissions,
             protection_key_mask: 0,
             shadow_stacks: false,
@@ -159,7 +156,6 @@ impl PageFormat {
             mode_based_execute: false,
             bad_memory_type_xwr: 0,
             reserved,
-            lane: Masks::new(&reserved, &permissions, protection_key_mask),
             permissions,
             protection_key_mask,
             shadow_stacks: protections.shadow_stacks,
@@ -235,7 +231,7 @@ impl PageFormat {
     /// U/S. A field holds the bits (access-disable 1, write-disable 2) that refuse such an access: of PKRU for a user page, of
     /// PKRS for a supervisor page. 0 without CR4.PKE and CR4.PKS.
     #[must_use]
-    pub fn protection_key_mask(&self) -> u32 {
+    pub const fn protection_key_mask(&self) -> u32 {
         self.protection_key_mask
     }
 
@@ -329,7 +325,7 @@ impl PageFormat {
     }
 
     #[inline(always)]
-    pub(crate) fn reserved_leaf_at(&self, level: u32) -> u64 {
+    pub(crate) const fn reserved_leaf_at(&self, level: u32) -> u64 {
         self.reserved.leaf[index(level)]
     }
 
@@ -338,9 +334,9 @@ impl PageFormat {
         self.reserved.table[index(level)]
     }
 
-    #[inline(always)]
-    pub(crate) const fn lane(&self) -> &Masks {
-        &self.lane
+    /// The permission words of all accesses, by [`Access::word_index`].
+    pub(crate) const fn words(&self) -> &[u16; WORDS] {
+        &self.permissions
     }
 
     /// The memory type that a page's PAT, PCD and PWT bits select in IA32_PAT; write back where paging is off. MTRRs and
@@ -375,6 +371,6 @@ const fn bad_memory_type_xwr(execute_only: bool, mode_based_execute: bool) -> u6
 
 /// Array index of a level. Masked, so that indexing an array of eight cannot panic.
 #[inline(always)]
-pub(crate) fn index(level: u32) -> usize {
+pub(crate) const fn index(level: u32) -> usize {
     (level.wrapping_sub(1) & 7) as usize
 }

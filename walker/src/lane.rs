@@ -16,109 +16,122 @@ use crate::format::PageFormat;
 use crate::memory::{Backing, Memory};
 use crate::mode::PagingMode;
 use crate::permission::{Rights, Shown, WORDS, key_field, key_refusal};
-use crate::reserved::ReservedBits;
 use crate::translation::{Page, PageSize, Translation};
 use crate::walk::PageWalk;
 
-/// What the lane asks of a page format.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Masks {
-    /// Reserved in the entries of every level.
-    reserved: u64,
-    /// Reserved in a PML4E and a PML5E, the page-size bit among them.
-    reserved_top: u64,
+/// What the lane knows of a walk, of one dimension and in 4-level or 5-level paging, without an encryption bit, so that an
+/// entry's address bits are a constant. Of any other walk it knows that it has no canonical address.
+///
+/// In this order, and at the start of a walker, because a loop over walks is as fast as its instructions are short.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub(crate) struct Lane {
+    /// How many addresses are canonical, counted from the lowest one; 0 outside 4-level paging.
+    four_level: u64,
+    /// As many, in 5-level paging.
+    five_level: u64,
+    root: u64,
     /// What needs a second look in a PDPTE or above: the page-size bit, and what is reserved in a PML4E and not everywhere.
     upper: u64,
+    /// Reserved in the entries of every level.
+    reserved: u64,
+    /// By what the levels of a page show ([`Shown`]): bit [`Access::word_index`] is set where that access is refused, or asks
+    /// for a protection key.
+    asks: [u64; Shown::COUNT],
+    /// Reserved in a PML4E and a PML5E, the page-size bit among them.
+    reserved_top: u64,
     /// Reserved in a PDE that maps a page.
     reserved_pde: u64,
     /// Reserved in a PDPTE that maps a page.
     reserved_pdpte: u64,
-    /// By what the levels of a page show ([`Shown`]): bit [`Access::word_index`] is set where that access is refused, or asks
-    /// for a protection key.
-    asks: [u64; Shown::COUNT],
-}
-
-impl Masks {
-    pub(crate) const fn new(reserved: &ReservedBits, permissions: &[u16; WORDS], key_mask: u32) -> Self {
-        let mut asks = [0; Shown::COUNT];
-        let mut shown = 0;
-        while shown < Shown::COUNT {
-            let rights = Shown::of_bits(shown as u32).rights();
-            let mut index = 0;
-            while index < WORDS {
-                let refused = !rights.read() || permissions[index] >> rights.bits() & 1 != 0;
-                if refused || key_field(key_mask, index, rights) != 0 {
-                    asks[shown] |= 1 << index;
-                }
-                index += 1;
-            }
-            shown += 1;
-        }
-        Self {
-            reserved: reserved.leaf[0],
-            reserved_top: reserved.leaf[3],
-            upper: reserved.leaf[3] & !reserved.leaf[0] | LongMode::PAGE_SIZE,
-            reserved_pde: reserved.leaf[1],
-            reserved_pdpte: reserved.leaf[2],
-            asks,
-        }
-    }
-}
-
-/// Which walks the lane knows: those of one dimension in 4-level or 5-level paging, without an encryption bit, so that an
-/// entry's address bits are a constant.
-///
-/// As bounds of the canonical addresses, counted from the lowest one: what the lane does not know has none.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Lane {
-    four_level: u64,
-    five_level: u64,
 }
 
 impl Lane {
     /// The lane that knows no walk.
-    pub(crate) const CLOSED: Self = Self { four_level: 0, five_level: 0 };
+    pub(crate) const CLOSED: Self = Self {
+        four_level: 0,
+        five_level: 0,
+        root: 0,
+        upper: 0,
+        reserved: 0,
+        asks: [0; Shown::COUNT],
+        reserved_top: 0,
+        reserved_pde: 0,
+        reserved_pdpte: 0,
+    };
 
     pub(crate) const fn of(walk: &PageWalk) -> Self {
-        match walk.format().mode() {
-            _ if walk.format().address_bits() != u64::MAX => Self::CLOSED,
-            PagingMode::FourLevel => Self { four_level: 1 << 48, ..Self::CLOSED },
-            PagingMode::FiveLevel => {
-                Self { five_level: 1 << walk.format().unchanged_width(), ..Self::CLOSED }
-            }
-            _ => Self::CLOSED,
+        let format = walk.format();
+        let (four_level, five_level) = match format.mode() {
+            _ if format.address_bits() != u64::MAX => return Self::CLOSED,
+            PagingMode::FourLevel => (1 << 48, 0),
+            PagingMode::FiveLevel => (0, 1 << format.unchanged_width()),
+            _ => return Self::CLOSED,
+        };
+        let reserved = format.reserved_leaf_at(1);
+        let reserved_top = format.reserved_leaf_at(4);
+        Self {
+            four_level,
+            five_level,
+            root: walk.root(),
+            upper: reserved_top & !reserved | LongMode::PAGE_SIZE,
+            reserved,
+            asks: asks(format),
+            reserved_top,
+            reserved_pde: format.reserved_leaf_at(2),
+            reserved_pdpte: format.reserved_leaf_at(3),
         }
     }
 
-    /// The translation of `gva` for `access`, if it takes no more than the lane knows.
+    /// The translation of `gva` for `access`, if it takes no more than the lane knows of `walk`, which it was made of.
     #[inline(always)]
     pub(crate) fn translate<M: Memory>(
-        self,
+        &self,
         walk: &PageWalk,
         memory: &M,
         gva: u64,
         access: &Access,
     ) -> Option<Translation> {
-        let mut run = Run { walk, memory, address: gva, access, all: u64::MAX, any: 0 };
+        let format = walk.format();
+        let mut run = Run { lane: self, format, memory, address: gva, access, all: u64::MAX, any: 0 };
         if gva.wrapping_add(1 << 47) < self.four_level {
-            return run.four_levels(walk.root());
+            return run.four_levels(self.root);
         }
         cold_path();
         if gva.wrapping_add(self.five_level >> 1) < self.five_level {
-            let entry = run.entry(5, walk.root())?;
-            if entry & run.masks().reserved_top != 0 {
+            let entry = run.entry(5, self.root)?;
+            if entry & self.reserved_top != 0 {
                 return None;
             }
             // It has none of these bits: they are the PML4E's and the PDPTE's to show.
-            run.all |= run.masks().upper;
+            run.all |= self.upper;
             return run.four_levels(entry);
         }
         None
     }
 }
 
+const fn asks(format: &PageFormat) -> [u64; Shown::COUNT] {
+    let mut asks = [0; Shown::COUNT];
+    let mut shown = 0;
+    while shown < Shown::COUNT {
+        let rights = Shown::of_bits(shown as u32).rights();
+        let mut index = 0;
+        while index < WORDS {
+            let refused = !rights.read() || format.words()[index] >> rights.bits() & 1 != 0;
+            if refused || key_field(format.protection_key_mask(), index, rights) != 0 {
+                asks[shown] |= 1 << index;
+            }
+            index += 1;
+        }
+        shown += 1;
+    }
+    asks
+}
+
 struct Run<'a, M> {
-    walk: &'a PageWalk,
+    lane: &'a Lane,
+    format: &'a PageFormat,
     memory: &'a M,
     address: u64,
     access: &'a Access,
@@ -129,11 +142,6 @@ struct Run<'a, M> {
 }
 
 impl<M: Memory> Run<'_, M> {
-    #[inline(always)]
-    fn masks(&self) -> &Masks {
-        self.walk.format().lane()
-    }
-
     /// The entry of `level` in the table that `above` refers to.
     #[inline(always)]
     fn entry(&mut self, level: u32, above: u64) -> Option<u64> {
@@ -148,20 +156,20 @@ impl<M: Memory> Run<'_, M> {
     fn four_levels(&mut self, above: u64) -> Option<Translation> {
         let entry = self.entry(4, above)?;
         let entry = self.entry(3, entry)?;
-        if self.any & self.masks().upper != 0 {
+        if self.any & self.lane.upper != 0 {
             cold_path();
             // What the levels above this one show: where it has a bit, they show what all have, elsewhere what some has.
             let above = self.all & entry | self.any & !entry;
-            if above & self.masks().reserved_top != 0 {
+            if above & self.lane.reserved_top != 0 {
                 return None;
             }
             if entry & LongMode::PAGE_SIZE != 0 {
-                return self.large_page(3, entry, self.masks().reserved_pdpte);
+                return self.large_page(3, entry, self.lane.reserved_pdpte);
             }
         }
         let entry = self.entry(2, entry)?;
         if entry & LongMode::PAGE_SIZE != 0 {
-            return self.large_page(2, entry, self.masks().reserved_pde);
+            return self.large_page(2, entry, self.lane.reserved_pde);
         }
         let entry = self.entry(1, entry)?;
         self.page(1, entry)
@@ -176,15 +184,13 @@ impl<M: Memory> Run<'_, M> {
     /// The page that `entry` maps, if the bits of all levels allow the access.
     #[inline(always)]
     fn page(&self, level: u32, entry: u64) -> Option<Translation> {
-        let format = self.walk.format();
-        let masks = format.lane();
-        if self.any & masks.reserved != 0 {
+        if self.any & self.lane.reserved != 0 {
             return None;
         }
         let shown = Shown::of_entries(self.all, self.any);
-        if masks.asks[shown.bits() as usize] >> self.access.word_index() & 1 != 0 {
+        if self.lane.asks[shown.bits() as usize] >> self.access.word_index() & 1 != 0 {
             cold_path();
-            if refused(format, self.access, shown.rights(), entry) {
+            if refused(self.format, self.access, shown.rights(), entry) {
                 return None;
             }
         }

@@ -92,7 +92,7 @@ impl PageWalk {
 
     /// Address of the root table, in the space that this dimension's tables live in. Meaningless without paging.
     #[must_use]
-    pub fn root(&self) -> u64 {
+    pub const fn root(&self) -> u64 {
         self.root
     }
 

@@ -48,10 +48,11 @@ pub enum AdPolicy {
 /// # Ok::<(), StateError>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[repr(C)]
 pub struct Walker {
+    lane: Lane,
     gva_walk: PageWalk,
     ngpa_walk: Option<NgpaWalk>,
-    lane: Lane,
 }
 
 impl Walker {

@@ -233,8 +233,8 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         "the encryption bit is an address bit in the fast lane",
         &[(
             "lane.rs",
-            "_ if walk.format().address_bits() != u64::MAX => Self::CLOSED,",
-            "_ if false => Self::CLOSED,",
+            "_ if format.address_bits() != u64::MAX => return Self::CLOSED,",
+            "_ if false => return Self::CLOSED,",
         )],
     ),
     unseen(

@@ -1,0 +1,81 @@
+//! Instructions of one walk, the bench's loop included, as callgrind counts them: `cargo bench -p pagewalk --bench instructions`
+//! runs itself under valgrind, and takes the difference of two runs of which one walks a hundred thousand times more.
+//!
+//! Times depend on the machine and on how the code happens to lie; these do not. But a compiler that finds a peer too large to
+//! inline here, and inlines it into the bench of times, adds a call of a dozen instructions.
+
+#![allow(
+    missing_docs,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a bench that reports on standard output"
+)]
+
+mod support;
+
+use std::env::{args, current_exe};
+use std::process::Command;
+
+use support::bed::{PAGE, PAGE_SIZE, Ram};
+use support::guest::{Guest, PLAIN};
+use support::{memflow, offset_page_table};
+
+const CASES: &[(&str, &[&str])] = &[
+    ("hot", &["pagewalk", "x86_64", "memflow"]),
+    ("hot-chained", &["pagewalk", "x86_64"]),
+    ("2-MiB-leaf", &["pagewalk", "x86_64"]),
+    ("absent-PDE", &["pagewalk", "x86_64"]),
+    ("5-level", &["pagewalk"]),
+    ("NPT-4x4", &["pagewalk"]),
+    ("EPT-4x4", &["pagewalk"]),
+];
+const FEW: u64 = 1_000;
+const MORE: u64 = 100_000;
+
+fn main() {
+    let arguments: Vec<String> = args().skip_while(|argument| argument != "--count").collect();
+    if let [_, side, case, times, ..] = arguments.as_slice() {
+        return walk(side, case, times.parse().unwrap());
+    }
+    if Command::new("valgrind").arg("--version").output().is_err() {
+        return println!("SKIPPED valgrind: it is not installed");
+    }
+    println!("| case | side | instructions |\n|---|---|---:|");
+    for (case, sides) in CASES {
+        for side in *sides {
+            let each = (collected(side, case, FEW + MORE) - collected(side, case, FEW)) / MORE;
+            println!("| {case} | {side} | {each} |");
+        }
+    }
+}
+
+/// What callgrind collects while this program makes so many walks.
+fn collected(side: &str, case: &str, times: u64) -> u64 {
+    let mut valgrind = Command::new("valgrind");
+    valgrind.args(["--tool=callgrind", "--callgrind-out-file=/dev/null"]).arg(current_exe().unwrap());
+    let output = valgrind.args(["--count", side, case, &times.to_string()]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    let total = said.split_once("Collected : ").unwrap_or_else(|| panic!("{said}")).1;
+    total.lines().next().unwrap().trim().parse().unwrap()
+}
+
+fn walk(side: &str, case: &str, times: u64) {
+    let ram = Ram::new(64 * PAGE);
+    let guest = match case {
+        "hot" | "hot-chained" => Guest::hot(ram, 4, 1, PLAIN),
+        "2-MiB-leaf" => Guest::hot(ram, 4, 2, PLAIN | PAGE_SIZE),
+        "absent-PDE" => Guest::absent(ram),
+        "5-level" => Guest::hot(ram, 5, 1, PLAIN),
+        "NPT-4x4" => Guest::behind_npt(ram),
+        "EPT-4x4" => Guest::behind_ept(ram),
+        _ => panic!("{case}: no such case"),
+    };
+    match (side, case.ends_with("-chained")) {
+        ("pagewalk", false) => guest.in_a_loop()(times),
+        ("pagewalk", true) => guest.chained()(times),
+        ("x86_64", false) => offset_page_table::in_a_loop(&guest)(times),
+        ("x86_64", true) => offset_page_table::chained(&guest)(times),
+        ("memflow", false) => memflow::in_a_loop(&guest)(times),
+        _ => panic!("{side}: no such side"),
+    };
+}

@@ -152,6 +152,7 @@ def test_nested_gpa_sends_what_was_asked(local: pagewalk.Client, scripted: Scrip
         address=types_pb2.Address(text="0x11000"),
         access=types_pb2.Access(kind=types_pb2.ACCESS_KIND_WRITE, privilege=types_pb2.PRIVILEGE_USER),
         phase=translation_pb2.NESTED_PHASE_TABLE,
+        ad_policy=types_pb2.AD_POLICY_OBSERVE,
         freshness=types_pb2.FRESHNESS_SYNC,
         override=types_pb2.WalkerOverride(
             ept=types_pb2.Ept(eptp=0x5_001E, mode_based_execute=True, capabilities=0, tables_written=True)

@@ -550,7 +550,8 @@ class Client:
     ) -> NestedChange:
         """Switch nested mode on. Needs the role `control`. `effect` says whether the real vCPU went along.
 
-        `control_structure` is where VMCB12 or VMCS12 is to lie, for a real vCPU; by default it is a page of the daemon's own.
+        `control_structure` is where VMCB12 or VMCS12 is to lie, for a real vCPU; by default it is a page of the
+        daemon's own.
         """
         request = convert.to_nested(
             second_dimension,

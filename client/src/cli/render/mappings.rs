@@ -66,7 +66,8 @@ fn size(bytes: u64) -> String {
     let mut unit = 0;
     while unit + 1 < UNITS.len() && bytes >> (10 * (unit + 1)) >= 1 {
         // Stays whole while that takes few digits.
-        if !bytes.is_multiple_of(1 << (10 * (unit + 1))) && bytes >> (10 * unit) < 100_000 {
+        let whole = bytes.is_multiple_of(1 << (10 * unit)) && !bytes.is_multiple_of(1 << (10 * (unit + 1)));
+        if whole && bytes >> (10 * unit) < 100_000 {
             break;
         }
         unit += 1;

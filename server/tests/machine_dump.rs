@@ -200,7 +200,7 @@ fn what_is_no_dump_is_refused_by_name() {
         (&b""[..], "not an ELF file: it begins with nothing"),
         (b"\x7fEL", "it begins with 7f 45 4c"),
         (b"KDUMP   \x06\0\0\0", "kdump-compressed dump, which is not read here"),
-        (b"makedumpfile\0\0\0\0", "makedumpfile -R"),
+        (b"makedumpfile\0\0\0\0", "dump-guest-memory FILE"),
         (b"PAGEDU64", "win-dmp"),
         (b"\x7fELF\x03\x01", "class at offset 0x4"),
         (

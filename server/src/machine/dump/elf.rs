@@ -162,12 +162,13 @@ fn not_elf(magic: &[u8]) -> DumpProblem {
     let (format, instead) = if magic.starts_with(b"KDUMP   ") || magic.starts_with(b"DISKDUMP") {
         (
             "kdump-compressed dump",
-            "have QEMU write ELF, with `dump-guest-memory FILE` and no format=kdump-..., or `virsh dump --memory-only --format elf`; have makedumpfile write ELF with -E",
+            "have QEMU write ELF, with `dump-guest-memory FILE` and no format=kdump-..., or `virsh dump --memory-only --format elf`",
         )
     } else if magic.starts_with(b"makedumpfile") {
+        // QEMU writes its compressed dumps in this form, too.
         (
-            "flattened makedumpfile stream",
-            "have makedumpfile write ELF (-E), not flattened (-F); a stream that is there becomes a file by `makedumpfile -R FILE < STREAM`",
+            "flattened kdump-compressed stream",
+            "have QEMU write ELF, with `dump-guest-memory FILE` and no format=kdump-..., or `virsh dump --memory-only --format elf`",
         )
     } else if magic.starts_with(b"PAGEDU64") || magic.starts_with(b"PAGEDUMP") {
         ("Windows crash dump", "have QEMU write ELF, with `dump-guest-memory FILE` and no format=win-dmp")

@@ -4,7 +4,7 @@
 //! continue each other. Nothing below an absent entry is looked at, so that an empty range costs what its upper tables do.
 //! Where there is a second dimension, it is asked once for each of its pages, not once for each of the guest's.
 //!
-//! What an entry means is decided where a single walk decides it, by [`step`](crate::entry::step), and rights accumulate
+//! What an entry means is decided where a single walk decides it, by `entry::step`, and rights accumulate
 //! as there: for every address of an extent, [`Walker::translate`](crate::Walker::translate) for the same access gives the extent's
 //! outcome. A run of leaves is only accepted without being judged one by one where they agree with a judged one in every
 //! bit that has a meaning, but for accessed and dirty bits and a frame that counts upwards.

@@ -90,8 +90,4 @@ pub(crate) const MUTANTS: &[Mutant] = &[
             "Reason::NotPresent | Reason::ReservedBits | Reason::WriteWithoutRead | Reason::ExecuteOnly",
         )],
     ),
-    seen_by_l1(
-        "L1 sees writes of tables although EPT has no accessed and dirty bits",
-        &[("ept.rs", "self.walk.format().has_accessed_dirty() || self.controls.tables_written", "true")],
-    ),
 ];

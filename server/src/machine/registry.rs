@@ -151,7 +151,9 @@ pub enum DetachError {
     #[error(transparent)]
     Lookup(#[from] LookupError),
     /// Its guest would end.
-    #[error("the guest of machine `{id}` runs in the daemon and would end: ask for that as well")]
+    #[error(
+        "the guest of machine `{id}` runs in the daemon and would end: set `end_guest` if it may (`pagewalk detach {id} --end-guest`)"
+    )]
     WouldEnd {
         /// The machine.
         id: String,

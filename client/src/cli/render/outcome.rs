@@ -13,7 +13,7 @@ pub(in crate::cli) fn line(address: u64, answer: &TranslateResponse) -> String {
 }
 
 /// What follows the arrow.
-pub(super) fn outcome(outcome: Option<&Outcome>) -> String {
+fn outcome(outcome: Option<&Outcome>) -> String {
     match outcome {
         Some(Outcome::Translation(found)) => translation(found),
         Some(Outcome::Fault(refused)) => fault(refused),
@@ -58,6 +58,15 @@ fn behind(found: &Translation) -> String {
 }
 
 fn translation(found: &Translation) -> String {
+    let memory_type = match found.effective_type {
+        Some(_) => found.effective_type(),
+        None => found.pat_type(),
+    };
+    page(found, names::memory_type(memory_type))
+}
+
+/// A translation whose memory type is said in these words.
+pub(super) fn page(found: &Translation, memory_type: &str) -> String {
     let rights = found.effective.as_ref().map_or_else(|| "unknown rights".into(), names::rights);
     let size = match found.nested_page_size {
         None => names::page_size(found.page_size()).to_owned(),
@@ -69,17 +78,12 @@ fn translation(found: &Translation) -> String {
     };
     let nested = found.nested_gpa.map(|nested| format!("nGPA {} -> ", hex(nested))).unwrap_or_default();
     let backing = behind(found);
-    let memory_type = match found.effective_type {
-        Some(_) => found.effective_type(),
-        None => found.pat_type(),
-    };
     let letter = |set, letter| if set { letter } else { '-' };
     let mut line = format!(
-        "{nested}{}  {size:<7}  {rights:<14}  {}{}  {:<3}  {backing}",
+        "{nested}{}  {size:<7}  {rights:<14}  {}{}  {memory_type:<3}  {backing}",
         paint::address(hex(found.gpa)),
         letter(found.accessed, 'A'),
         letter(found.dirty, 'D'),
-        names::memory_type(memory_type),
     );
     if found.global {
         line += "  global";

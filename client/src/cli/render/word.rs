@@ -1,18 +1,22 @@
 //! The word of an address in a batch, as `BatchTranslateResponse.words` describes it.
 
 use super::{hex, outcome};
-use crate::v1::{
-    Backing, Dimension, Fault, FaultKind, PageSize, Rights, Translation, translate_response::Outcome,
-};
+use crate::v1::{Backing, Dimension, Fault, FaultKind, PageSize, Rights, Translation};
 
 /// As a single translation is shown, without its provenance; `told` is the fault in full, where the answer has it.
 pub(in crate::cli) fn line(address: u64, word: u64, told: Option<&Fault>) -> String {
     let outcome = match told {
-        Some(fault) => Outcome::Fault(fault.clone()),
-        None if bit(word, 0) => Outcome::Translation(translation(address, word)),
-        None => Outcome::Fault(fault(address, word)),
+        Some(fault) => outcome::fault(fault),
+        None if bit(word, 0) => outcome::page(&translation(address, word), &memory_type(word)),
+        None => outcome::fault(&fault(address, word)),
     };
-    format!("{} -> {}", hex(address), outcome::outcome(Some(&outcome)))
+    format!("{} -> {outcome}", hex(address))
+}
+
+/// The word has the entry of IA32_PAT that the page selects, and not what that register holds.
+fn memory_type(word: u64) -> String {
+    let entry = word >> 3 & 3 | word >> 5 & 4;
+    if word >> 9 & 7 == 0 { "-".to_owned() } else { format!("PAT{entry}") }
 }
 
 fn bit(word: u64, bit: u32) -> bool {

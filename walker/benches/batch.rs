@@ -28,6 +28,7 @@ mod guests;
 mod peers;
 #[path = "batch/record.rs"]
 mod record;
+mod support;
 
 use std::env::args;
 use std::hint::black_box;

@@ -15,18 +15,20 @@
     reason = "a bench that reports on standard output"
 )]
 
+mod support;
+
 use std::env::args;
 use std::fmt::Write as _;
 use std::fs;
 use std::hint::black_box;
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use pagewalk::map::{Extent, Filter, Map, Progress};
 use pagewalk::{ControlRegisters, CpuProfile, Gpa, NgpaWalk, PageWalk, Vendor, Walker, Window};
+use support::record::surroundings;
 
 const PLAIN: u64 = 0x67;
 const TABLE: usize = 512;
@@ -273,21 +275,10 @@ fn main() {
     }
 }
 
-/// Where and with what the table was made.
 fn heading() -> String {
-    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-    let output = |program: &str, argument: &str| {
-        let output = Command::new(program).arg(argument).output();
-        output.map_or("?".to_owned(), |output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
-    };
     format!(
         "# Maps\n\nWritten by `cargo bench -p pagewalk --bench map`; `benches/map.rs` says what is compared. Medians of {ROUNDS} interleaved\n\
-         rounds, on one thread. What is counted are bytes of page tables (level 1).\n\n- machine: {}, {} cores\n- date: {}\n- {}; pagewalk {}\n",
-        model.map_or("?", |(_, model)| model),
-        std::thread::available_parallelism().map_or(0, usize::from),
-        output("date", "-u"),
-        output("rustc", "--version"),
-        env!("CARGO_PKG_VERSION"),
+         rounds, on one thread. What is counted are bytes of page tables (level 1).\n\n{}",
+        surroundings(&[]),
     )
 }

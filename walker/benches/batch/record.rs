@@ -1,9 +1,10 @@
 //! Rows of a run, and the record of all cases, which may come from several runs.
 
-use std::env::consts;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+
+use crate::support::record::surroundings;
 
 /// Every pair of "batch" and another contestant.
 pub(crate) struct Rows {
@@ -103,24 +104,12 @@ fn output(program: &str, arguments: &[&str]) -> String {
 }
 
 fn heading() -> String {
-    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let cpu = |name: &str| {
-        let line = cpuinfo.lines().find(|line| line.starts_with(name));
-        line.and_then(|line| line.split_once(": ")).map_or("?", |(_, value)| value).to_owned()
-    };
     format!(
         "# Batches\n\nWritten by `cargo bench -p pagewalk --bench batch`; `benches/batch.rs` says what is compared. Nanoseconds an address, medians\n\
          of rounds in turns; the ratio is the batch's time over the other's, the median of the rounds' ratios.\n\n\
-         - machine: {} (family {}, model {}), {} cores, {}, {}; the batch uses {:?}\n- load average meanwhile: {} (a bench wants the machine alone)\n- {}; pagewalk {}, x86_64 0.15.5\n",
-        cpu("model name"),
-        cpu("cpu family"),
-        cpu("model\t"),
-        std::thread::available_parallelism().map_or(0, usize::from),
-        consts::ARCH,
-        consts::OS,
+         - the batch uses {:?}\n- load average meanwhile: {} (a bench wants the machine alone)\n{}",
         pagewalk::Instructions::best(),
         fs::read_to_string("/proc/loadavg").unwrap_or_default().split(' ').next().unwrap_or("?"),
-        output("rustc", &["--version"]),
-        env!("CARGO_PKG_VERSION"),
+        surroundings(&["x86_64"]),
     )
 }

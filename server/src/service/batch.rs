@@ -1,6 +1,6 @@
 //! Batches: one walk an address, all by the same walker, for the same access.
 //!
-//! The addresses are walked as they lie in the message, a slice at a time; the words go into the column that becomes the
+//! The addresses are walked a slice at a time, from a copy on the stack; the words are appended to the column that becomes the
 //! answer.
 
 use std::time::Instant;

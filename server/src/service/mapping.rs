@@ -6,8 +6,8 @@ use pagewalk_proto::v1::mapping_service_server::MappingService;
 use tonic::{Request, Response, Status};
 
 use super::Daemon;
-use super::parts::{Parts, Sending, until};
-use super::resolve::deadline;
+use super::parts::{Parts, Sending};
+use super::resolve::{client_deadline, deadline};
 use super::translation::walker;
 use crate::convert;
 
@@ -19,7 +19,7 @@ impl MappingService for Daemon {
         &self,
         request: Request<v1::ListMappingsRequest>,
     ) -> Result<Response<Self::ListMappingsStream>, Status> {
-        let (deadline, until) = (deadline(&request), until(&request));
+        let (deadline, until) = (deadline(&request), client_deadline(&request));
         let request = request.into_inner();
         let target = self.target(request.vcpu)?;
         let filter = convert::mapping::filter(request.filter)?;
@@ -27,7 +27,7 @@ impl MappingService for Daemon {
         let snapshot = target.snapshot(request.freshness, deadline).await?;
         let walker = walker(request.r#override.as_ref(), &snapshot)?;
         let report = if request.problems { Report::Problems } else { Report::Pages };
-        let map = convert::mapping::over(walker, request.range)?;
+        let map = convert::mapping::over(walker.into_owned(), request.range)?;
         let map = map.filtered(filter).reporting(report).within(budget);
         let sending = Sending { daemon: self.clone(), target, snapshot, map, until };
         Ok(Response::new(sending.stream()))
@@ -39,7 +39,7 @@ impl MappingService for Daemon {
         &self,
         request: Request<v1::FindMappingsRequest>,
     ) -> Result<Response<Self::FindMappingsStream>, Status> {
-        let (deadline, until) = (deadline(&request), until(&request));
+        let (deadline, until) = (deadline(&request), client_deadline(&request));
         let request = request.into_inner();
         let target = self.target(request.vcpu)?;
         let gpas = convert::mapping::gpas(request.gpa, request.bytes)?;
@@ -47,7 +47,7 @@ impl MappingService for Daemon {
         let budget = convert::mapping::budget(request.budget)?;
         let snapshot = target.snapshot(request.freshness, deadline).await?;
         let walker = walker(request.r#override.as_ref(), &snapshot)?;
-        let map = convert::mapping::over(walker, request.range)?.filtered(filter).within(budget);
+        let map = convert::mapping::over(walker.into_owned(), request.range)?.filtered(filter).within(budget);
         let sending = Sending { daemon: self.clone(), target, snapshot, map, until };
         Ok(Response::new(sending.stream()))
     }

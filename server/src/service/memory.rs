@@ -41,7 +41,7 @@ impl MemoryService for Daemon {
             Some(At::Gva(gva)) => {
                 let privilege = privilege(request.privilege, &snapshot.registers)?;
                 let access = access(AccessKind::Read, privilege, &snapshot);
-                let walker = walker(request.r#override.as_ref(), &snapshot)?;
+                let walker = walker(request.r#override.as_ref(), &snapshot)?.into_owned();
                 Space::virtual_at(
                     convert::address::parse(Some(gva), "gva")?,
                     walker,
@@ -89,7 +89,7 @@ impl MemoryService for Daemon {
         let at = match request.at {
             Some(At::Gva(gva)) => {
                 let access = access(AccessKind::Write, Privilege::Exempt, &snapshot);
-                let walker = walker(request.r#override.as_ref(), &snapshot)?;
+                let walker = walker(request.r#override.as_ref(), &snapshot)?.into_owned();
                 Space::virtual_at(convert::address::parse(Some(gva), "gva")?, walker, access, "gva", length)?
             }
             Some(At::Gpa(gpa)) => {

@@ -14,12 +14,11 @@ use pagewalk_proto::v1;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Status};
+use tonic::Status;
 
 use super::Daemon;
 use super::resolve::{Target, gone};
 use crate::convert;
-use crate::layer::Deadline;
 use crate::status::Error;
 use crate::vcpu::Snapshot;
 
@@ -39,11 +38,6 @@ pub(crate) fn slices() -> Arc<Semaphore> {
 }
 
 pub(super) type Parts<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
-
-/// When the client wants the last part at the latest.
-pub(super) fn until<T>(request: &Request<T>) -> Option<Instant> {
-    request.extensions().get::<Deadline>().map(|deadline| deadline.0)
-}
 
 /// One part, whatever RPC it answers.
 pub(super) struct Part {
@@ -74,6 +68,7 @@ pub(super) struct Sending {
     pub(super) target: Target,
     pub(super) snapshot: Arc<Snapshot>,
     pub(super) map: Map,
+    /// When the client wants the last part at the latest.
     pub(super) until: Option<Instant>,
 }
 
@@ -125,7 +120,10 @@ impl Sending {
                     (map, sliced)
                 });
                 let (extents, progress);
-                (map, (extents, progress)) = slice.await.ok()?;
+                (map, (extents, progress)) = match slice.await {
+                    Ok(sliced) => sliced,
+                    Err(panicked) => return Some(Error::Failed(panicked.to_string())),
+                };
                 if !extents.is_empty() || progress != Progress::Going || begun.elapsed() >= SILENCE {
                     break (extents, progress);
                 }

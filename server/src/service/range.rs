@@ -25,6 +25,6 @@ pub(super) async fn map(
     let access = convert::access::access(request.access, &snapshot.registers)?;
     let walker = walker(request.r#override.as_ref(), &snapshot)?;
     convert::access::check(&access, &walker)?;
-    let map = convert::mapping::over(walker, Some(range))?;
+    let map = convert::mapping::over(walker.into_owned(), Some(range))?;
     Ok((map.for_access(&access).reporting(Report::Everything).within(budget), snapshot))
 }

@@ -1,6 +1,6 @@
 //! `TranslationService`.
 
-use std::sync::Arc;
+use std::borrow::Cow;
 
 use pagewalk::{
     Access, AdPolicy, Fault, Gva, NgpaWalk, NoTrace, PagingMode, Step, Trace, Translation, Walker,
@@ -10,8 +10,8 @@ use pagewalk_proto::v1::translate_response::Outcome;
 use pagewalk_proto::v1::translation_service_server::TranslationService;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::parts::{Parts, Sending, until};
-use super::resolve::{Target, deadline};
+use super::parts::{Parts, Sending};
+use super::resolve::{Target, client_deadline, deadline};
 use super::{Daemon, batch, explain, nested_gpa, range, stream};
 use crate::convert;
 use crate::machine::GuestRam;
@@ -95,7 +95,7 @@ impl TranslationService for Daemon {
         &self,
         request: Request<v1::TranslateRangeRequest>,
     ) -> Result<Response<Self::TranslateRangeStream>, Status> {
-        let (deadline, until) = (deadline(&request), until(&request));
+        let (deadline, until) = (deadline(&request), client_deadline(&request));
         let request = request.into_inner();
         let target = self.target(request.vcpu.clone())?;
         let (map, snapshot) = range::map(&target, request, deadline).await?;
@@ -129,13 +129,14 @@ impl TranslationService for Daemon {
 }
 
 /// The vCPU's walkers, or those that the request brings.
-pub(super) fn walker(
+pub(super) fn walker<'a>(
     request: Option<&v1::WalkerOverride>,
-    snapshot: &Arc<Snapshot>,
-) -> Result<Walker, Error> {
-    match request {
-        Some(request) => convert::walker_override::walker(request, snapshot),
-        None => snapshot.walker.clone().map_err(Error::VcpuState),
+    snapshot: &'a Snapshot,
+) -> Result<Cow<'a, Walker>, Error> {
+    match (request, &snapshot.walker) {
+        (Some(request), _) => convert::walker_override::walker(request, snapshot).map(Cow::Owned),
+        (None, Ok(walker)) => Ok(Cow::Borrowed(walker)),
+        (None, Err(problem)) => Err(Error::VcpuState(*problem)),
     }
 }
 

@@ -3,7 +3,6 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::nested::KvmNestedStateBuffer;
 use kvm_bindings::{
     KVM_STATE_NESTED_FORMAT_SVM, KVM_STATE_NESTED_GUEST_MODE, Msrs, kvm_msr_entry, kvm_regs, kvm_segment,
     kvm_sregs2,
@@ -66,11 +65,6 @@ fn hypervisor((what, error): Failure) -> VcpuError {
 
 fn field(field: &'static str, problem: impl Into<String>) -> VcpuError {
     VcpuError::NestedField { field, problem: problem.into() }
-}
-
-/// The nested state of a vCPU that runs no L2.
-pub(super) fn outside(_format: u16) -> Box<KvmNestedStateBuffer> {
-    svm::outside()
 }
 
 impl Nesting {

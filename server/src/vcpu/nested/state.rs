@@ -146,13 +146,13 @@ pub(super) fn set_nested(vcpu: &VcpuFd, state: &KvmNestedStateBuffer) -> Result<
     vcpu.set_nested_state(state).map_err(failed("KVM_SET_NESTED_STATE"))
 }
 
-/// Back to L1, out of VMX operation; its registers are still L2's.
+/// Back to L1; its registers are still L2's.
 fn leave(vcpu: &VcpuFd) -> Result<(), Failure> {
     let now = nested(vcpu)?;
     if u32::from(now.flags) & KVM_STATE_NESTED_GUEST_MODE == 0 {
         return Ok(());
     }
-    set_nested(vcpu, &super::entry::outside(now.format))
+    set_nested(vcpu, &super::svm::outside())
 }
 
 pub(super) fn sregs(vcpu: &VcpuFd) -> Result<kvm_sregs2, Failure> {

@@ -5,7 +5,7 @@
 #   judges.sh table LOG    prints the table of a run whose output is in LOG
 #
 # A row adds up the judges that it names; each has to have said `judge NAME: N cases, D disagreements, T s` and made its minimum.
-# The verdict on a row is OK, DISAGREES, SHORT (of cases), MISSING (a judge said nothing), or SKIPPED: the row's bed said so and
+# The verdict on a row is OK, DISAGREES, SHORT (of cases), MISSING (a judge said nothing), or SKIPPED: a bed of the row's said so and
 # PAGEWALK_REQUIRE does not name it. Whatever is not OK or SKIPPED makes this fail.
 #
 #   PAGEWALK_FUZZ_SECONDS   how long each fuzz target runs; default 60
@@ -13,7 +13,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-# Name | what it is | bed | cases of each judge | of all | seconds of each | judges, with `*` for any ending
+# Name | what it is | beds | cases of each judge | of all | seconds of each | judges, with `*` for any ending
 rows() {
     cat <<'ROWS'
 kvm|Local /dev/kvm, 4-level: KVM_TRANSLATE and execution|kvm|300000|1000000|0|kvm-translate kvm-execution
@@ -28,6 +28,8 @@ intel-nested|kvm_intel nested: L2 unpaged, 2-level, PAE, 4-level over 4-level EP
 intel-exit|kvm_intel in Bochs: executed accesses of an L2, exit qualification as L1 sees it|nested-intel|1000|5000|0|nested-intel-vmentry-unpaged nested-intel-vmentry-2 nested-intel-vmentry-pae nested-intel-vmentry-4
 tcg-mmu|QEMU's own MMU on stock Linux, every `info tlb` entry|qemu|1|0|0|linux-4-level-info-tlb linux-5-level-info-tlb linux-2-level-info-tlb linux-pae-info-tlb
 attached|The daemon attached to such guests: `info tlb`, `gva2gpa`|qemu|20000|0|0|attached-4-level-translation attached-5-level-translation attached-2-level-translation attached-pae-translation attached-5-level-private-translation
+dump|Dumps of those guests, with paging=true as well: addresses and bytes|qemu|20000|0|0|linux-4-level-dump linux-5-level-dump linux-2-level-dump linux-pae-dump linux-5-level-private-dump linux-5-level-paging-dump linux-pae-paging-dump
+dump-volatility|The same dumps read by volatility3, 4-level and 5-level|qemu volatility3|5000|0|0|volatility-4-level-dump volatility-5-level-dump
 oracle|The independent oracle, odometer and soup||5000000|0|0|oracle
 exhaustive|Loop-free rules, every input: reserved bits, canonicality, rights, keys||30000000|0|0|exhaustive
 fuzz|Fuzzing the walker: panics, step bound, hangs, contradictions||100000|0|SECONDS|fuzz-walk fuzz-registers
@@ -78,8 +80,11 @@ table() {
                 least = each[row] > 0 && wanted > 1 ? thousands(each[row]) " each" : thousands(each[row])
                 if (all[row] > 0) least = thousands(all[row])
                 if (seconds[row] > 0) least = seconds[row] " s each"
+                absent = 0; beds = split(bed[row], needed, " ")
+                for (n = 1; n <= beds; n++)
+                    if (skipped[needed[n]] && index(required, "," needed[n] ",") == 0) absent = 1
                 if (wrong > 0) verdict = "DISAGREES"
-                else if (missing != "" && total == 0 && skipped[bed[row]] && index(required, "," bed[row] ",") == 0) verdict = "SKIPPED"
+                else if (missing != "" && total == 0 && absent) verdict = "SKIPPED"
                 else if (missing != "") verdict = "MISSING:" missing
                 else if (short != "") verdict = "SHORT:" short
                 else verdict = "OK"

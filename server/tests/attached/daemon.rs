@@ -95,18 +95,29 @@ impl Daemon {
 
     /// What addresses mean, by the words of `BatchTranslate`, whatever the rights.
     pub(crate) fn words(&self, id: &str, index: u32, addresses: &[u64]) -> Result<Vec<u64>, Status> {
+        self.batch(id, index, addresses).map(|(words, _)| words)
+    }
+
+    /// The same, and all faults among them.
+    pub(crate) fn batch(
+        &self,
+        id: &str,
+        index: u32,
+        addresses: &[u64],
+    ) -> Result<(Vec<u64>, Vec<v1::BatchFault>), Status> {
         let request = v1::BatchTranslateRequest {
             head: v1::BatchTranslateRequestHead {
                 vcpu: vcpu(id, index),
                 access: Some(exempt()),
+                max_faults: Some(1 << 16),
                 ..Default::default()
             },
             column: addresses.iter().copied().collect(),
         };
         let mut client =
-            TranslationServiceClient::new(self.channel.clone()).max_decoding_message_size(8 << 20);
+            TranslationServiceClient::new(self.channel.clone()).max_decoding_message_size(32 << 20);
         let answer = self.runtime.block_on(client.batch_translate(request))?.into_inner();
-        Ok(answer.column.iter().collect())
+        Ok((answer.column.iter().collect(), answer.head.faults))
     }
 
     pub(crate) fn translate(&self, id: &str, gva: u64) -> Result<v1::TranslateResponse, Status> {

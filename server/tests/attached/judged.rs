@@ -1,4 +1,5 @@
-//! Judges `attached-*`: answers of the daemon against QEMU's own MMU and monitor, and the guest's own word.
+//! Judges `attached-*`: answers of the daemon against QEMU's own MMU and monitor, and the guest's own word. What was said at
+//! the last pause judges dumps of that moment as well: see `dumped.rs`.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -6,10 +7,12 @@ use std::time::{Duration, Instant};
 
 use fastrand::Rng;
 use libtest_mimic::Failed;
+use pagewalk::ControlRegisters;
 use pagewalk_proto::v1;
 
 use crate::announced::{self, IDENTITY, Mapping};
 use crate::daemon::Daemon;
+use crate::dumped;
 use crate::guest::Guest;
 use crate::judge::{Judge, cases};
 use crate::monitor::{self, TlbEntry};
@@ -42,7 +45,7 @@ pub(crate) fn run(script: &Path, name: &'static str, memory: &str) -> Result<(),
         _ => "attached-pae-bytes",
     })?;
     let mut rng = Rng::with_seed(translation.seed());
-    let random = cases(20_000)?.div_ceil(PAUSES * u64::from(VCPUS));
+    let random = cases(20_000)?.div_ceil(u64::from(VCPUS));
     let variables = [
         ("PAGEWALK_BED_QMP", qmp.as_os_str()),
         ("PAGEWALK_BED_MEMORY", OsStr::new(if private { "private" } else { "file" })),
@@ -62,25 +65,32 @@ pub(crate) fn run(script: &Path, name: &'static str, memory: &str) -> Result<(),
     assert_eq!(machine.maxphyaddr, width, "CPUID, as the guest sees it");
     assert!(machine.regions.iter().any(|region| region.read_only), "a ROM");
 
-    for _ in 0..PAUSES {
+    for pause in 1..=PAUSES {
         let paused = daemon.pause("vm")?;
         assert_eq!(paused.run_state(), v1::RunState::Paused);
         assert!(daemon.vcpus("vm").iter().all(|vcpu| vcpu.run_state() == v1::RunState::Paused));
         let registers = monitor::registers(&guest.ask(0, "info registers -a")?)?;
+        // Most is asked at the pause that dumps are judged by, too.
+        let random = if pause == PAUSES { random } else { random.div_ceil(16) };
+        let mut said = Vec::new();
         for index in 0..VCPUS {
             let ours = daemon.registers("vm", index)?;
-            let (said, provenance) = (ours.registers.unwrap(), ours.provenance.unwrap());
+            let (held, provenance) = (ours.registers.unwrap(), ours.provenance.unwrap());
             let control = registers[index as usize].control;
             assert_eq!(
-                (said.cr0, said.cr3, said.cr4, said.efer),
+                (held.cr0, held.cr3, held.cr4, held.efer),
                 (Some(control.cr0), Some(control.cr3), Some(control.cr4), Some(control.efer))
             );
             assert!(provenance.assumed.iter().any(|a| a.starts_with("PAT=")), "{:?}", provenance.assumed);
-            let leaves = monitor::tlb(&guest.ask(index as usize, "info tlb")?)?;
-            judge_leaves(&daemon, index, &leaves, &mut translation)?;
-            judge_random(&daemon, &mut guest, &mut rng, index, &leaves, random, &mut translation)?;
-            judge_bytes(&daemon, &mut guest, &mut rng, index, &leaves, folder.path(), &mut bytes)?;
+            let heard = Said::of(&daemon, &mut guest, &mut rng, index, control, random, folder.path())?;
+            judge_leaves(&daemon, index, &heard.leaves, &mut translation)?;
+            judge_random(&daemon, index, &heard.random, &mut translation)?;
+            judge_bytes(&daemon, index, &heard, &mut bytes)?;
             judge_announced(&daemon, &mut rng, index, &mappings, &mut bytes)?;
+            said.push(heard);
+        }
+        if pause == PAUSES {
+            dumped::run(&daemon, &mut guest, name, memory, &said, folder.path())?;
         }
         assert_eq!(daemon.resume("vm")?.run_state(), v1::RunState::Running);
         std::thread::sleep(Duration::from_millis(rng.u64(5..60)));
@@ -96,8 +106,75 @@ pub(crate) fn run(script: &Path, name: &'static str, memory: &str) -> Result<(),
     outcomes.into_iter().collect()
 }
 
+/// What QEMU said of a vCPU while the guest was paused.
+pub(crate) struct Said {
+    pub(crate) control: ControlRegisters,
+    pub(crate) leaves: Vec<TlbEntry>,
+    /// Addresses, and what `gva2gpa` said of them.
+    pub(crate) random: Vec<(u64, Option<u64>)>,
+    /// Pages of memory, and what `memsave` made of them.
+    pub(crate) pages: Vec<(TlbEntry, Vec<u8>)>,
+    /// Pages that were to be saved and are no memory.
+    devices: usize,
+}
+
+impl Said {
+    fn of(
+        daemon: &Daemon,
+        guest: &mut Guest,
+        rng: &mut Rng,
+        index: u32,
+        control: ControlRegisters,
+        random: u64,
+        folder: &Path,
+    ) -> Result<Self, Failed> {
+        let vcpu = index as usize;
+        let leaves = monitor::tlb(&guest.ask(vcpu, "info tlb")?)?;
+        let addresses = addresses(rng, &leaves, random);
+        let answers = guest.ask_all(vcpu, addresses.iter().map(|gva| format!("gva2gpa {gva:#x}")))?;
+        let random = addresses
+            .into_iter()
+            .zip(answers)
+            .map(|(gva, answer)| Ok((gva, monitor::gpa(&answer)?)))
+            .collect::<Result<_, String>>()?;
+        let regions = daemon.machine("vm").regions;
+        let saved = folder.join("saved");
+        let (mut pages, mut devices) = (Vec::new(), 0);
+        for _ in 0..PAGES {
+            let Some(leaf) = rng.choice(&leaves) else { break };
+            if !regions.iter().any(|r| (r.start..r.start + r.size).contains(&leaf.gpa)) {
+                devices += 1;
+                continue;
+            }
+            let command = format!("memsave {:#x} {PAGE} \"{}\"", leaf.gva, saved.display());
+            let said = guest.ask(vcpu, &command)?;
+            if !said.trim().is_empty() {
+                return Err(format!("memsave says {said:?}").into());
+            }
+            pages.push((*leaf, std::fs::read(&saved)?));
+        }
+        Ok(Self { control, leaves, random, pages, devices })
+    }
+}
+
+/// Mapped addresses, their neighbours, and all others.
+fn addresses(rng: &mut Rng, leaves: &[TlbEntry], number: u64) -> Vec<u64> {
+    let wide = leaves.iter().any(|leaf| leaf.gva >> 32 != 0);
+    let address = |_| {
+        let near = rng.choice(leaves).map_or(0, |leaf| leaf.gva);
+        let gva = match rng.u32(0..4) {
+            0 => near.wrapping_add(rng.u64(0..PAGE)),
+            1 => near.wrapping_add(rng.u64(0..1 << 22)),
+            2 => near ^ 1 << rng.u32(12..if wide { 57 } else { 32 }),
+            _ => rng.u64(..) >> rng.u32(0..40),
+        };
+        if wide { gva } else { gva & 0xffff_ffff }
+    };
+    (0..number).map(address).collect()
+}
+
 /// The GPA in a word of `BatchTranslate`.
-fn gpa(word: u64, gva: u64) -> Option<u64> {
+pub(crate) fn gpa(word: u64, gva: u64) -> Option<u64> {
     (word & 1 != 0).then_some(word & 0x000f_ffff_ffff_f000 | gva & 0xfff)
 }
 
@@ -115,34 +192,16 @@ fn judge_leaves(daemon: &Daemon, index: u32, leaves: &[TlbEntry], judge: &mut Ju
     Ok(())
 }
 
-/// Mapped addresses, their neighbours, and all others.
 fn judge_random(
     daemon: &Daemon,
-    guest: &mut Guest,
-    rng: &mut Rng,
     index: u32,
-    leaves: &[TlbEntry],
-    number: u64,
+    random: &[(u64, Option<u64>)],
     judge: &mut Judge,
 ) -> Result<(), Failed> {
-    let wide = leaves.iter().any(|leaf| leaf.gva >> 32 != 0);
-    let addresses: Vec<u64> = (0..number)
-        .map(|_| {
-            let near = rng.choice(leaves).map_or(0, |leaf| leaf.gva);
-            let gva = match rng.u32(0..4) {
-                0 => near.wrapping_add(rng.u64(0..PAGE)),
-                1 => near.wrapping_add(rng.u64(0..1 << 22)),
-                2 => near ^ 1 << rng.u32(12..if wide { 57 } else { 32 }),
-                _ => rng.u64(..) >> rng.u32(0..40),
-            };
-            if wide { gva } else { gva & 0xffff_ffff }
-        })
-        .collect();
+    let addresses: Vec<u64> = random.iter().map(|(gva, _)| *gva).collect();
     let words = daemon.words("vm", index, &addresses)?;
-    let answers = guest.ask_all(index as usize, addresses.iter().map(|gva| format!("gva2gpa {gva:#x}")))?;
-    for ((gva, word), answer) in addresses.into_iter().zip(words).zip(answers) {
+    for (&(gva, qemu), word) in random.iter().zip(words) {
         judge.case();
-        let qemu = monitor::gpa(&answer)?;
         judge.count(if qemu.is_some() { "random, mapped" } else { "random, not mapped" }, 0);
         if gpa(word, gva) != qemu {
             judge.disagree(|| format!("vCPU {index}: {gva:#x}: QEMU {qemu:x?}, the daemon {word:#x}"));
@@ -151,36 +210,17 @@ fn judge_random(
     Ok(())
 }
 
-/// Pages read by GVA and by GPA, against what QEMU saves of them.
-fn judge_bytes(
-    daemon: &Daemon,
-    guest: &mut Guest,
-    rng: &mut Rng,
-    index: u32,
-    leaves: &[TlbEntry],
-    folder: &Path,
-    judge: &mut Judge,
-) -> Result<(), Failed> {
-    let regions = daemon.machine("vm").regions;
-    let saved = folder.join("saved");
-    for _ in 0..PAGES {
-        let Some(leaf) = rng.choice(leaves) else { break };
-        let in_memory = regions.iter().any(|r| (r.start..r.start + r.size).contains(&leaf.gpa));
-        if !in_memory {
-            judge.count("page of a device, not compared", 0);
-            continue;
-        }
+/// Pages read by GVA and by GPA, against what QEMU saved of them.
+fn judge_bytes(daemon: &Daemon, index: u32, said: &Said, judge: &mut Judge) -> Result<(), Failed> {
+    for _ in 0..said.devices {
+        judge.count("page of a device, not compared", 0);
+    }
+    for (leaf, theirs) in &said.pages {
         judge.case();
         judge.count("page of memsave", 0);
-        let said =
-            guest.ask(index as usize, &format!("memsave {:#x} {PAGE} \"{}\"", leaf.gva, saved.display()))?;
-        if !said.trim().is_empty() {
-            return Err(format!("memsave says {said:?}").into());
-        }
-        let theirs = std::fs::read(&saved)?;
         let by_gva = daemon.read("vm", index, leaf.gva, PAGE)?;
         let by_gpa = daemon.read_physical("vm", leaf.gpa, PAGE)?;
-        if by_gva.data != theirs || by_gpa != theirs || by_gva.stop.is_some() {
+        if by_gva.data != *theirs || by_gpa != *theirs || by_gva.stop.is_some() {
             judge.disagree(|| format!("bytes of {leaf:x?} differ: {:?}", by_gva.stop));
         }
     }

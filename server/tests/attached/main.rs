@@ -4,13 +4,15 @@
 //! The guests are those of the bed `qemu-linux`. A daemon in this process attaches to each over a QMP socket of its own; the
 //! tests ask QEMU over another one. While the guest is paused, every leaf of `info tlb` and thousands of random addresses of
 //! `gva2gpa` are compared with `BatchTranslate`, bytes of `ReadMemory` with `memsave` and with what the program in the guest
-//! announced. Each way to the guest's memory has its turn.
+//! announced. Each way to the guest's memory has its turn. Dumps that QEMU writes of the paused guest are judged by the same words,
+//! and by volatility3 (`dumped.rs`).
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that reports on standard output")]
 
 #[allow(dead_code, reason = "each test target uses its part")]
 #[path = "../../../walker/tests/linux/announced.rs"]
 mod announced;
 mod daemon;
+mod dumped;
 #[allow(dead_code, reason = "each test target uses its part")]
 #[path = "../../../walker/tests/linux/guest.rs"]
 mod guest;

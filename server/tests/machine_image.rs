@@ -6,9 +6,12 @@ mod dump_file;
 use std::path::Path;
 
 use dump_file::tables;
-use pagewalk::{Access, AccessKind, AdPolicy, Backing, Gva, NoTrace, PagingMode, Privilege, Translation};
+use pagewalk::{
+    Access, AccessKind, AdPolicy, Backing, ControlRegisters, EptCapabilities, EptControls, Gva, NgpaWalk,
+    NoTrace, NptControls, PagingMode, Privilege, Translation,
+};
 use pagewalkd::machine::{Machine, MachineSpec};
-use pagewalkd::vcpu::RunState;
+use pagewalkd::vcpu::{NestedMode, RunState};
 use tempfile::TempDir;
 
 /// One region and one vCPU under 4-level paging, whose linear address 0 is 0x2000.
@@ -125,6 +128,37 @@ fn pdpte_registers_stand_in_for_memory() {
 }
 
 #[test]
+fn a_second_dimension_is_that_of_the_description() {
+    let folder = folder();
+    let walk = |text: &str| {
+        let snapshot = open(&folder, text).vcpu(0).unwrap().latest();
+        let walker = snapshot.walker.as_ref().unwrap();
+        (walker.gva_walk().clone(), walker.ngpa_walk().cloned(), snapshot.nested)
+    };
+    let (own, none, off) = walk(PLAIN);
+    assert_eq!((none, off), (None, NestedMode::Off));
+    let cpu = open(&folder, PLAIN).vcpu(0).unwrap().latest().cpu;
+
+    let ept = "[vcpu.nested.ept]\neptp = 0x505e\nmode_based_execute = true\ntables_written = true\n";
+    let controls = EptControls { mode_based_execute: true, tables_written: true };
+    let (first, second, mode) = walk(&format!("{PLAIN}{ept}"));
+    assert_eq!(first, own, "the registers are L2's");
+    assert_eq!(second, Some(NgpaWalk::ept(0x505e, &controls, &EptCapabilities::all(), &cpu).unwrap()));
+    assert!(matches!(mode, NestedMode::Guest(_)));
+    let (_, second, _) = walk(&format!("{PLAIN}{ept}capabilities = 0x204040\n"));
+    let few = EptCapabilities::from_msr(0x20_4040);
+    assert_eq!(second, Some(NgpaWalk::ept(0x505e, &controls, &few, &cpu).unwrap()));
+
+    let npt = "nested.npt = { ncr3 = 0x5000, host_cr4 = 0x1020, host_efer = 0xd00, guest_mode_execute_trap = true }\n";
+    let (first, second, mode) = walk(&format!("{PLAIN}{npt}nested.l2 = {{ cr3 = 0x1000 }}\n"));
+    assert_eq!(first.root(), 0x1000);
+    let host = ControlRegisters { cr0: 0x8001_0001, cr4: 0x1020, efer: 0xd00, ..Default::default() };
+    let controls = NptControls { guest_mode_execute_trap: true };
+    assert_eq!(second, Some(NgpaWalk::npt_with(0x5000, &host, &controls, &cpu).unwrap()));
+    assert!(matches!(mode, NestedMode::WalkerOnly { l2, .. } if l2.cr3 == Some(0x1000)));
+}
+
+#[test]
 fn what_cannot_be_is_refused_by_key() {
     let folder = folder();
     let replaced = |from: &str, to: &str| {
@@ -178,6 +212,26 @@ fn what_cannot_be_is_refused_by_key() {
         (format!("{PLAIN}cpl = 4\n"), "vcpu[0].cpl: 4 is no privilege level"),
         (format!("{PLAIN}pkru = 0x100000000\n"), "vcpu[0].pkru: 0x100000000 has more than 32 bits"),
         (format!("{PLAIN}pdptes = [1, 2, 3]\n"), "line 15: "),
+        (format!("{PLAIN}[vcpu.nested]\nl2 = {{ cr3 = 0 }}\n"), "vcpu[0].nested: has neither npt nor ept"),
+        (format!("{PLAIN}[vcpu.nested.npt]\nncr3 = 0x5000\n"), "missing field `host_cr4`"),
+        (format!("{PLAIN}[vcpu.nested.ept]\neptp = 0x5\n"), "vcpu[0].nested: EPT: EPTP"),
+        (
+            format!(
+                "{PLAIN}[vcpu.nested.npt]\nncr3 = \"0x8000000000000000\"\nhost_cr4 = 32\nhost_efer = 0xd00\n"
+            ),
+            "vcpu[0].nested: NPT: nCR3",
+        ),
+        (
+            format!(
+                "{PLAIN}nested.ept.eptp = 0x505e\nnested.npt = {{ ncr3 = 0, host_cr4 = 32, host_efer = 0xd00 }}\n"
+            ),
+            "vcpu[0].nested: has npt and ept",
+        ),
+        (
+            format!("{PLAIN}nested.ept.eptp = 0x505e\nnested.l2.cr0 = 0x80000000\n"),
+            "vcpu[0].nested: L2's registers: CR0",
+        ),
+        (format!("{PLAIN}nested.ept.root = 0x505e\n"), "unknown field `root`"),
         (
             format!("{}\npdptes = [\"0x2007\", 0, 0, 0]\n", replaced("efer = 0xd00", "efer = 0")),
             "vcpu[0]: PDPTE",
@@ -225,4 +279,14 @@ fn the_example_opens() {
     let snapshot = machine.vcpu(0).unwrap().latest();
     assert_eq!(snapshot.registers.rip, 0xffff_ffff_81a3_c0f4);
     assert_eq!(snapshot.walker.as_ref().unwrap().gva_walk().format().mode(), PagingMode::FourLevel);
+
+    // So does what it says about an L2.
+    let text = std::fs::read_to_string(folder.path().join("image.toml")).unwrap();
+    for (second, overlaid) in [("ept", false), ("npt", false), ("ept", true), ("npt", true)] {
+        let text = text.replace(&format!("# nested.{second}"), &format!("nested.{second}"));
+        let text = if overlaid { text.replace("# nested.l2", "nested.l2") } else { text };
+        let snapshot = open(&folder, &text).vcpu(0).unwrap().latest();
+        assert!(snapshot.walker.as_ref().unwrap().ngpa_walk().is_some(), "{second}");
+        assert_eq!(matches!(snapshot.nested, NestedMode::WalkerOnly { .. }), overlaid);
+    }
 }

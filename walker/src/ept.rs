@@ -105,6 +105,21 @@ impl EptCapabilities {
             supervisor_shadow_stack: value >> 23 & 1 != 0,
         }
     }
+
+    /// The bits of IA32_VMX_EPT_VPID_CAP that a walk depends on.
+    #[must_use]
+    pub const fn msr(&self) -> u64 {
+        self.execute_only as u64
+            | (self.four_level as u64) << 6
+            | (self.five_level as u64) << 7
+            | (self.uncacheable as u64) << 8
+            | (self.write_back as u64) << 14
+            | (self.pages_2m as u64) << 16
+            | (self.pages_1g as u64) << 17
+            | (self.accessed_dirty as u64) << 21
+            | (self.advanced_information as u64) << 22
+            | (self.supervisor_shadow_stack as u64) << 23
+    }
 }
 
 /// What VMCS12 says about EPT beside EPTP.

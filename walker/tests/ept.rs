@@ -20,6 +20,16 @@ const ACCESSED_DIRTY: u64 = 1 << 6;
 const MBEC: EptControls = EptControls { mode_based_execute: true, tables_written: false };
 const PLAIN: EptControls = EptControls { mode_based_execute: false, tables_written: false };
 
+#[test]
+fn capabilities_are_bits_of_their_msr() {
+    for bit in 0..64 {
+        let capabilities = EptCapabilities::from_msr(1 << bit);
+        let known = [0, 6, 7, 8, 14, 16, 17, 21, 22, 23].contains(&bit);
+        assert_eq!(capabilities.msr(), u64::from(known) << bit);
+    }
+    assert_eq!(EptCapabilities::from_msr(EptCapabilities::all().msr()), EptCapabilities::all());
+}
+
 const R: u64 = 1;
 const W: u64 = 2;
 const X: u64 = 4;

@@ -111,6 +111,9 @@ pub(crate) fn nested_mode(snapshot: &Snapshot) -> v1::NestedMode {
         NestedMode::Guest(guest) => match guest.entered {
             Entered::ByRequest => (v1::NestedModeKind::RealVcpu, "SetNestedMode had the vCPU enter this L2"),
             Entered::ByGuest => (v1::NestedModeKind::Observed, "the guest itself entered this L2"),
+            Entered::BeforeItWasRecorded => {
+                (v1::NestedModeKind::Observed, "the vCPU ran this L2 when it was recorded")
+            }
         },
     };
     let reason = match (snapshot.nested, snapshot.nested_reason.as_str()) {
@@ -137,41 +140,9 @@ fn second_dimension(second: &SecondDimension) -> v1::nested_mode::SecondDimensio
             v1::nested_mode::SecondDimension::Ept(v1::Ept {
                 eptp: *eptp,
                 mode_based_execute: controls.mode_based_execute,
-                capabilities: Some(ept_capabilities(capabilities)),
+                capabilities: Some(capabilities.msr()),
                 tables_written: controls.tables_written,
             })
         }
-    }
-}
-
-/// The bits of IA32_VMX_EPT_VPID_CAP that a walk depends on.
-fn ept_capabilities(capabilities: &EptCapabilities) -> u64 {
-    let bits = [
-        (capabilities.execute_only, 0),
-        (capabilities.four_level, 6),
-        (capabilities.five_level, 7),
-        (capabilities.uncacheable, 8),
-        (capabilities.write_back, 14),
-        (capabilities.pages_2m, 16),
-        (capabilities.pages_1g, 17),
-        (capabilities.accessed_dirty, 21),
-        (capabilities.advanced_information, 22),
-        (capabilities.supervisor_shadow_stack, 23),
-    ];
-    bits.into_iter().fold(0, |value, (on, bit)| value | u64::from(on) << bit)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn capabilities_survive_the_round_trip() {
-        for bit in 0..64 {
-            let capabilities = EptCapabilities::from_msr(1 << bit);
-            assert_eq!(EptCapabilities::from_msr(ept_capabilities(&capabilities)), capabilities, "{bit}");
-        }
-        let all = EptCapabilities::all();
-        assert_eq!(EptCapabilities::from_msr(ept_capabilities(&all)), all);
     }
 }

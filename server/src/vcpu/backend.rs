@@ -3,7 +3,7 @@
 use std::ptr::NonNull;
 
 use super::command::VcpuError;
-use super::nested::{EnterL2, GuestMode};
+use super::nested::{EnterL2, GuestMode, L2Registers, SecondDimension};
 use super::registers::{RegisterChanges, Registers};
 use super::snapshot::RunState;
 
@@ -78,6 +78,12 @@ pub trait Backend: Send + 'static {
         None
     }
 
+    /// Whether a guest that runs elsewhere is known to have become another since this was last asked, whatever it does: it was
+    /// reset, or its memory was laid out anew.
+    fn overtaken(&mut self) -> bool {
+        false
+    }
+
     /// Stops a guest that runs elsewhere.
     ///
     /// # Errors
@@ -100,6 +106,11 @@ pub trait Backend: Send + 'static {
     /// When the hypervisor refuses, which ends the vCPU.
     fn guest_mode(&mut self, _registers: &Registers) -> Result<Option<GuestMode>, String> {
         Ok(None)
+    }
+
+    /// The L2 that is laid over the walkers from the beginning, and its registers.
+    fn overlay(&self) -> Option<(SecondDimension, L2Registers)> {
+        None
     }
 
     /// Puts the vCPU into guest mode. Where that fails, everything is as before, with the L2 of an earlier entry.

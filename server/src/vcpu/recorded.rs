@@ -2,6 +2,7 @@
 
 use super::backend::{Backend, Exit};
 use super::command::VcpuError;
+use super::nested::{GuestMode, L2Registers, NestedMode, SecondDimension};
 use super::registers::{RegisterChanges, Registers};
 
 /// Registers that nothing changes any more.
@@ -9,6 +10,7 @@ use super::registers::{RegisterChanges, Registers};
 pub struct RecordedBackend {
     registers: Registers,
     assumed: Vec<String>,
+    nested: NestedMode,
     reason: String,
 }
 
@@ -16,13 +18,19 @@ impl RecordedBackend {
     /// A vCPU that held `registers`; `reason` says why nothing runs or changes.
     #[must_use]
     pub fn new(registers: Registers, reason: impl Into<String>) -> Self {
-        Self { registers, assumed: Vec::new(), reason: reason.into() }
+        Self { registers, assumed: Vec::new(), nested: NestedMode::Off, reason: reason.into() }
     }
 
     /// Says which registers were not recorded, each with the value assumed.
     #[must_use]
     pub fn with_assumed(self, assumed: Vec<String>) -> Self {
         Self { assumed, ..self }
+    }
+
+    /// Says what L2 it ran, or what was laid over its walkers.
+    #[must_use]
+    pub fn with_nested(self, nested: NestedMode) -> Self {
+        Self { nested, ..self }
     }
 }
 
@@ -45,6 +53,20 @@ impl Backend for RecordedBackend {
 
     fn set_registers(&mut self, _: &RegisterChanges) -> Result<(), VcpuError> {
         Err(VcpuError::Unsupported(self.reason.clone()))
+    }
+
+    fn guest_mode(&mut self, _: &Registers) -> Result<Option<GuestMode>, String> {
+        Ok(match self.nested {
+            NestedMode::Guest(guest) => Some(guest),
+            NestedMode::Off | NestedMode::WalkerOnly { .. } => None,
+        })
+    }
+
+    fn overlay(&self) -> Option<(SecondDimension, L2Registers)> {
+        match self.nested {
+            NestedMode::WalkerOnly { second, l2 } => Some((second, l2)),
+            NestedMode::Off | NestedMode::Guest(_) => None,
+        }
     }
 
     fn assumed(&self) -> Vec<String> {

@@ -59,7 +59,10 @@ pub(super) fn first_snapshot<B: Backend>(backend: &mut B, cpu: CpuProfile) -> Re
         (None, None) => (RunState::Running, String::new()),
     };
     let guest = backend.guest_mode(&registers)?;
-    let nested = guest.map_or(NestedMode::Off, NestedMode::Guest);
+    let nested = match backend.overlay() {
+        Some((second, l2)) => NestedMode::WalkerOnly { second, l2 },
+        None => guest.map_or(NestedMode::Off, NestedMode::Guest),
+    };
     let walker = nested.walker(registers.control(), &cpu).map_err(|error| *error.state());
     let walker = registers.with_pdptes(walker, &cpu);
     Ok(Snapshot {
@@ -100,6 +103,7 @@ impl<B: Backend> VcpuThread<B> {
         let on_thread = shared.kicker.enter(backend.immediate_exit())?;
         let first = shared.published.latest();
         let elsewhere = backend.elsewhere().is_some();
+        let overlay = backend.overlay();
         let stays = elsewhere || first.run_state == RunState::Static;
         let mut driver = Driver {
             name,
@@ -112,7 +116,7 @@ impl<B: Backend> VcpuThread<B> {
             elsewhere,
             run_state: first.run_state,
             reason: first.run_state_reason.clone(),
-            overlay: None,
+            overlay,
             in_guest_mode: matches!(first.nested, NestedMode::Guest(_)),
             l1: None,
             nested_reason: String::new(),
@@ -196,14 +200,14 @@ impl<B: Backend> Driver<'_, B> {
         }
     }
 
-    /// Takes note of what a guest does that runs elsewhere, and says whether that has changed.
+    /// Takes note of what a guest does that runs elsewhere, and says whether that, or the guest, has changed.
     fn look_elsewhere(&mut self) -> bool {
         let Ok(Some((run_state, reason))) = self.guarded(Backend::elsewhere) else { return false };
         let changed = (run_state, &reason) != (self.run_state, &self.reason);
         if changed {
             self.enter(Activity::Stay, run_state, reason);
         }
-        changed
+        changed | self.guarded(Backend::overtaken).unwrap_or(false)
     }
 
     /// Has whoever runs the guest stop it or let it go.

@@ -18,6 +18,7 @@ mod nested_gpa;
 mod property;
 mod raw;
 mod registers;
+mod saved;
 mod stream;
 mod stuck;
 mod translate;

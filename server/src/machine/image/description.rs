@@ -10,9 +10,10 @@ use pagewalk::mode::PAT_RESET;
 use pagewalk::{ControlRegisters, CpuProfile, PageWalk, Vendor};
 use serde::{Deserialize, Serialize};
 
+use super::nested::NestedEntry;
 use super::number::Number;
 use crate::machine::Landmark;
-use crate::vcpu::{self, Registers, Snapshot};
+use crate::vcpu::{self, NestedMode, Registers, Snapshot};
 
 const PAGE: u64 = 4096;
 const REGIONS_MAX: usize = 4096;
@@ -144,6 +145,9 @@ macro_rules! vcpu_entry {
             /// Visible parts of the segment registers. Default: 0.
             #[serde(default)]
             pub selectors: Selectors,
+            /// The second dimension under its walk. Default: there is none.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            pub nested: Option<NestedEntry>,
         }
 
         impl VcpuEntry {
@@ -165,6 +169,7 @@ macro_rules! vcpu_entry {
                     pdptes: pdptes.map(|pdptes| pdptes.map(Number)),
                     $($register: Number(registers.$register),)*
                     selectors: Selectors { cs, ss, ds, es, fs, gs },
+                    nested: NestedEntry::of(&snapshot.nested),
                 }
             }
 
@@ -423,6 +428,13 @@ impl Cpu {
 }
 
 impl VcpuEntry {
+    /// Its nested mode.
+    #[must_use]
+    pub fn nested(&self) -> NestedMode {
+        // Whether it is one is checked when the description is.
+        self.nested.as_ref().and_then(|nested| nested.mode().ok()).unwrap_or_default()
+    }
+
     fn check(&self, name: &str, cpu: &CpuProfile) -> Result<(), DescriptionError> {
         if let Some(cpl) = self.cpl.filter(|cpl| *cpl > 3) {
             return Err(key(format!("{name}.cpl"), format!("{cpl} is no privilege level: 0 to 3 are")));
@@ -433,6 +445,12 @@ impl VcpuEntry {
             }
         }
         let (registers, _) = self.registers();
-        registers.gva_walk(cpu).map(drop).map_err(|problem| key(name, problem.to_string()))
+        registers.gva_walk(cpu).map_err(|problem| key(name, problem.to_string()))?;
+        if let Some(nested) = &self.nested {
+            let name = format!("{name}.nested");
+            let mode = nested.mode().map_err(|problem| key(name.clone(), problem))?;
+            mode.walker(registers.control(), cpu).map_err(|problem| key(name, problem.to_string()))?;
+        }
+        Ok(())
     }
 }

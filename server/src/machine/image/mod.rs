@@ -5,6 +5,7 @@
 //! by key; the daemon writes it as well as it reads it. Memory is mapped, not read. Nothing of an image changes and nothing executes.
 
 mod description;
+mod nested;
 mod number;
 
 use std::collections::BTreeMap;
@@ -20,6 +21,7 @@ use crate::vcpu::{RecordedBackend, Vcpu};
 pub use description::{
     Cpu, Description, DescriptionError, LandmarkEntry, MemoryRegion, Selectors, VcpuEntry, VendorName,
 };
+pub use nested::{EptEntry, L2Entry, NestedEntry, NptEntry};
 pub use number::Number;
 
 /// Longest description that is read: a region takes about a hundred bytes.
@@ -91,7 +93,9 @@ pub(super) fn open(id: &str, path: &Path) -> Result<LocalSource, OpenError> {
         .zip(&description.vcpus)
         .map(|(index, vcpu)| {
             let (registers, assumed) = vcpu.registers();
-            Vcpu::spawn(id, index, cpu, RecordedBackend::new(registers, reason).with_assumed(assumed))
+            let backend =
+                RecordedBackend::new(registers, reason).with_assumed(assumed).with_nested(vcpu.nested());
+            Vcpu::spawn(id, index, cpu, backend)
         })
         .collect::<Result<Vec<_>, _>>()?;
     let of = description.of.as_deref().map(|of| format!(": {of}")).unwrap_or_default();

@@ -95,6 +95,8 @@ pub enum Entered {
     ByRequest,
     /// The guest itself.
     ByGuest,
+    /// Nobody here: the vCPU was recorded in it.
+    BeforeItWasRecorded,
 }
 
 /// The L2 that a vCPU runs. Its registers are the vCPU's.

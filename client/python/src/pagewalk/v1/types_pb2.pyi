@@ -469,7 +469,7 @@ class _NestedModeKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper.
     NESTED_MODE_KIND_REAL_VCPU: _NestedModeKind.ValueType  # 3
     """`SetNestedMode` put the real vCPU into guest mode."""
     NESTED_MODE_KIND_OBSERVED: _NestedModeKind.ValueType  # 4
-    """The guest hypervisor itself entered its guest, and the vCPU was seen there."""
+    """The guest hypervisor itself entered its guest, and the vCPU was seen there; in an image, the vCPU was recorded there."""
 
 class NestedModeKind(_NestedModeKind, metaclass=_NestedModeKindEnumTypeWrapper):
     """Whether there is a second dimension, and who put it there."""
@@ -483,7 +483,7 @@ NESTED_MODE_KIND_WALKER_ONLY: NestedModeKind.ValueType  # 2
 NESTED_MODE_KIND_REAL_VCPU: NestedModeKind.ValueType  # 3
 """`SetNestedMode` put the real vCPU into guest mode."""
 NESTED_MODE_KIND_OBSERVED: NestedModeKind.ValueType  # 4
-"""The guest hypervisor itself entered its guest, and the vCPU was seen there."""
+"""The guest hypervisor itself entered its guest, and the vCPU was seen there; in an image, the vCPU was recorded there."""
 Global___NestedModeKind: typing_extensions.TypeAlias = NestedModeKind
 
 @typing.final

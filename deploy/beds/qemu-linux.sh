@@ -19,7 +19,8 @@
 #   PAGEWALK_BEDS          the cache folder; default ${XDG_CACHE_HOME:-~/.cache}/pagewalk-beds
 #   PAGEWALK_BED_SECONDS   how long a guest may live; default 600
 #   PAGEWALK_BED_QMP       path of a socket for one more QMP; default none
-#   PAGEWALK_BED_MEMORY    `file` or `private`: whether RAM holds the guest's memory; default file
+#   PAGEWALK_BED_MEMORY    `file` or `private`: whether RAM holds the guest's memory; `numa`: RAM holds the first of two nodes of
+#                          512 MiB, and there are slots for DIMMs; default file
 set -euo pipefail
 
 bed=qemu-linux
@@ -58,12 +59,21 @@ boot() {
     exec 3<"$work/initramfs"
     rm -rf "$work"
     qemu_command "${PAGEWALK_BED_SECONDS:-600}"
-    local backend="memory-backend-file,id=ram0,size=$memory,mem-path=$ram,share=on"
-    [ "${PAGEWALK_BED_MEMORY:-file}" = file ] || backend="memory-backend-ram,id=ram0,size=$memory"
+    local machine=pc,accel=tcg,memory-backend=ram0 options
+    case ${PAGEWALK_BED_MEMORY:-file} in
+        file) options=(-m "$memory" -object "memory-backend-file,id=ram0,size=$memory,mem-path=$ram,share=on") ;;
+        private) options=(-m "$memory" -object "memory-backend-ram,id=ram0,size=$memory") ;;
+        numa)
+            machine=pc,accel=tcg
+            options=(-m 1G,slots=2,maxmem=2G
+                -object "memory-backend-file,id=ram0,size=512M,mem-path=$ram,share=on" -numa node,cpus=0,memdev=ram0
+                -object memory-backend-memfd,id=ram1,size=512M,share=on -numa node,cpus=1,memdev=ram1)
+            ;;
+        *) fail "PAGEWALK_BED_MEMORY is file, private or numa" ;;
+    esac
     [ -z "${PAGEWALK_BED_QMP-}" ] || qemu+=(-qmp "unix:$PAGEWALK_BED_QMP,server=on,wait=off")
     exec "${qemu[@]}" \
-        -machine pc,accel=tcg,memory-backend=ram0 -cpu "$cpu" -smp 2 -m "$memory" \
-        -object "$backend" \
+        -machine "$machine" -cpu "$cpu" -smp 2 "${options[@]}" \
         -kernel "$beds/$linux/vmlinuz" -initrd /dev/fd/3 \
         -append "console=ttyS0 quiet loglevel=3 panic=-1 no_timer_check hugepages=8 $append" \
         -chardev stdio,id=qmp,signal=off -mon chardev=qmp,mode=control \

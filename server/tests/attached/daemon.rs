@@ -131,6 +131,24 @@ impl Daemon {
         Ok(self.runtime.block_on(client.translate(request))?.into_inner())
     }
 
+    /// The same, from a root that the caller brings.
+    pub(crate) fn translate_from(
+        &self,
+        id: &str,
+        cr3: u64,
+        gva: u64,
+    ) -> Result<v1::TranslateResponse, Status> {
+        let request = v1::TranslateRequest {
+            vcpu: vcpu(id, 0),
+            address: Some(number(gva)),
+            access: Some(exempt()),
+            r#override: Some(v1::WalkerOverride { cr3: Some(cr3), ..Default::default() }),
+            ..Default::default()
+        };
+        let mut client = TranslationServiceClient::new(self.channel.clone());
+        Ok(self.runtime.block_on(client.translate(request))?.into_inner())
+    }
+
     pub(crate) fn read(
         &self,
         id: &str,

@@ -23,6 +23,7 @@ mod judged;
 #[allow(dead_code, reason = "each test target uses its part")]
 #[path = "../../../walker/tests/linux/monitor.rs"]
 mod monitor;
+mod numa;
 mod peers;
 mod trouble;
 
@@ -47,6 +48,7 @@ fn main() {
         bedded("attached_2_level", |script| judged::run(script, "2-level", "file")),
         bedded("attached_pae", |script| judged::run(script, "pae", "file")),
         bedded("attached_5_level_private", |script| judged::run(script, "5-level", "private")),
+        bedded("numa_nodes_and_dimms", numa::nodes_and_dimms),
         bedded("killed_under_load", trouble::killed),
         bedded("killed_under_load_private", trouble::killed_private),
         bedded("truncated_under_load", trouble::truncated),

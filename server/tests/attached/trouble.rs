@@ -18,7 +18,7 @@ use crate::judge;
 const SOON: Duration = Duration::from_secs(10);
 
 /// A guest that runs, and the socket for the daemon.
-fn boot(script: &Path, memory: &str) -> Result<(Guest, PathBuf, TempDir), Failed> {
+pub(crate) fn boot(script: &Path, memory: &str) -> Result<(Guest, PathBuf, TempDir), Failed> {
     let folder = tempfile::tempdir()?;
     let qmp = folder.path().join("qmp");
     let variables = [("PAGEWALK_BED_QMP", qmp.as_os_str()), ("PAGEWALK_BED_MEMORY", OsStr::new(memory))];

@@ -17,6 +17,7 @@ mod registers;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use arc_swap::ArcSwap;
@@ -87,6 +88,8 @@ pub enum QemuError {
 struct News {
     path: PathBuf,
     state: ArcSwap<(RunState, String)>,
+    /// Counts resets and changes of the layout of memory.
+    overtaken: AtomicU64,
     health: Arc<Health>,
     process: OnceLock<Arc<Process>>,
     vcpus: OnceLock<Vec<Weak<Vcpu>>>,
@@ -113,7 +116,9 @@ impl Events for News {
             Event::Resume => self.set(RunState::Running, ""),
             Event::Shutdown => self.set(RunState::Shutdown, "the guest shut down"),
             // What it does after a reset was told by another event, or has not changed.
-            Event::Reset | Event::Layout => {}
+            Event::Reset | Event::Layout => {
+                self.overtaken.fetch_add(1, Ordering::Release);
+            }
         }
         self.tell();
     }
@@ -184,6 +189,14 @@ impl Attached {
             let answer = self.monitor.ask(&format!("gpa2hva {:#x}", region.start.0), 0)?;
             let host = layout::host_address(&answer).map_err(|problem| self.answer(problem))?;
             let end = host.checked_add(region.size);
+            // Somebody may have named another process.
+            if !areas.iter().any(|area| (area.start..area.end).contains(&host)) {
+                let pid = self.process.pid();
+                return Err(self.answer(format!(
+                    "guest memory at {:#x} is at {host:#x} in QEMU, where process {pid} has none: name QEMU's process with pid=N",
+                    region.start.0
+                )));
+            }
             let area = areas.iter().find(|area| {
                 area.start <= host && end.is_some_and(|end| end <= area.end) && area.shared && area.inode != 0
             });
@@ -269,6 +282,8 @@ impl Attached {
 struct QemuVcpu {
     attached: Arc<Attached>,
     index: i64,
+    /// Of what was counted, what is behind it.
+    overtaken: u64,
     /// What the monitor has no word for, of the CPU and of the last registers.
     cpu_assumed: Vec<String>,
     assumed: Vec<String>,
@@ -316,6 +331,11 @@ impl Backend for QemuVcpu {
         Some(RunStateNow::clone(&self.attached.news.state.load()))
     }
 
+    fn overtaken(&mut self) -> bool {
+        let now = self.attached.news.overtaken.load(Ordering::Acquire);
+        std::mem::replace(&mut self.overtaken, now) != now
+    }
+
     fn pause(&mut self) -> Result<(), VcpuError> {
         self.attached.command(&qmp::stop {})
     }
@@ -343,6 +363,7 @@ pub(super) fn open(id: &str, path: &Path, pid: Option<u32>) -> Result<Qemu, Qemu
     let news = Arc::new(News {
         path: path.to_owned(),
         state: ArcSwap::from_pointee((RunState::Running, String::new())),
+        overtaken: AtomicU64::new(0),
         health: Arc::default(),
         process: OnceLock::new(),
         vcpus: OnceLock::new(),
@@ -375,6 +396,7 @@ pub(super) fn open(id: &str, path: &Path, pid: Option<u32>) -> Result<Qemu, Qemu
             let backend = QemuVcpu {
                 attached: Arc::clone(&attached),
                 index: cpu_index,
+                overtaken: 0,
                 cpu_assumed: cpu_assumed.clone(),
                 assumed: Vec::new(),
             };

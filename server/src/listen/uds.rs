@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener as StdListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use tokio::net::UnixListener;
@@ -32,28 +32,36 @@ impl Drop for SocketFile {
 }
 
 impl UdsListener {
-    /// Binds `path`, and takes the place of a socket that a dead daemon left there.
+    /// As [`claim`], for the runtime.
     pub(crate) fn bind(path: &Path) -> Result<Self, ListenError> {
         let failed = |problem| ListenError::Uds { path: path.to_owned(), problem };
-        match fs::symlink_metadata(path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => {}
-            Err(error) => return Err(failed(error)),
-            Ok(found) if !found.file_type().is_socket() => {
-                return Err(ListenError::UdsOccupied(path.to_owned()));
-            }
-            Ok(_) => match UnixStream::connect(path) {
-                Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-                    fs::remove_file(path).map_err(failed)?;
-                }
-                Err(error) => return Err(failed(error)),
-                Ok(_) => return Err(ListenError::UdsTaken(path.to_owned())),
-            },
-        }
-        let listener = UnixListener::bind(path).map_err(failed)?;
-        let file = SocketFile(path.to_owned());
-        fs::set_permissions(path, fs::Permissions::from_mode(MODE)).map_err(failed)?;
-        Ok(Self { listener, file })
+        let (listener, file) = claim(path)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        Ok(Self { listener: UnixListener::from_std(listener).map_err(failed)?, file })
     }
+}
+
+/// Binds `path`, and takes the place of a socket that a dead daemon left there.
+pub(crate) fn claim(path: &Path) -> Result<(StdListener, SocketFile), ListenError> {
+    let failed = |problem| ListenError::Uds { path: path.to_owned(), problem };
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        Err(error) => return Err(failed(error)),
+        Ok(found) if !found.file_type().is_socket() => {
+            return Err(ListenError::UdsOccupied(path.to_owned()));
+        }
+        Ok(_) => match UnixStream::connect(path) {
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+                fs::remove_file(path).map_err(failed)?;
+            }
+            Err(error) => return Err(failed(error)),
+            Ok(_) => return Err(ListenError::UdsTaken(path.to_owned())),
+        },
+    }
+    let listener = StdListener::bind(path).map_err(failed)?;
+    let file = SocketFile(path.to_owned());
+    fs::set_permissions(path, fs::Permissions::from_mode(MODE)).map_err(failed)?;
+    Ok((listener, file))
 }
 
 #[cfg(test)]

@@ -14,11 +14,12 @@ const CR4_PGE: u64 = 1 << 7;
 const CR4_OSFXSR: u64 = 1 << 9;
 const CR4_OSXMMEXCPT: u64 = 1 << 10;
 const RFLAGS_FIXED: u64 = 1 << 1;
-const CODE_SELECTOR: u16 = 0x08;
-const DATA_SELECTOR: u16 = 0x10;
 
-/// The GDT that the selectors refer to: null, 64-bit code, data.
+/// A GDT with the two descriptors that an entry needs: null, 64-bit code, data.
 pub(super) const GDT: [u64; 3] = [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+
+/// Selector of the code in [`GDT`].
+pub(super) const CODE_SELECTOR: u16 = 0x08;
 
 /// Where and with what a vCPU starts.
 #[derive(Clone, Copy, Debug)]
@@ -28,12 +29,19 @@ pub(super) struct Entry {
     pub(super) rsp: u64,
     /// RDI and RSI: the first two arguments of a C function.
     pub(super) arguments: [u64; 2],
-    /// Linear address of [`GDT`].
+    /// Linear address of the GDT.
     pub(super) gdt: u64,
+    /// Selector of 64-bit code; the next one is that of data.
+    pub(super) code_selector: u16,
 }
 
 impl Entry {
+    fn data_selector(&self) -> u16 {
+        self.code_selector + 8
+    }
+
     pub(super) fn registers(&self) -> Registers {
+        let data = self.data_selector();
         Registers {
             cr0: CR0_PE | CR0_MP | CR0_ET | CR0_NE | CR0_WP | CR0_PG,
             cr3: self.cr3,
@@ -45,14 +53,7 @@ impl Entry {
             rflags: RFLAGS_FIXED,
             rdi: self.arguments[0],
             rsi: self.arguments[1],
-            selectors: Selectors {
-                cs: CODE_SELECTOR,
-                ss: DATA_SELECTOR,
-                ds: DATA_SELECTOR,
-                es: DATA_SELECTOR,
-                fs: DATA_SELECTOR,
-                gs: DATA_SELECTOR,
-            },
+            selectors: Selectors { cs: self.code_selector, ss: data, ds: data, es: data, fs: data, gs: data },
             ..Registers::default()
         }
     }
@@ -62,7 +63,7 @@ impl Entry {
         let registers = self.registers();
         let code = kvm_segment {
             limit: u32::MAX,
-            selector: CODE_SELECTOR,
+            selector: self.code_selector,
             type_: 0xb,
             present: 1,
             s: 1,
@@ -70,7 +71,7 @@ impl Entry {
             g: 1,
             ..kvm_segment::default()
         };
-        let data = kvm_segment { selector: DATA_SELECTOR, type_: 0x3, l: 0, db: 1, ..code };
+        let data = kvm_segment { selector: self.data_selector(), type_: 0x3, l: 0, db: 1, ..code };
         kvm_sregs {
             cs: code,
             ss: data,
@@ -80,7 +81,8 @@ impl Entry {
             gs: data,
             gdt: kvm_dtable {
                 base: self.gdt,
-                limit: (size_of_val(&GDT) - 1) as u16,
+                // To the end of data's descriptor.
+                limit: self.data_selector() + 7,
                 ..kvm_dtable::default()
             },
             // No IDT: an exception before the guest has set one up is a triple fault.

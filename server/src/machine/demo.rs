@@ -10,8 +10,8 @@ use std::sync::Arc;
 
 use pagewalk::{CpuProfile, Vendor};
 
-use super::boot::Entry;
-use super::kvm::Vm;
+use super::boot::{CODE_SELECTOR, Entry};
+use super::kvm::{Platform, Vm};
 use super::memory::GuestRam;
 use super::{Capabilities, Health, LocalSource, OpenError};
 use crate::vcpu::{PlainBackend, Vcpu};
@@ -37,7 +37,7 @@ pub(super) fn open(id: &str, plain: bool) -> Result<LocalSource, OpenError> {
 
 fn open_kvm(id: &str) -> Result<LocalSource, OpenError> {
     let memory = Arc::new(GuestRam::allocate(&image::REGIONS)?);
-    let vm = Arc::new(Vm::create(&memory)?);
+    let vm = Arc::new(Vm::create(&memory, Platform::Bare)?);
     let cpu = vm.cpu();
     image::write(&memory, &cpu)?;
     let vcpu = vm.start(id, 0, &entry())?;
@@ -87,5 +87,6 @@ fn entry() -> Entry {
         rsp: image::KERNEL_STACK_END,
         arguments: [0, 0],
         gdt: image::GDT_GVA,
+        code_selector: CODE_SELECTOR,
     }
 }

@@ -1,7 +1,8 @@
 //! Virtual machines of KVM, and the guest that a user brings as an ELF file.
 //!
-//! A machine has memory and vCPUs and nothing else: no interrupt controller, no timer, no devices. What the guest's CPUID
-//! says is what KVM supports, without the features that need an interrupt controller.
+//! A bare machine has memory and vCPUs and nothing else: no interrupt controller, no timer, no devices. What the guest's CPUID
+//! says is what KVM supports, without the features that need an interrupt controller. A PC has the interrupt controllers and
+//! the timer that KVM emulates: see `linux`.
 //!
 //! `kvm:elf=FILE` is entered at the ELF's entry point in 64-bit mode, on all vCPUs at once, with RDI = index of the vCPU,
 //! RSI = number of vCPUs, RSP = end of a 16 KiB stack of its own, flat segments, IF = 0 and no IDT. All of memory is mapped
@@ -13,33 +14,41 @@ use std::path::Path;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, kvm_regs, kvm_userspace_memory_region,
+    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, Msrs,
+    kvm_msr_entry, kvm_pit_config, kvm_regs, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use pagewalk::{CpuProfile, Gpa, Vendor};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+use vmm_sys_util::eventfd::EventFd;
 
-use super::boot::{Entry, GDT};
+use super::boot::{CODE_SELECTOR, Entry, GDT};
 use super::memory::{GuestRam, MemoryError, Region};
 use super::pages::HugePages;
 use super::{Capabilities, Health, LocalSource, OpenError, elf};
 use crate::vcpu::Vcpu;
+use crate::vcpu::console::Console;
+use crate::vcpu::devices::Devices;
 use crate::vcpu::kvm::{Features, KvmBackend};
 use crate::vcpu::nested::entry::{NestedOffer, Nesting};
 use crate::vcpu::nested::{OwnPages, own_pages_region};
 
 /// The part of memory that holds what we boot a guest with.
 pub(super) const BOOT_AREA_END: u64 = 0x8_0000;
-const GDT_AT: u64 = 0x1000;
-const PML4_AT: u64 = 0x2000;
+pub(super) const GDT_AT: u64 = 0x1000;
+pub(super) const PML4_AT: u64 = 0x2000;
 const PDPT_AT: u64 = 0x3000;
 const PD_AT: u64 = 0x4000;
 const STACKS_AT: u64 = 0x2_0000;
 const STACK_SIZE: u64 = 0x4000;
 
-/// Largest memory of a `kvm:elf` machine: its page directories fit between [`PD_AT`] and [`STACKS_AT`].
+/// Where VMX keeps what it needs for real mode: three pages of a TSS, and one of a table. No memory of the guest's lies there.
+const TSS_AT: usize = 0xfffb_d000;
+const IDENTITY_MAP_AT: u64 = 0xfffb_c000;
+
+/// Largest memory of a machine of KVM's: its page directories fit between [`PD_AT`] and [`STACKS_AT`].
 pub(super) const MEMORY_MAX: u64 = 16 << 30;
-/// Most vCPUs of a `kvm:elf` machine: their stacks fit into the boot area.
+/// Most vCPUs of a machine of KVM's: their stacks fit into the boot area.
 pub(super) const VCPUS_MAX: u32 = 16;
 const _: () = assert!(PD_AT + (MEMORY_MAX >> 30) * 4096 <= STACKS_AT);
 const _: () = assert!(STACKS_AT + VCPUS_MAX as u64 * STACK_SIZE <= BOOT_AREA_END);
@@ -78,6 +87,15 @@ fn failed(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmError {
     move |error| KvmError::Call { what, error }
 }
 
+/// What a machine has beside memory and vCPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Platform {
+    /// Nothing.
+    Bare,
+    /// PICs, I/O APIC, local APICs and PIT, all in the kernel.
+    Pc,
+}
+
 /// A virtual machine, kept by each of its vCPUs.
 pub(super) struct Vm {
     // Before the memory that it uses.
@@ -85,6 +103,8 @@ pub(super) struct Vm {
     cpuid: CpuId,
     cpu: CpuProfile,
     features: Features,
+    /// KVM emulates the timer of the local APIC that compares with the TSC.
+    tsc_deadline: bool,
     /// What vCPUs need to enter guest mode, or why they cannot.
     nesting: Result<NestingPages, String>,
     memory: Arc<GuestRam>,
@@ -98,7 +118,7 @@ struct NestingPages {
 
 impl Vm {
     /// A VM with `memory` and without vCPUs.
-    pub(super) fn create(memory: &Arc<GuestRam>) -> Result<Self, KvmError> {
+    pub(super) fn create(memory: &Arc<GuestRam>, platform: Platform) -> Result<Self, KvmError> {
         let kvm = Kvm::new().map_err(|e| {
             let remedy = match e.errno() {
                 libc::ENOENT | libc::ENODEV | libc::ENXIO => {
@@ -117,6 +137,10 @@ impl Vm {
             return Err(KvmError::Missing("KVM_CAP_IMMEDIATE_EXIT"));
         }
         let fd = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
+        let irqchip = platform == Platform::Pc;
+        if irqchip {
+            add_interrupt_controllers(&kvm, &fd)?;
+        }
         let read_only_slots = kvm.check_extension(Cap::ReadonlyMem);
         // SAFETY: this VM keeps `memory` alive.
         unsafe { add_slots(&fd, memory, 0, read_only_slots) }?;
@@ -126,11 +150,14 @@ impl Vm {
         let features = Features {
             sync_regs,
             guest_debug: kvm.check_extension(Cap::SetGuestDebug),
+            irqchip,
             protection_keys: register(&cpuid, 7, |e| e.ecx) & (1 << 3) != 0,
             supervisor_keys: register(&cpuid, 7, |e| e.ecx) & (1 << 31) != 0,
         };
         let nesting = nesting(&kvm, &fd, memory)?;
-        Ok(Self { fd, cpu: profile(&cpuid), cpuid, features, nesting, memory: Arc::clone(memory) })
+        let tsc_deadline = irqchip && kvm.check_extension(Cap::TscDeadlineTimer);
+        let cpu = profile(&cpuid);
+        Ok(Self { fd, cpuid, cpu, features, tsc_deadline, nesting, memory: Arc::clone(memory) })
     }
 
     /// What CPUID says to the vCPUs.
@@ -168,54 +195,115 @@ impl Vm {
         }
     }
 
-    /// Makes a vCPU that starts at `entry`, and its thread.
+    /// Has this eventfd assert interrupt line `line`.
+    pub(super) fn interrupt_by(&self, event: &EventFd, line: u32) -> Result<(), KvmError> {
+        self.fd.register_irqfd(event, line).map_err(failed("KVM_IRQFD"))
+    }
+
+    /// Makes a vCPU of a bare machine that starts at `entry`, and its thread.
     pub(super) fn start(
         self: &Arc<Self>,
         machine: &str,
         index: u32,
         entry: &Entry,
     ) -> Result<Arc<Vcpu>, OpenError> {
+        let console = Console::new(format!("{machine}/vcpu{index}"));
+        self.start_with(machine, index, Some(entry), Box::new(console))
+    }
+
+    /// Makes a vCPU with these devices, and its thread. Without an entry it is as after a reset, and waits for its start-up IPI.
+    pub(super) fn start_with(
+        self: &Arc<Self>,
+        machine: &str,
+        index: u32,
+        entry: Option<&Entry>,
+        devices: Box<dyn Devices>,
+    ) -> Result<Arc<Vcpu>, OpenError> {
         let vcpu = self.fd.create_vcpu(u64::from(index)).map_err(failed("KVM_CREATE_VCPU"))?;
         vcpu.set_cpuid2(&self.cpuid_of(index)).map_err(failed("KVM_SET_CPUID2"))?;
-        let reset = vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
-        vcpu.set_sregs(&entry.system_registers(reset)).map_err(failed("KVM_SET_SREGS"))?;
-        let registers = entry.registers();
-        let regs = kvm_regs {
-            rip: registers.rip,
-            rsp: registers.rsp,
-            rflags: registers.rflags,
-            rdi: registers.rdi,
-            rsi: registers.rsi,
-            ..kvm_regs::default()
-        };
-        vcpu.set_regs(&regs).map_err(failed("KVM_SET_REGS"))?;
+        if self.features.irqchip {
+            set_memory_types(&vcpu)?;
+        }
+        if let Some(entry) = entry {
+            enter(&vcpu, entry)?;
+        }
         let nesting = match &self.nesting {
             Ok(offer) => Nesting::new(&vcpu, self.offer(offer, index)),
             Err(reason) => Err(reason.clone()),
         };
-        let backend =
-            KvmBackend::new(vcpu, format!("{machine}/vcpu{index}"), self.features, nesting, Arc::clone(self));
+        let backend = KvmBackend::new(vcpu, devices, self.features, nesting, Arc::clone(self));
         Ok(Vcpu::spawn(machine, index, self.cpu, backend)?)
     }
 
-    /// CPUID as vCPU `index` sees it: its own APIC id, and nothing that needs an interrupt controller.
+    /// CPUID as vCPU `index` sees it: its own APIC id, and nothing that needs an interrupt controller where there is none.
     fn cpuid_of(&self, index: u32) -> CpuId {
         const MONITOR: u32 = 1 << 3;
         const X2APIC: u32 = 1 << 21;
         const TSC_DEADLINE: u32 = 1 << 24;
+        // Where a hypervisor is said to be, guests take their clock from it.
+        const HYPERVISOR: u32 = 1 << 31;
+        let (hidden, added) = match (self.features.irqchip, self.tsc_deadline) {
+            (false, _) => (MONITOR | X2APIC | TSC_DEADLINE, 0),
+            (true, false) => (MONITOR, HYPERVISOR),
+            (true, true) => (MONITOR, HYPERVISOR | TSC_DEADLINE),
+        };
         let mut cpuid = self.cpuid.clone();
         for entry in cpuid.as_mut_slice() {
             match entry.function {
                 1 => {
                     entry.ebx = entry.ebx & 0x00ff_ffff | index << 24;
-                    entry.ecx &= !(MONITOR | X2APIC | TSC_DEADLINE);
+                    entry.ecx = entry.ecx & !hidden | added;
                 }
                 0xb | 0x1f => entry.edx = index,
+                // AMD's extended APIC id.
+                0x8000_001e => entry.eax = index,
                 _ => {}
             }
         }
         cpuid
     }
+}
+
+/// Has the kernel emulate a PC's interrupt controllers and timer, before there are vCPUs.
+fn add_interrupt_controllers(kvm: &Kvm, vm: &VmFd) -> Result<(), KvmError> {
+    for (capability, name) in
+        [(Cap::Irqchip, "KVM_CAP_IRQCHIP"), (Cap::Pit2, "KVM_CAP_PIT2"), (Cap::Irqfd, "KVM_CAP_IRQFD")]
+    {
+        if !kvm.check_extension(capability) {
+            return Err(KvmError::Missing(name));
+        }
+    }
+    vm.set_tss_address(TSS_AT).map_err(failed("KVM_SET_TSS_ADDR"))?;
+    vm.set_identity_map_address(IDENTITY_MAP_AT).map_err(failed("KVM_SET_IDENTITY_MAP_ADDR"))?;
+    vm.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
+    // With port 0x61, by which a guest measures its TSC.
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
+    vm.create_pit2(pit).map_err(failed("KVM_CREATE_PIT2"))
+}
+
+/// Memory is write-back, as firmware leaves it: Intel SDM volume 3, "IA32_MTRR_DEF_TYPE MSR".
+fn set_memory_types(vcpu: &VcpuFd) -> Result<(), KvmError> {
+    const MTRR_DEF_TYPE: u32 = 0x2ff;
+    const ENABLED: u64 = 1 << 11;
+    const WRITE_BACK: u64 = 6;
+    let entry = kvm_msr_entry { index: MTRR_DEF_TYPE, data: ENABLED | WRITE_BACK, ..Default::default() };
+    let msrs = Msrs::from_entries(&[entry]).map_err(|_| KvmError::Missing("room for an MSR"))?;
+    vcpu.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS")).map(drop)
+}
+
+fn enter(vcpu: &VcpuFd, entry: &Entry) -> Result<(), KvmError> {
+    let reset = vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
+    vcpu.set_sregs(&entry.system_registers(reset)).map_err(failed("KVM_SET_SREGS"))?;
+    let registers = entry.registers();
+    let regs = kvm_regs {
+        rip: registers.rip,
+        rsp: registers.rsp,
+        rflags: registers.rflags,
+        rdi: registers.rdi,
+        rsi: registers.rsi,
+        ..kvm_regs::default()
+    };
+    vcpu.set_regs(&regs).map_err(failed("KVM_SET_REGS"))
 }
 
 /// Gives `vm` a slot for each region of `memory`, from number `first`.
@@ -307,8 +395,8 @@ pub(super) fn open_elf(
     let all = [Region { start: Gpa(0), size: memory_size, read_only: false }];
     let memory = Arc::new(GuestRam::allocate_in(&all, pages)?);
     let entry_point = elf::load(&memory, file, BOOT_AREA_END)?;
-    write_boot_area(&memory)?;
-    let vm = Arc::new(Vm::create(&memory)?);
+    write_boot_area(&memory, CODE_SELECTOR, memory_size)?;
+    let vm = Arc::new(Vm::create(&memory, Platform::Bare)?);
     let vcpus = (0..cpus)
         .map(|index| {
             let stack_end = STACKS_AT + u64::from(index + 1) * STACK_SIZE;
@@ -319,6 +407,7 @@ pub(super) fn open_elf(
                 rsp: stack_end - 8,
                 arguments: [u64::from(index), u64::from(cpus)],
                 gdt: GDT_AT,
+                code_selector: CODE_SELECTOR,
             };
             vm.start(id, index, &entry)
         })
@@ -335,13 +424,14 @@ pub(super) fn open_elf(
     })
 }
 
-/// Writes the GDT and the tables that map all of memory to itself.
-fn write_boot_area(memory: &GuestRam) -> Result<(), MemoryError> {
-    for (at, descriptor) in (GDT_AT..).step_by(8).zip(GDT) {
+/// Writes a GDT whose code has this selector, and tables that map addresses below `end` to themselves.
+pub(super) fn write_boot_area(memory: &GuestRam, code_selector: u16, end: u64) -> Result<(), MemoryError> {
+    let shift = u64::from(code_selector - CODE_SELECTOR);
+    for (at, descriptor) in (GDT_AT + shift..).step_by(8).zip(GDT) {
         memory.write_u64(Gpa(at), descriptor)?;
     }
     memory.write_u64(Gpa(PML4_AT), PDPT_AT | PRESENT_WRITE)?;
-    for leaf in 0..memory.size().div_ceil(1 << 21) {
+    for leaf in 0..end.div_ceil(1 << 21) {
         let directory = PD_AT + (leaf >> 9) * 4096;
         memory.write_u64(Gpa(PDPT_AT + (leaf >> 9) * 8), directory | PRESENT_WRITE)?;
         memory.write_u64(Gpa(PD_AT + leaf * 8), leaf << 21 | PAGE_SIZE | PRESENT_WRITE)?;

@@ -10,6 +10,7 @@ mod elf;
 mod health;
 pub mod image;
 mod kvm;
+mod linux;
 mod mapping;
 mod memory;
 mod pages;
@@ -31,12 +32,13 @@ use crate::vcpu::{SpawnError, Vcpu};
 pub use elf::{ElfError, ElfProblem};
 pub use health::Health;
 pub use kvm::KvmError;
+pub use linux::{InitrdProblem, KernelProblem, LinuxError, LinuxSpec};
 pub use mapping::{Fetch, FileMapping};
 pub use memory::{GuestRam, MemoryError, Place, Region};
 pub use pages::HugePages;
 pub use qemu::{MonitorError, ProcessError, QemuError};
 pub use registry::{AttachError, DetachError, LookupError, Machine, Machines};
-pub use spec::{MachineSpec, SourceSpec, SpecError};
+pub use spec::{KvmGuest, MachineSpec, SourceSpec, SpecError};
 
 /// An address worth asking about.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -190,6 +192,9 @@ pub enum OpenError {
     /// The ELF file cannot be loaded.
     #[error(transparent)]
     Elf(#[from] ElfError),
+    /// Linux cannot be booted.
+    #[error(transparent)]
+    Linux(#[from] LinuxError),
     /// The dump cannot be read.
     #[error(transparent)]
     Dump(#[from] dump::DumpError),

@@ -1,17 +1,19 @@
 //! The words after `--machine`: which machine to make, and under which id.
 //!
-//! `demo`, `demo:plain`, `kvm:elf=FILE,mem=64M,cpus=1`, `qemu:qmp=SOCKET,pid=N`, `dump:FILE`, `image:FILE.toml`, each
-//! optionally as `ID=SPEC`. The FILE of `elf=` and SOCKET cannot contain a comma.
+//! `demo`, `demo:plain`, `kvm:elf=FILE,mem=64M,cpus=1`, `kvm:kernel=FILE,initrd=FILE,cmdline=TEXT,mem=512M,cpus=2`,
+//! `qemu:qmp=SOCKET,pid=N`, `dump:FILE`, `image:FILE.toml`, each optionally as `ID=SPEC`. SOCKET cannot contain a comma; in
+//! the values of `kvm:`, two commas stand for one.
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
 use super::pages::HugePages;
-use super::{Machine, OpenError, Source, demo, dump, image, kvm, qemu};
+use super::{LinuxSpec, Machine, OpenError, Source, demo, dump, image, kvm, linux, qemu};
 
 const MEMORY_MIN: u64 = 1 << 20;
 const MEMORY_DEFAULT: u64 = 64 << 20;
+const MEMORY_DEFAULT_LINUX: u64 = 512 << 20;
 const ID_MAX: usize = 64;
 
 /// What `--machine` asks for.
@@ -31,10 +33,10 @@ pub enum SourceSpec {
         /// Serve it from plain memory even where `/dev/kvm` can be used.
         plain: bool,
     },
-    /// An ELF file on `/dev/kvm`.
+    /// A guest on `/dev/kvm`.
     Kvm {
-        /// The file.
-        elf: PathBuf,
+        /// What runs there.
+        guest: KvmGuest,
         /// Size of memory in bytes.
         memory: u64,
         /// Number of vCPUs.
@@ -55,12 +57,21 @@ pub enum SourceSpec {
     },
 }
 
+/// What to run on `/dev/kvm`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KvmGuest {
+    /// A freestanding ELF file.
+    Elf(PathBuf),
+    /// A Linux kernel.
+    Linux(LinuxSpec),
+}
+
 /// What is wrong with a machine's specification.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SpecError {
     /// No such source.
     #[error(
-        "there is no source `{0}`: use demo, demo:plain, kvm:elf=FILE,mem=64M,cpus=1, qemu:qmp=SOCKET, dump:FILE or image:FILE.toml, optionally as ID=SPEC"
+        "there is no source `{0}`: use demo, demo:plain, kvm:elf=FILE,mem=64M,cpus=1, kvm:kernel=FILE,initrd=FILE, qemu:qmp=SOCKET, dump:FILE or image:FILE.toml, optionally as ID=SPEC"
     )]
     Source(String),
     /// An id that is empty, too long or has odd characters.
@@ -81,9 +92,17 @@ pub enum SpecError {
     /// An option that is given twice.
     #[error("`{0}` is given twice")]
     Twice(String),
-    /// A missing option.
-    #[error("source kvm needs elf=FILE: a freestanding ELF64 executable")]
-    NoElf,
+    /// Nothing to run.
+    #[error(
+        "source kvm needs elf=FILE, a freestanding ELF64 executable, or kernel=FILE, a Linux kernel, and not both"
+    )]
+    NoGuest,
+    /// An option of Linux's without a kernel.
+    #[error("`{0}` is for Linux: it goes with kernel=FILE, not with elf=FILE")]
+    WithoutKernel(&'static str),
+    /// An option that names nothing.
+    #[error("`{0}` needs a value: {0}=PATH")]
+    Empty(&'static str),
     /// A missing file.
     #[error("source {0} needs a file: {0}:FILE")]
     NoFile(&'static str),
@@ -139,30 +158,76 @@ impl FromStr for MachineSpec {
 }
 
 fn parse_kvm(options: &str) -> Result<SourceSpec, SpecError> {
-    let (mut elf, mut memory, mut cpus, mut pages) = (None, None, None, None);
-    for option in options.split(',').filter(|_| !options.is_empty()) {
-        let (key, value) = option.split_once('=').unwrap_or((option, ""));
+    const PATHS: [&str; 5] = ["elf", "kernel", "initrd", "console", "log"];
+    let mut paths: [Option<PathBuf>; PATHS.len()] = Default::default();
+    let (mut command_line, mut memory, mut cpus, mut pages) = (None, None, None, None);
+    for option in split_options(options) {
+        let (key, value) = option.split_once('=').unwrap_or((&option, ""));
         let twice = match key {
-            "elf" if value.is_empty() => return Err(SpecError::NoElf),
-            "elf" => elf.replace(PathBuf::from(value)).is_some(),
+            "cmdline" => command_line.replace(value.to_owned()).is_some(),
             "mem" => memory.replace(parse_memory(value)?).is_some(),
             "cpus" => cpus.replace(parse_cpus(value)?).is_some(),
             "hugepages" => pages.replace(parse_huge_pages(value)?).is_some(),
-            _ => {
-                let known = "elf, mem, cpus and hugepages";
-                return Err(SpecError::Key { source_kind: "kvm", key: key.to_owned(), known });
-            }
+            _ => match PATHS.into_iter().zip(&mut paths).find(|(name, _)| *name == key) {
+                Some((name, _)) if value.is_empty() => return Err(SpecError::Empty(name)),
+                Some((_, path)) => path.replace(PathBuf::from(value)).is_some(),
+                None => {
+                    let known = "elf, mem, cpus and hugepages, or kernel, initrd, cmdline, console, log, mem, cpus and hugepages";
+                    return Err(SpecError::Key { source_kind: "kvm", key: key.to_owned(), known });
+                }
+            },
         };
         if twice {
             return Err(SpecError::Twice(key.to_owned()));
         }
     }
+    let [elf, kernel, initrd, console, log] = paths;
+    let (guest, default) = match (elf, kernel) {
+        (Some(elf), None) => {
+            let of_linux = [
+                ("initrd", initrd.is_some()),
+                ("cmdline", command_line.is_some()),
+                ("console", console.is_some()),
+                ("log", log.is_some()),
+            ];
+            if let Some((key, _)) = of_linux.into_iter().find(|(_, given)| *given) {
+                return Err(SpecError::WithoutKernel(key));
+            }
+            (KvmGuest::Elf(elf), MEMORY_DEFAULT)
+        }
+        (None, Some(kernel)) => {
+            let command_line = command_line.unwrap_or_else(|| linux::COMMAND_LINE.to_owned());
+            let linux = LinuxSpec { kernel, initrd, command_line, console, log };
+            (KvmGuest::Linux(linux), MEMORY_DEFAULT_LINUX)
+        }
+        _ => return Err(SpecError::NoGuest),
+    };
     Ok(SourceSpec::Kvm {
-        elf: elf.ok_or(SpecError::NoElf)?,
-        memory: memory.unwrap_or(MEMORY_DEFAULT),
+        guest,
+        memory: memory.unwrap_or(default),
         cpus: cpus.unwrap_or(1),
         pages: pages.unwrap_or_default(),
     })
+}
+
+/// Options between commas, where two commas stand for one that is part of a value.
+fn split_options(options: &str) -> Vec<String> {
+    let mut all = Vec::new();
+    let mut option = String::new();
+    let mut characters = options.chars().peekable();
+    while let Some(character) = characters.next() {
+        if character != ',' {
+            option.push(character);
+        } else if characters.next_if_eq(&',').is_some() {
+            option.push(',');
+        } else {
+            all.push(std::mem::take(&mut option));
+        }
+    }
+    if !options.is_empty() {
+        all.push(option);
+    }
+    all
 }
 
 fn parse_file(kind: &'static str, file: Option<&str>) -> Result<PathBuf, SpecError> {
@@ -273,9 +338,10 @@ impl MachineSpec {
     pub fn open(&self) -> Result<Machine, OpenError> {
         let source: Arc<dyn Source> = match &self.source {
             SourceSpec::Demo { plain } => Arc::new(demo::open(&self.id, *plain)?),
-            SourceSpec::Kvm { elf, memory, cpus, pages } => {
-                Arc::new(kvm::open_elf(&self.id, elf, *memory, *cpus, *pages)?)
-            }
+            SourceSpec::Kvm { guest, memory, cpus, pages } => Arc::new(match guest {
+                KvmGuest::Elf(elf) => kvm::open_elf(&self.id, elf, *memory, *cpus, *pages)?,
+                KvmGuest::Linux(spec) => linux::open(&self.id, spec, *memory, *cpus, *pages)?,
+            }),
             SourceSpec::Qemu { qmp, pid } => Arc::new(qemu::open(&self.id, qmp, *pid)?),
             SourceSpec::Dump(file) => Arc::new(dump::open(&self.id, file)?),
             SourceSpec::Image(file) => Arc::new(image::open(&self.id, file)?),
@@ -295,7 +361,11 @@ mod tests {
     }
 
     fn kvm(elf: &str, memory: u64, cpus: u32) -> SourceSpec {
-        SourceSpec::Kvm { elf: elf.into(), memory, cpus, pages: HugePages::Transparent }
+        SourceSpec::Kvm { guest: KvmGuest::Elf(elf.into()), memory, cpus, pages: HugePages::Transparent }
+    }
+
+    fn linux(spec: LinuxSpec, memory: u64, cpus: u32) -> SourceSpec {
+        SourceSpec::Kvm { guest: KvmGuest::Linux(spec), memory, cpus, pages: HugePages::Transparent }
     }
 
     #[test]
@@ -306,6 +376,36 @@ mod tests {
             ("a.b-c_1=demo", "a.b-c_1", SourceSpec::Demo { plain: false }),
             ("kvm:elf=k.elf", "kvm", kvm("k.elf", 64 << 20, 1)),
             ("kvm:cpus=16,mem=16G,elf=/a=b:c", "kvm", kvm("/a=b:c", 16 << 30, 16)),
+            (
+                "kvm:kernel=k",
+                "kvm",
+                linux(
+                    LinuxSpec {
+                        kernel: "k".into(),
+                        initrd: None,
+                        command_line: "console=ttyS0".into(),
+                        console: None,
+                        log: None,
+                    },
+                    512 << 20,
+                    1,
+                ),
+            ),
+            (
+                "vm=kvm:cmdline=console=ttyS0,,115200 a,log=l,mem=1G,initrd=a,,b,console=c,cpus=2,kernel=k",
+                "vm",
+                linux(
+                    LinuxSpec {
+                        kernel: "k".into(),
+                        initrd: Some("a,b".into()),
+                        command_line: "console=ttyS0,115200 a".into(),
+                        console: Some("c".into()),
+                        log: Some("l".into()),
+                    },
+                    1 << 30,
+                    2,
+                ),
+            ),
             ("dump:/a=b,c:d", "dump", SourceSpec::Dump("/a=b,c:d".into())),
             ("bug-7=image:i.toml", "bug-7", SourceSpec::Image("i.toml".into())),
             ("x=kvm:elf=f,mem=1024K", "x", kvm("f", 1 << 20, 1)),
@@ -324,7 +424,9 @@ mod tests {
         let id: Check = |e| matches!(e, SpecError::Id(_));
         let key: Check = |e| matches!(e, SpecError::Key { .. });
         let value: Check = |e| matches!(e, SpecError::Value { .. });
-        let no_elf: Check = |e| matches!(e, SpecError::NoElf);
+        let no_guest: Check = |e| matches!(e, SpecError::NoGuest);
+        let empty: Check = |e| matches!(e, SpecError::Empty(_));
+        let without_kernel: Check = |e| matches!(e, SpecError::WithoutKernel(_));
         let no_file: Check = |e| matches!(e, SpecError::NoFile(_));
         let no_qmp: Check = |e| matches!(e, SpecError::NoQmp);
         let twice: Check = |e| matches!(e, SpecError::Twice(_));
@@ -350,10 +452,20 @@ mod tests {
             ("kvm:elf=f,ram=64M", key),
             ("kvm:elf=f,", key),
             ("kvm:elf=f,mem=64M,mem=64M", twice),
-            ("kvm", no_elf),
-            ("kvm:", no_elf),
-            ("kvm:mem=64M", no_elf),
-            ("kvm:elf=", no_elf),
+            ("kvm", no_guest),
+            ("kvm:", no_guest),
+            ("kvm:mem=64M", no_guest),
+            ("kvm:initrd=f", no_guest),
+            ("kvm:elf=f,kernel=k", no_guest),
+            ("kvm:elf=", empty),
+            ("kvm:kernel=", empty),
+            ("kvm:kernel=k,console", empty),
+            ("kvm:elf=f,cmdline=", without_kernel),
+            ("kvm:initrd=i,elf=f", without_kernel),
+            ("kvm:kernel=k,disk=d", key),
+            ("kvm:kernel=k,kernel=k", twice),
+            ("kvm:kernel=k,cmdline=,cmdline=", twice),
+            ("kvm:kernel=k,cmdline=a,b", key),
             ("dump", no_file),
             ("dump:", no_file),
             ("x=image:", no_file),
@@ -380,6 +492,9 @@ mod tests {
         assert!(parse(&format!("{}=demo", "x".repeat(64))).is_ok());
         assert!(id(&parse(&format!("{}=demo", "x".repeat(65))).unwrap_err()));
         let message = parse("kvm:elf=f,ram=1M").unwrap_err().to_string();
-        assert!(message.contains("ram") && message.contains("elf, mem, cpus and hugepages"), "{message}");
+        assert!(
+            message.contains("ram") && message.contains("elf, mem, cpus and hugepages, or kernel"),
+            "{message}"
+        );
     }
 }

@@ -1,18 +1,21 @@
-//! The guest's serial port, as far as anybody needs it here: text written to port 0x3f8 goes to the log, line by line.
+//! A guest's serial port as far as most guests here need it: text written to port 0x3f8 goes to the log, line by line.
 //!
 //! A guest may write as much as it likes: lines are cut at a bound, and lines beyond a budget are counted, not logged.
 
 use std::time::{Duration, Instant};
 
+use super::backend::Exit;
+use super::devices::Devices;
+
 /// Data port of the first serial line.
-pub(super) const PORT: u16 = 0x3f8;
+const PORT: u16 = 0x3f8;
 const LINE_MAX: usize = 256;
 const LINES_PER_SECOND: u32 = 20;
 
 /// A line buffer with a budget.
 #[derive(Debug)]
-pub(super) struct Console {
-    vcpu: String,
+pub(crate) struct Console {
+    name: String,
     line: Vec<u8>,
     window: Instant,
     logged: u32,
@@ -20,11 +23,11 @@ pub(super) struct Console {
 }
 
 impl Console {
-    pub(super) fn new(vcpu: String) -> Self {
-        Self { vcpu, line: Vec::with_capacity(LINE_MAX), window: Instant::now(), logged: 0, dropped: 0 }
+    pub(crate) fn new(name: String) -> Self {
+        Self { name, line: Vec::with_capacity(LINE_MAX), window: Instant::now(), logged: 0, dropped: 0 }
     }
 
-    pub(super) fn write(&mut self, bytes: &[u8]) {
+    pub(crate) fn log(&mut self, bytes: &[u8]) {
         for &byte in bytes {
             if byte != b'\n' {
                 self.line.push(byte);
@@ -32,7 +35,7 @@ impl Console {
             if byte == b'\n' || self.line.len() >= LINE_MAX {
                 if self.within_budget(Instant::now()) {
                     let text = self.line.escape_ascii();
-                    tracing::debug!(vcpu = %self.vcpu, dropped_before = self.dropped, "guest: {text}");
+                    tracing::debug!(vcpu = %self.name, dropped_before = self.dropped, "guest: {text}");
                     self.dropped = 0;
                 } else {
                     self.dropped += 1;
@@ -52,6 +55,20 @@ impl Console {
     }
 }
 
+/// The whole of a machine that has nothing else.
+impl Devices for Console {
+    fn read(&mut self, _port: u16, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+
+    fn write(&mut self, port: u16, data: &[u8]) -> Option<Exit> {
+        if port == PORT {
+            self.log(data);
+        }
+        None
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -59,7 +76,7 @@ mod tests {
     #[test]
     fn lines_are_bounded_in_length_and_number() {
         let mut console = Console::new("test/vcpu0".into());
-        console.write(&[b'x'; LINE_MAX * 3 + 5]);
+        console.log(&[b'x'; LINE_MAX * 3 + 5]);
         assert_eq!((console.line.len(), console.logged), (5, 3));
         let now = Instant::now();
         console.window = now;

@@ -1,21 +1,22 @@
 //! A vCPU of KVM.
 //!
-//! Linux, "The Definitive KVM (Kernel-based Virtual Machine) API Documentation". The machine has no devices: port 0x3f8
-//! is a console, other ports read as all ones and swallow writes, and an access to a guest physical address without
-//! memory stops the vCPU. There is no interrupt controller, so HLT comes out to us.
+//! Linux, "The Definitive KVM (Kernel-based Virtual Machine) API Documentation". What is at the guest's ports is the machine's
+//! [`Devices`]. Most machines have no interrupt controller, so HLT comes out to us. Where KVM emulates one, HLT sleeps inside
+//! KVM_RUN, and so does a vCPU that waits for its start-up IPI; a kick brings either out.
 #![allow(unsafe_code)] // The union in `kvm_run`, and the byte in it that a signal handler sets.
 
 use std::ptr::NonNull;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, Msrs, kvm_guest_debug, kvm_msr_entry, kvm_regs, kvm_sregs,
+    KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, Msrs,
+    kvm_guest_debug, kvm_msr_entry, kvm_regs, kvm_sregs,
 };
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 
 use super::backend::{Backend, Exit, ImmediateExit};
 use super::command::VcpuError;
-use super::console::{self, Console};
+use super::devices::Devices;
 use super::nested::entry::Nesting;
 use super::nested::{EnterL2, GuestMode};
 use super::registers::{RegisterChanges, Registers, Selectors};
@@ -26,6 +27,8 @@ const RFLAGS_FIXED: u64 = 1 << 1;
 const PKRU_COMPONENT: u32 = 9;
 /// Kicks that may interrupt one single step before it is given up.
 const STEP_ATTEMPTS: u32 = 64;
+/// Kicks, a timer's among them, after which a step that waits for an interrupt is given up.
+const SLEEP_ATTEMPTS: u32 = 10;
 const LONGEST_INSTRUCTION: u64 = 15;
 
 /// The registers as KVM groups them.
@@ -38,11 +41,13 @@ struct Groups {
 /// A KVM vCPU, with whatever must outlive it.
 pub(crate) struct KvmBackend<K> {
     vcpu: VcpuFd,
-    console: Console,
+    devices: Box<dyn Devices>,
     /// `kvm_run` holds the registers as of now: KVM copied them at the last exit, and nobody wrote any since.
     synced: bool,
     sync_available: bool,
     can_step: bool,
+    /// KVM emulates the interrupt controllers, and lets the vCPU sleep.
+    irqchip: bool,
     /// Offset of PKRU in the XSAVE area, where the vCPU has protection keys.
     pkru_offset: Option<usize>,
     has_pkrs: bool,
@@ -56,6 +61,8 @@ pub(crate) struct KvmBackend<K> {
 pub(crate) struct Features {
     pub(crate) sync_regs: bool,
     pub(crate) guest_debug: bool,
+    /// Interrupt controllers in the kernel.
+    pub(crate) irqchip: bool,
     pub(crate) protection_keys: bool,
     /// Keys of supervisor pages, and with them IA32_PKRS.
     pub(crate) supervisor_keys: bool,
@@ -65,7 +72,7 @@ impl<K: Send + Sync + 'static> KvmBackend<K> {
     /// Takes over `vcpu`, whose CPUID and registers are set. `keep` is dropped after it: the VM and its memory.
     pub(crate) fn new(
         mut vcpu: VcpuFd,
-        name: String,
+        devices: Box<dyn Devices>,
         features: Features,
         nesting: Result<Nesting, String>,
         keep: Arc<K>,
@@ -80,10 +87,11 @@ impl<K: Send + Sync + 'static> KvmBackend<K> {
         });
         Self {
             vcpu,
-            console: Console::new(name),
+            devices,
             synced: false,
             sync_available: features.sync_regs,
             can_step: features.guest_debug,
+            irqchip: features.irqchip,
             pkru_offset,
             has_pkrs: features.supervisor_keys,
             nesting,
@@ -197,20 +205,25 @@ impl<K: Send + Sync + 'static> KvmBackend<K> {
         }
         loop {
             let seen = match self.vcpu.run() {
-                Ok(VcpuExit::IoOut(port, data)) => {
-                    if port == console::PORT {
-                        self.console.write(data);
-                    }
+                Ok(VcpuExit::IoOut(port, data)) => match self.devices.write(port, data) {
+                    None => continue,
+                    Some(exit) => Seen::Exit(exit),
+                },
+                Ok(VcpuExit::IoIn(port, data)) => {
+                    self.devices.read(port, data);
                     continue;
                 }
-                Ok(VcpuExit::IoIn(_, data)) => {
+                Ok(VcpuExit::MmioRead(_, data)) if self.devices.open_bus() => {
                     data.fill(0xff);
                     continue;
                 }
+                Ok(VcpuExit::MmioWrite(..)) if self.devices.open_bus() => continue,
                 Ok(VcpuExit::Hlt) => Seen::Exit(Exit::Halted),
                 Ok(VcpuExit::Debug(_)) => Seen::Exit(Exit::Stepped),
                 Ok(VcpuExit::Intr) => Seen::Exit(Exit::Kicked),
                 Err(e) if e.errno() == libc::EINTR => Seen::Exit(Exit::Kicked),
+                // Its start-up IPI has come.
+                Err(e) if e.errno() == libc::EAGAIN => continue,
                 Ok(VcpuExit::Shutdown) => Seen::TripleFault,
                 Ok(VcpuExit::InternalError) => Seen::InternalError,
                 Ok(VcpuExit::MmioRead(gpa, data)) => {
@@ -238,11 +251,27 @@ impl<K: Send + Sync + 'static> KvmBackend<K> {
         }
     }
 
+    fn mp_state(&self) -> Result<u32, VcpuError> {
+        if !self.irqchip {
+            return Ok(KVM_MP_STATE_RUNNABLE);
+        }
+        let failed = |e: kvm_ioctls::Error| VcpuError::Hypervisor(format!("KVM_GET_MP_STATE: {e}"));
+        Ok(self.vcpu.get_mp_state().map_err(failed)?.mp_state)
+    }
+
+    fn sleeps(&self) -> bool {
+        self.mp_state().is_ok_and(|state| state == KVM_MP_STATE_HALTED)
+    }
+
     fn single_step(&mut self) -> Result<Exit, VcpuError> {
         let before = self.groups().map_err(VcpuError::Hypervisor)?.regs.rip;
-        for _ in 0..STEP_ATTEMPTS {
+        for attempt in 0..STEP_ATTEMPTS {
             self.vcpu.set_kvm_immediate_exit(0);
             match self.run_to_exit() {
+                Exit::Kicked if attempt >= SLEEP_ATTEMPTS && self.sleeps() => {
+                    let reason = "the vCPU rests in HLT, no interrupt has woken it, and nothing was executed";
+                    return Err(VcpuError::Unsupported(reason.to_owned()));
+                }
                 Exit::Kicked => {}
                 Exit::Halted => {
                     // HLT may end a step by itself. Further on, the guest has run freely.
@@ -271,6 +300,10 @@ impl<K: Send + Sync + 'static> Backend for KvmBackend<K> {
     fn step(&mut self) -> Result<Exit, VcpuError> {
         if !self.can_step {
             return Err(VcpuError::Unsupported("this kernel offers no KVM_CAP_SET_GUEST_DEBUG".into()));
+        }
+        if !matches!(self.mp_state()?, KVM_MP_STATE_RUNNABLE | KVM_MP_STATE_HALTED) {
+            let reason = "the vCPU waits for its start-up IPI: the guest has not started it yet";
+            return Err(VcpuError::Unsupported(reason.to_owned()));
         }
         let refused = |e: kvm_ioctls::Error| VcpuError::Hypervisor(format!("KVM_SET_GUEST_DEBUG: {e}"));
         let control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP;

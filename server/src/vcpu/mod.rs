@@ -6,7 +6,8 @@
 
 mod backend;
 mod command;
-mod console;
+pub(crate) mod console;
+pub(crate) mod devices;
 mod kick;
 pub(crate) mod kvm;
 pub(crate) mod nested;

@@ -23,6 +23,7 @@ amd-nested|kvm_amd nested: L2 2-level, PAE, 4-, 5-level over NPT of 4, 5|nested-
 amd-executing|Executing in the nested bed: #PF, EXITINFO1, SMEP, SMAP, PKU, A/D|nested-amd|1000|100000|0|nested-amd-vmrun-* nested-amd-keys-execution-* nested-amd-kvm-execution-*
 amd-daemon|The daemon in that bed over gRPC, each paging mode, alone and as a real L2 over NPT|nested-amd|1000|0|0|nested-amd-daemon-translate-* nested-amd-daemon-npt-*
 amd-running|L2s that run there: restored L1, 1,000 toggles under 4 clients, observed, crashed, refused|nested-amd|20|0|0|nested-amd-daemon-restored nested-amd-daemon-toggled nested-amd-daemon-observed nested-amd-daemon-crashed nested-amd-daemon-refused
+amd-linux|A stock Linux kernel on the daemon's own vCPUs there, paused, stepped and running|nested-amd|1000|0|0|nested-amd-daemon-linux
 intel-translate|kvm_intel in Bochs, KVM_TRANSLATE: unpaged, 2-level, PAE, 4-level|nested-intel|10000|0|0|nested-intel-translate-unpaged nested-intel-translate-2 nested-intel-translate-pae nested-intel-translate-4
 intel-nested|kvm_intel nested: L2 unpaged, 2-level, PAE, 4-level over 4-level EPT|nested-intel|10000|20000|0|nested-intel-ept-unpaged nested-intel-ept-2 nested-intel-ept-pae nested-intel-ept-4
 intel-exit|kvm_intel in Bochs: executed accesses of an L2, exit qualification as L1 sees it|nested-intel|1000|5000|0|nested-intel-vmentry-unpaged nested-intel-vmentry-2 nested-intel-vmentry-pae nested-intel-vmentry-4

@@ -3,6 +3,8 @@
 #
 #   qemu-linux.sh build             downloads QEMU and the kernels into the cache folder; installs nothing
 #   qemu-linux.sh check             says whether the bed is there
+#   qemu-linux.sh files FOLDER      puts the kernel and the initramfs of the amd64 guests into a folder, as `vmlinuz` and
+#                                   `initramfs`, for whoever else boots them
 #   qemu-linux.sh boot GUEST RAM    boots a guest with two vCPUs, whose memory is the file RAM (it is made to fit); QMP is
 #                                   on standard input and output, what the guest says on standard error
 #
@@ -35,7 +37,25 @@ build() {
 
 check() {
     has_parts "${parts[@]}" || fail "the bed is not built: run $0 build"
-    command -v gcc >/dev/null || fail "gcc is missing: the guests' program is written in C"
+    need gcc "the guests' program is written in C"
+}
+
+# initramfs BITS: its one program is the guests'; needs a folder $work
+initramfs() {
+    mkdir "$work/root"
+    gcc "-m$1" -march="$([ "$1" = 64 ] && echo x86-64 || echo i686)" -O1 -Wall -Wextra -Werror -static -nostdlib \
+        -ffreestanding -fno-stack-protector -fno-pic -no-pie -mgeneral-regs-only -fcf-protection=none \
+        -fno-tree-loop-distribute-patterns -o "$work/root/init" "${0%.sh}.c" || fail "the guest's program does not compile"
+    archive "$work/root"
+}
+
+files() {
+    has_parts linux-amd64 || fail "the kernel is not there: run $0 build"
+    need gcc "the guests' program is written in C"
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+    initramfs 64 >"$1/initramfs"
+    cp "$beds/linux-amd64/vmlinuz" "$1/vmlinuz"
 }
 
 boot() {
@@ -50,11 +70,7 @@ boot() {
     check
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
-    mkdir "$work/root"
-    gcc "-m$bits" -march="$([ "$bits" = 64 ] && echo x86-64 || echo i686)" -O1 -Wall -Wextra -Werror -static -nostdlib \
-        -ffreestanding -fno-stack-protector -fno-pic -no-pie -mgeneral-regs-only -fcf-protection=none \
-        -fno-tree-loop-distribute-patterns -o "$work/root/init" "${0%.sh}.c" || fail "the guest's program does not compile"
-    archive "$work/root" >"$work/initramfs"
+    initramfs "$bits" >"$work/initramfs"
     # QEMU takes this shell's place: what it needs is handed over open, and nothing stays behind.
     exec 3<"$work/initramfs"
     rm -rf "$work"
@@ -83,6 +99,7 @@ boot() {
 case "${1-}" in
     build) build ;;
     check) check ;;
+    files) [ $# -eq 2 ] || fail "usage: $0 files FOLDER"; files "$2" ;;
     boot) [ $# -eq 3 ] || fail "usage: $0 boot GUEST RAM"; boot "$2" "$3" ;;
-    *) fail "usage: $0 build | check | boot GUEST RAM" ;;
+    *) fail "usage: $0 build | check | files FOLDER | boot GUEST RAM" ;;
 esac

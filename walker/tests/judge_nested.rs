@@ -113,6 +113,7 @@ fn boots() -> Vec<Trial> {
                 package: "pagewalk",
                 program,
                 binaries: &[],
+                files: &[],
                 parameters,
                 cases,
                 judges: &judges,

@@ -75,6 +75,7 @@ fn boots() -> Vec<Trial> {
             package: "pagewalk",
             program: "judge_nested_intel",
             binaries: &[],
+            files: &[],
             parameters: ("PAGEWALK_KVM_INTEL", "nested=1 ept=1"),
             cases: 10_000,
             judges: &judges,

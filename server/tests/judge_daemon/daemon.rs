@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead as _, BufReader};
+use std::ops::RangeInclusive;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -17,6 +18,7 @@ use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::guest::{CODE, MARK, MARK_AT, MEMORY};
+use crate::linux;
 
 /// Where the bed puts it.
 const PROGRAM: &str = "/pagewalkd";
@@ -36,12 +38,30 @@ impl Daemon {
     /// Serves a machine with this ELF file, and waits until its vCPU rests.
     pub(crate) fn serve(elf: &Path) -> Result<Daemon, Failed> {
         let machine = format!("kvm:elf={},mem={}K", elf.display(), MEMORY / 1024);
+        Daemon::start(&machine, |process, memory| {
+            let mark = find(process, memory, MEMORY..=64 << 20, MARK_AT as u64, MARK)?;
+            Ok(mark - (CODE + MARK_AT as u64))
+        })
+    }
+
+    /// Serves a machine that boots Linux, whose memory is this large.
+    pub(crate) fn boot(machine: &str, size: u64) -> Result<Daemon, Failed> {
+        Daemon::start(machine, |process, memory| {
+            Ok(find(process, memory, size..=u64::MAX, linux::MARK_AT & 0xfff, linux::MARK)? - linux::MARK_AT)
+        })
+    }
+
+    /// Serves a machine. `origin` finds where its memory lies in the daemon's.
+    fn start(
+        machine: &str,
+        origin: impl FnOnce(u32, &File) -> Result<u64, Failed>,
+    ) -> Result<Daemon, Failed> {
         let up = Command::new("/bin/busybox").args(["ip", "link", "set", "lo", "up"]).status()?;
         if !up.success() {
             return Err("there is no loopback".into());
         }
         let mut child = Command::new(PROGRAM)
-            .args(["serve", "--listen", "127.0.0.1:0", "--machine", &machine])
+            .args(["serve", "--listen", "127.0.0.1:0", "--machine", machine])
             .env_clear()
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -55,7 +75,7 @@ impl Daemon {
         let endpoint = Endpoint::from_shared(format!("http://{address}"))?;
         let channel = runtime.block_on(endpoint.connect())?;
         let memory = OpenOptions::new().read(true).write(true).open(format!("/proc/{}/mem", child.id()))?;
-        let origin = find_mark(child.id(), &memory)? - (CODE + MARK_AT as u64);
+        let origin = origin(child.id(), &memory)?;
         Ok(Daemon { child, runtime, channel, address, memory, origin })
     }
 
@@ -152,18 +172,24 @@ impl Drop for Daemon {
     }
 }
 
-/// The address of the mark in the process's memory.
-fn find_mark(process: u32, memory: &File) -> Result<u64, Failed> {
+/// The address of `mark` in the process's memory, at `offset` of a page of a writable mapping of such a size.
+fn find(
+    process: u32,
+    memory: &File,
+    sizes: RangeInclusive<u64>,
+    offset: u64,
+    mark: &[u8],
+) -> Result<u64, Failed> {
     for line in std::fs::read_to_string(format!("/proc/{process}/maps"))?.lines() {
         let Some((range, rest)) = line.split_once(' ') else { continue };
         let Some((start, end)) = range.split_once('-') else { continue };
         let (start, end) = (u64::from_str_radix(start, 16)?, u64::from_str_radix(end, 16)?);
-        if !rest.starts_with("rw-") || end - start < MEMORY || end - start > 64 << 20 {
+        if !rest.starts_with("rw-") || !sizes.contains(&(end - start)) {
             continue;
         }
-        let mut mark = [0; MARK.len()];
-        for at in (start + MARK_AT as u64..end).step_by(4096) {
-            if memory.read_exact_at(&mut mark, at).is_ok() && mark == *MARK {
+        let mut there = vec![0; mark.len()];
+        for at in (start + offset..end).step_by(4096) {
+            if memory.read_exact_at(&mut there, at).is_ok() && there == mark {
                 return Ok(at);
             }
         }

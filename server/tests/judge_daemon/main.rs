@@ -8,22 +8,27 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that reports on standard output")]
 
+#[path = "../../../walker/tests/linux/announced.rs"]
+#[allow(dead_code, reason = "a part of it is for other judges")]
+mod announced;
 #[path = "../../../walker/tests/bed/mod.rs"]
 mod bed;
 mod daemon;
 mod guest;
+mod linux;
 mod nested;
 mod running;
 mod translate;
 
-use bed::boot::{Boot, boot, inside};
+use bed::boot::{Boot, boot, check, inside};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 const BED: &str = "nested-amd";
 
 type Judge = (&'static str, fn(&'static str) -> Result<(), Failed>);
 
-const JUDGES: [Judge; 5] = [
+const JUDGES: [Judge; 6] = [
+    ("daemon-linux", linux::judge),
     ("daemon-restored", running::restored),
     ("daemon-toggled", running::toggled),
     ("daemon-observed", running::observed),
@@ -48,11 +53,18 @@ fn boots() -> Vec<Trial> {
     let names: Vec<&str> =
         translate::ROWS.iter().map(|row| row.name).chain(JUDGES.iter().map(|(name, _)| *name)).collect();
     let run = move || {
+        let folder = tempfile::tempdir()?;
+        // Without a bed there is nothing to carry into it, and the boot says so.
+        let files = match check(BED)? {
+            Ok(()) => linux::files(folder.path())?,
+            Err(_) => Vec::new(),
+        };
         boot(&Boot {
             bed: BED,
             package: "pagewalkd",
             program: "judge_daemon",
             binaries: &["pagewalkd"],
+            files: &files,
             parameters: ("PAGEWALK_KVM_AMD", "nested=1 npt=1"),
             cases: 1_200,
             judges: &names,

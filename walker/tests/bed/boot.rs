@@ -22,6 +22,8 @@ pub(crate) struct Boot<'a> {
     pub(crate) program: &'a str,
     /// Programs of the package that the guest finds next to it, in its root folder.
     pub(crate) binaries: &'a [&'a str],
+    /// Other files that it finds there.
+    pub(crate) files: &'a [PathBuf],
     /// A variable that the bed's script reads, and its value.
     pub(crate) parameters: (&'a str, &'a str),
     /// How many cases each judge makes where the environment does not say.
@@ -68,6 +70,7 @@ pub(crate) fn boot(wanted: &Boot<'_>) -> Result<(), Failed> {
     let beside = program.parent().and_then(Path::parent).unwrap();
     let mut files: Vec<_> =
         wanted.binaries.iter().map(|name| beside.join(name).display().to_string()).collect();
+    files.extend(wanted.files.iter().map(|file| file.display().to_string()));
     files.extend(std::env::var("PAGEWALK_BED_FILES").ok());
     let cases = std::env::var("PAGEWALK_JUDGE_CASES").unwrap_or_else(|_| wanted.cases.to_string());
     let (variable, value) = wanted.parameters;

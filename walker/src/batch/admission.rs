@@ -3,7 +3,7 @@
 //! Lanes never refuse. What they do not accept is walked alone, by the one who knows faults. All masks come from the
 //! [`PageFormat`], once a batch; a test enumerates that what they accept is what the general walk answers.
 
-use crate::access::Access;
+use crate::access::{Access, AccessKind};
 use crate::batch::word::{NO_EXECUTE, PageWord, SIZE, USER, WRITE, size_code};
 use crate::entry::{EntryLayout, LongMode};
 use crate::format::PageFormat;
@@ -45,6 +45,21 @@ impl Admission {
             return None;
         }
         let Needs { decided, unwanted } = Needs::of(format, access)?;
+        Some(Self::of(format, decided, unwanted))
+    }
+
+    /// What EPT lets lanes accept for an access of this kind, in the form of long mode ([`super::nested`]): readable pages, that
+    /// are writable or executable where the access asks for it.
+    pub(super) fn of_ept(format: &PageFormat, kind: AccessKind) -> Self {
+        let (decided, unwanted) = match kind {
+            AccessKind::Read => (0, 0),
+            AccessKind::Fetch => (NO_EXECUTE, 0),
+            _ => (WRITE, 0),
+        };
+        Self::of(format, decided, unwanted)
+    }
+
+    fn of(format: &PageFormat, decided: u64, unwanted: u64) -> Self {
         let frame = LongMode::FRAME & format.address_bits();
         let mut admission = Self { frame, table: [u64::MAX; 8], leaf: [u64::MAX; 8], unwanted };
         let masks = admission.table.iter_mut().zip(&mut admission.leaf);
@@ -52,7 +67,7 @@ impl Admission {
             *table = LongMode::PRESENT | LongMode::PAGE_SIZE | format.reserved_table_at(level);
             *leaf = LongMode::PRESENT | decided | format.reserved_leaf_at(level);
         }
-        Some(admission)
+        admission
     }
 
     /// What decides over the entries of a level above 1.
@@ -191,7 +206,7 @@ impl Needs {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::access::{AccessKind, Privilege};
+    use crate::access::Privilege;
     use crate::addr::Gpa;
     use crate::batch::word::with_backing;
     use crate::memory::{Backing, ExchangeError, Memory};

@@ -8,9 +8,6 @@
     reason = "code for instructions that not every CPU has is entered, after having asked the CPU"
 )]
 
-use crate::batch::pipeline::Lanes;
-use crate::memory::Memory;
-
 /// A set of vector instructions that lanes are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Instructions {
@@ -53,10 +50,16 @@ impl Instructions {
     }
 }
 
-/// [`Lanes::run`], by these instructions, or where this CPU has not got them, by the portable ones.
-pub(super) fn run<M: Memory>(
+/// Lanes, and what they know of a batch.
+pub(super) trait Walks {
+    /// A word for each address; `alone` is asked for those that no lane accepts, by place and in order. Always inlined.
+    fn run(&self, gvas: &[u64], words: &mut [u64], alone: &mut dyn FnMut(usize, u64) -> u64);
+}
+
+/// [`Walks::run`], by these instructions, or where this CPU has not got them, by the portable ones.
+pub(super) fn run<W: Walks>(
     instructions: Instructions,
-    lanes: &Lanes<'_, M>,
+    lanes: &W,
     gvas: &[u64],
     words: &mut [u64],
     alone: &mut dyn FnMut(usize, u64) -> u64,
@@ -78,19 +81,14 @@ pub(super) fn run<M: Memory>(
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-fn run_avx2<M: Memory>(
-    lanes: &Lanes<'_, M>,
-    gvas: &[u64],
-    words: &mut [u64],
-    alone: &mut dyn FnMut(usize, u64) -> u64,
-) {
+fn run_avx2<W: Walks>(lanes: &W, gvas: &[u64], words: &mut [u64], alone: &mut dyn FnMut(usize, u64) -> u64) {
     lanes.run(gvas, words, alone);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn run_avx512<M: Memory>(
-    lanes: &Lanes<'_, M>,
+fn run_avx512<W: Walks>(
+    lanes: &W,
     gvas: &[u64],
     words: &mut [u64],
     alone: &mut dyn FnMut(usize, u64) -> u64,

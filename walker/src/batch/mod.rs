@@ -6,7 +6,9 @@
 //! from one batch to the next, either.
 
 mod admission;
+mod column;
 mod dispatch;
+mod nested;
 mod pipeline;
 mod word;
 
@@ -15,6 +17,7 @@ pub use word::PageWord;
 
 use crate::access::Access;
 use crate::addr::Gva;
+use crate::batch::nested::NestedLanes;
 use crate::batch::pipeline::Lanes;
 use crate::fault::Fault;
 use crate::memory::Memory;
@@ -80,17 +83,21 @@ impl Walker {
                 PageWord::FAULT.bits()
             }
         };
-        let lanes = match self.ngpa_walk() {
-            None => Lanes::new(self.gva_walk(), memory, access),
-            Some(_) => None,
-        };
-        match lanes {
-            Some(lanes) => dispatch::run(instructions, &lanes, gvas, words, &mut alone),
+        let walk = self.gva_walk();
+        match self.ngpa_walk() {
             None => {
-                for (at, (gva, word)) in gvas.iter().zip(words).enumerate() {
-                    *word = alone(at, *gva);
+                if let Some(lanes) = Lanes::new(walk, memory, access) {
+                    return dispatch::run(instructions, &lanes, gvas, words, &mut alone);
                 }
             }
+            Some(second) => {
+                if let Some(lanes) = NestedLanes::new(walk, second, memory, access) {
+                    return dispatch::run(instructions, &lanes, gvas, words, &mut alone);
+                }
+            }
+        }
+        for (at, (gva, word)) in gvas.iter().zip(words).enumerate() {
+            *word = alone(at, *gva);
         }
     }
 }

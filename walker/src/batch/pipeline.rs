@@ -15,12 +15,12 @@ use core::iter::repeat;
 use crate::access::Access;
 use crate::addr::{Gpa, is_canonical};
 use crate::batch::admission::{ADDRESS, Admission, State};
+use crate::batch::column::{BLOCK, Column, differing, lanes, mask, offset, shift};
+use crate::batch::dispatch::Walks;
 use crate::batch::word::{PageWord, with_backing};
 use crate::memory::Memory;
 use crate::walk::PageWalk;
 
-/// Addresses of a block: as many as a mask has bits.
-const BLOCK: usize = 64;
 /// Blocks in flight: one for each of the lower four levels.
 const FLIGHT: usize = 8;
 /// Entries in a cache line.
@@ -37,9 +37,6 @@ pub(super) struct Lanes<'a, M> {
     /// Frames from here on, and up to here, are RAM.
     ram: (u64, u64),
 }
-
-/// A column with one value a lane.
-type Column = [u64; BLOCK];
 
 /// What stages work with and do not keep.
 struct Columns {
@@ -88,10 +85,11 @@ impl<'a, M: Memory> Lanes<'a, M> {
             ram: (first.0, first.0.wrapping_add(size).wrapping_sub(1)),
         })
     }
+}
 
-    /// A word for each address; `alone` is asked for those that no lane accepts, by place and in order.
+impl<M: Memory> Walks for Lanes<'_, M> {
     #[inline(always)]
-    pub(super) fn run(&self, gvas: &[u64], words: &mut [u64], alone: &mut dyn FnMut(usize, u64) -> u64) {
+    fn run(&self, gvas: &[u64], words: &mut [u64], alone: &mut dyn FnMut(usize, u64) -> u64) {
         let mut flight = [Block::EMPTY; FLIGHT];
         let mut columns = Columns { entries: [0; BLOCK], pages: [0; BLOCK] };
         let blocks = gvas.len().div_ceil(BLOCK);
@@ -125,12 +123,14 @@ impl<'a, M: Memory> Lanes<'a, M> {
             }
         }
     }
+}
 
+impl<M: Memory> Lanes<'_, M> {
     /// Walks the levels that all addresses share, and those above level 3 that they do not.
     #[inline(always)]
     fn enter(&self, block: &mut Block, columns: &mut Columns, gvas: &[u64], words: &mut [u64]) {
         let first = gvas.first().copied().unwrap_or_default();
-        let differing = gvas.iter().fold(0, |differing, gva| differing | (gva ^ first));
+        let differing = differing(gvas);
         block.done = 0;
         block.alone = 0;
         if differing >> (self.width - 1) != 0 {
@@ -322,32 +322,4 @@ impl<'a, M: Memory> Lanes<'a, M> {
     fn prefetch(&self, state: State) {
         self.memory.prefetch(Gpa(state & ADDRESS));
     }
-}
-
-/// The lanes of a mask, in order.
-#[inline(always)]
-fn lanes(mut mask: u64) -> impl Iterator<Item = usize> {
-    core::iter::from_fn(move || {
-        let lane = mask.trailing_zeros();
-        mask &= mask.wrapping_sub(1);
-        (lane < u64::BITS).then_some(lane as usize)
-    })
-}
-
-/// A bit for each lane that `holds`.
-#[inline(always)]
-fn mask(holds: impl Iterator<Item = bool>) -> u64 {
-    holds.zip(0..u64::BITS).fold(0, |mask, (holds, lane)| mask | u64::from(holds) << lane)
-}
-
-/// Number of address bits below the index of `level`.
-#[inline(always)]
-const fn shift(level: u32) -> u32 {
-    (12 + 9 * level.wrapping_sub(1)) & 63
-}
-
-/// Where the entry for `gva` lies in a table of `level`, in bytes.
-#[inline(always)]
-const fn offset(gva: u64, level: u32) -> u64 {
-    (gva >> shift(level) & 511) << 3
 }

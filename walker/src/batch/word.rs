@@ -194,6 +194,12 @@ pub(super) fn with_backing<M: Memory>(page: u64, gva: u64, memory: &M) -> u64 {
     page | backing_code(memory.backing(Gpa(page & PageWord::FRAME | gva & 0xfff))) << BACKING
 }
 
+/// The size of the page that `word` is of, as that of the second dimension's page.
+#[inline(always)]
+pub(super) const fn nested_size_of(word: u64) -> u64 {
+    (word >> SIZE & 7) << NESTED_SIZE
+}
+
 const fn size(code: u64) -> PageSize {
     match code & 7 {
         1 => PageSize::Size4K,

@@ -3,6 +3,8 @@
 //! The walker loads every entry once, atomically, and never holds a reference into guest memory. A plain window answers
 //! a load with one bounds check; sources that can only be read piecewise implement the same trait.
 
+use core::sync::atomic::{AtomicU64, Ordering};
+
 use crate::addr::Gpa;
 
 /// What lies behind a guest physical address.
@@ -42,10 +44,24 @@ pub trait Memory {
         self.load_u64(Gpa(table.0 & !0xfff | offset & 0xff8))
     }
 
+    /// The 4 KiB table at `table`, its entries in the guest's order, where memory can be shown as it is and the table is wholly in it.
+    /// Bits 11:0 of `table` do not count. Without this, entries are loaded one by one.
+    #[inline]
+    fn table(&self, table: Gpa) -> Option<&[AtomicU64; 512]> {
+        let _ = table;
+        None
+    }
+
     /// Loads all of the 4 KiB table at `table` into `entries`, each 64-bit entry in one atomic access, and says whether that table
     /// is wholly in memory; where it is not, `entries` holds nothing that counts. Bits 11:0 of `table` do not count.
     #[inline]
     fn load_table(&self, table: Gpa, entries: &mut [u64; 512]) -> bool {
+        if let Some(words) = self.table(table) {
+            for (entry, word) in entries.iter_mut().zip(words) {
+                *entry = u64::from_le(word.load(Ordering::Relaxed));
+            }
+            return true;
+        }
         let mut offset = 0;
         for entry in entries {
             let Some(loaded) = self.load_in_table(table, offset) else { return false };
@@ -133,6 +149,11 @@ impl<M: Memory + ?Sized> Memory for &M {
     }
 
     #[inline]
+    fn table(&self, table: Gpa) -> Option<&[AtomicU64; 512]> {
+        (**self).table(table)
+    }
+
+    #[inline]
     fn ram(&self) -> (Gpa, u64) {
         (**self).ram()
     }
@@ -165,8 +186,6 @@ impl<M: Memory + ?Sized> Memory for &M {
 
 #[cfg(test)]
 mod tests {
-    use core::sync::atomic::AtomicU64;
-
     use super::*;
     use crate::window::Window;
 

@@ -51,15 +51,9 @@ impl Memory for Window<'_> {
     }
 
     #[inline]
-    fn load_table(&self, table: Gpa, entries: &mut [u64; 512]) -> bool {
-        let first = (table.0 & !0xfff) / 8;
-        let words =
-            usize::try_from(first).ok().and_then(|first| self.words.get(first..)?.first_chunk::<512>());
-        let Some(words) = words else { return false };
-        for (entry, word) in entries.iter_mut().zip(words) {
-            *entry = u64::from_le(word.load(Ordering::Relaxed));
-        }
-        true
+    fn table(&self, table: Gpa) -> Option<&[AtomicU64; 512]> {
+        let first = usize::try_from((table.0 & !0xfff) / 8).ok()?;
+        self.words.get(first..)?.first_chunk::<512>()
     }
 
     fn compare_exchange_u64(&self, gpa: Gpa, current: u64, new: u64) -> Result<(), ExchangeError> {
@@ -122,12 +116,16 @@ mod tests {
             let whole = (at < 1024).then_some(at);
             assert_eq!(memory.load_in_table(table, offset), whole);
             assert_eq!(memory.load_in_table(Gpa(table.0 | 0xfff), offset | 7 | !0xfff), whole);
+            let shown =
+                memory.table(Gpa(at * 8)).map(|words| words[at as usize % 512].load(Ordering::Relaxed));
+            assert_eq!(shown, whole);
             let word = (at < 1024 + 511).then_some(at);
             assert_eq!(memory.load_u64(Gpa(at * 8)), word);
             assert_eq!(memory.backing(Gpa(at * 8 + 7)) == Backing::Ram, word.is_some());
         }
         for table in [1 << 51, 1 << 63, !0xfff] {
             assert_eq!(memory.load_in_table(Gpa(table), 0), None);
+            assert!(memory.table(Gpa(table)).is_none());
         }
         assert_eq!(Window::new(&[]).load_in_table(Gpa(0), 0), None);
     }

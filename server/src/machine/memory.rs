@@ -474,8 +474,13 @@ impl Memory for GuestRam {
     }
 
     #[inline]
+    fn table(&self, table: Gpa) -> Option<&[AtomicU64; 512]> {
+        self.window(table)?.table(table)
+    }
+
+    #[inline]
     fn load_table(&self, table: Gpa, entries: &mut [u64; 512]) -> bool {
-        match self.window(table).and_then(|window| window.table(table)) {
+        match self.table(table) {
             Some(words) => {
                 for (entry, word) in entries.iter_mut().zip(words) {
                     *entry = u64::from_le(word.load(Ordering::Relaxed));

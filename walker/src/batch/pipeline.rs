@@ -11,6 +11,7 @@
 //! walked alone when its block is done, so that faults come in order. Either keeps loading meanwhile, to no effect.
 
 use core::iter::repeat;
+use core::sync::atomic::Ordering;
 
 use crate::access::Access;
 use crate::addr::{Gpa, is_canonical};
@@ -244,8 +245,15 @@ impl<M: Memory> Lanes<'_, M> {
             0 => return,
             1 => {
                 let table = Gpa(first & PageWord::FRAME);
-                for (entry, gva) in entries.iter_mut().zip(gvas) {
-                    *entry = self.memory.load_in_table(table, offset(*gva, 1)).unwrap_or(0);
+                if let Some(words) = self.memory.table(table) {
+                    for (entry, gva) in entries.iter_mut().zip(gvas) {
+                        let word = &words[(gva >> shift(1) & 511) as usize];
+                        *entry = u64::from_le(word.load(Ordering::Relaxed));
+                    }
+                } else {
+                    for (entry, gva) in entries.iter_mut().zip(gvas) {
+                        *entry = self.memory.load_in_table(table, offset(*gva, 1)).unwrap_or(0);
+                    }
                 }
                 self.judge(repeat(first), entries, pages)
             }

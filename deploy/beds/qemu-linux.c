@@ -5,13 +5,15 @@
  * lets them say what they mapped. A host that walks the guest's tables has to find exactly that.
  *
  *   cpu VENDOR MAXPHYADDR GIB-PAGES
+ *   kallsyms ADDRESS BYTES
  *   map WORKER ADDRESS BYTES PAGE-BYTES RIGHTS SALT KEY STEP
  *   ready
  *
  * All numbers are hexadecimal. RIGHTS is what the tables have to grant to user space: r, w and x, or '-' for
  * each that is missing; '---' means that nothing is mapped. At each STEP from the start of the mapping lie eight bytes:
  * the address times GOLDEN, exclusive-or SALT; with SALT 0 they are zero. Every worker also has a page at IDENTITY
- * whose first eight bytes are MAGIC plus its number.
+ * whose first eight bytes are MAGIC plus its number. With `kallsyms` as an argument, every worker has the kernel's symbols in
+ * memory as well, the text of /proc/kallsyms.
  */
 
 typedef unsigned char u8;
@@ -24,6 +26,8 @@ typedef unsigned long long u64;
 #define IDENTITY 0x40000000ul
 #define PLOT 0x41000000ul
 #define PLOT_BYTES 0x100000ul
+#define SYMBOLS 0x50000000ul
+#define SYMBOLS_BYTES 0x2000000ul
 #define HUGE 0x60000000ul
 #define GIB 0x80000000ul
 #define PAGE 0x1000ul
@@ -40,29 +44,35 @@ typedef unsigned long long u64;
 #define MAP_1GIB (30 << 26)
 
 #ifdef __x86_64__
-enum { READ = 0, WRITE = 1, MMAP = 9, MPROTECT = 10, MUNMAP = 11, PIPE = 22, SCHED_YIELD = 24, NANOSLEEP = 35, FORK = 57,
-       PKEY_MPROTECT = 329, PKEY_ALLOC = 330 };
+enum { READ = 0, WRITE = 1, OPEN = 2, MMAP = 9, MPROTECT = 10, MUNMAP = 11, PIPE = 22, SCHED_YIELD = 24, NANOSLEEP = 35, FORK = 57,
+       MOUNT = 165, PKEY_MPROTECT = 329, PKEY_ALLOC = 330 };
 
-static long call(long number, word a, word b, word c, word d)
+static long call5(long number, word a, word b, word c, word d, word e)
 {
 	register word r10 __asm__("r10") = d;
+	register word r8 __asm__("r8") = e;
 	long result;
 
-	__asm__ volatile("syscall" : "=a"(result) : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10) : "rcx", "r11", "memory");
+	__asm__ volatile("syscall" : "=a"(result) : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8) : "rcx", "r11", "memory");
 	return result;
 }
 #else
-enum { FORK = 2, READ = 3, WRITE = 4, PIPE = 42, MMAP = 90, MUNMAP = 91, MPROTECT = 125, SCHED_YIELD = 158, NANOSLEEP = 162,
+enum { FORK = 2, READ = 3, WRITE = 4, OPEN = 5, MOUNT = 21, PIPE = 42, MMAP = 90, MUNMAP = 91, MPROTECT = 125, SCHED_YIELD = 158, NANOSLEEP = 162,
        PKEY_MPROTECT = 380, PKEY_ALLOC = 381 };
 
-static long call(long number, word a, word b, word c, word d)
+static long call5(long number, word a, word b, word c, word d, word e)
 {
 	long result;
 
-	__asm__ volatile("int $0x80" : "=a"(result) : "a"(number), "b"(a), "c"(b), "d"(c), "S"(d) : "memory");
+	__asm__ volatile("int $0x80" : "=a"(result) : "a"(number), "b"(a), "c"(b), "d"(c), "S"(d), "D"(e) : "memory");
 	return result;
 }
 #endif
+
+static long call(long number, word a, word b, word c, word d)
+{
+	return call5(number, a, b, c, d, 0);
+}
 
 static void sleep_ms(word milliseconds)
 {
@@ -291,6 +301,28 @@ static void map_small(int worker)
 	}
 }
 
+/* The kernel's symbols, as /proc/kallsyms gives them to root: where they are is inherited. */
+static void read_symbols(void)
+{
+	struct line line = { .length = 0 };
+	long file, bytes;
+	word length = 0;
+
+	if (call5(MOUNT, (word)"proc", (word)"/proc", (word)"proc", 0, 0))
+		die("mount of /proc");
+	file = call(OPEN, (word)"/proc/kallsyms", 0, 0, 0);
+	if (file < 0 || !map(SYMBOLS, SYMBOLS_BYTES, 0))
+		die("/proc/kallsyms");
+	while ((bytes = call(READ, file, SYMBOLS + length, SYMBOLS_BYTES - length, 0)) > 0)
+		length += bytes;
+	if (bytes < 0 || length == SYMBOLS_BYTES)
+		die("read of /proc/kallsyms");
+	put(&line, "kallsyms");
+	put_hex(&line, SYMBOLS);
+	put_hex(&line, length);
+	say(&line);
+}
+
 /* Two pages of the kernel's default huge size, one of them read-only; `page` bytes each. */
 static void map_huge(int worker, word page)
 {
@@ -342,9 +374,17 @@ static void __attribute__((noreturn)) work(int worker, const int *pipe)
 	}
 }
 
-void begin(void);
+static int same(const char *a, const char *b)
+{
+	while (*a && *a == *b)
+		a++, b++;
+	return *a == *b;
+}
 
-void __attribute__((noreturn)) begin(void)
+void begin(word *stack);
+
+/* At the top of the stack lies the number of arguments, and behind it the arguments. */
+void __attribute__((noreturn)) begin(word *stack)
 {
 	struct line line = { .length = 0 };
 	struct sizes sizes = introduce();
@@ -354,6 +394,9 @@ void __attribute__((noreturn)) begin(void)
 	if (call(PIPE, (word)ready, 0, 0, 0) || call(PIPE, (word)pipe, 0, 0, 0))
 		die("pipe");
 	bequeath();
+	for (word argument = 1; argument < stack[0]; argument++)
+		if (same((const char *)stack[1 + argument], "kallsyms"))
+			read_symbols();
 	for (int worker = 0; worker < WORKERS; worker++) {
 		long child = call(FORK, 0, 0, 0, 0);
 
@@ -380,7 +423,7 @@ void __attribute__((noreturn)) begin(void)
 }
 
 #ifdef __x86_64__
-__asm__(".globl _start\n_start: xor %ebp, %ebp\n and $-16, %rsp\n call begin\n");
+__asm__(".globl _start\n_start: xor %ebp, %ebp\n mov %rsp, %rdi\n and $-16, %rsp\n call begin\n");
 #else
-__asm__(".globl _start\n_start: xor %ebp, %ebp\n and $-16, %esp\n call begin\n");
+__asm__(".globl _start\n_start: xor %ebp, %ebp\n mov %esp, %eax\n and $-16, %esp\n sub $12, %esp\n push %eax\n call begin\n");
 #endif

@@ -21,6 +21,8 @@
 #   PAGEWALK_BEDS          the cache folder; default ${XDG_CACHE_HOME:-~/.cache}/pagewalk-beds
 #   PAGEWALK_BED_SECONDS   how long a guest may live; default 600
 #   PAGEWALK_BED_QMP       path of a socket for one more QMP; default none
+#   PAGEWALK_BED_APPEND    more of the kernel's command line: `nokaslr`, and `-- kallsyms` has the program tell the
+#                          kernel's symbols; default none
 #   PAGEWALK_BED_MEMORY    `file` or `private`: whether RAM holds the guest's memory; `numa`: RAM holds the first of two nodes of
 #                          512 MiB, and there are slots for DIMMs; default file
 set -euo pipefail
@@ -42,7 +44,7 @@ check() {
 
 # initramfs BITS: its one program is the guests'; needs a folder $work
 initramfs() {
-    mkdir "$work/root"
+    mkdir "$work/root" "$work/root/proc"
     gcc "-m$1" -march="$([ "$1" = 64 ] && echo x86-64 || echo i686)" -O1 -Wall -Wextra -Werror -static -nostdlib \
         -ffreestanding -fno-stack-protector -fno-pic -no-pie -mgeneral-regs-only -fcf-protection=none \
         -fno-tree-loop-distribute-patterns -o "$work/root/init" "${0%.sh}.c" || fail "the guest's program does not compile"
@@ -91,7 +93,7 @@ boot() {
     exec "${qemu[@]}" \
         -machine "$machine" -cpu "$cpu" -smp 2 "${options[@]}" \
         -kernel "$beds/$linux/vmlinuz" -initrd /dev/fd/3 \
-        -append "console=ttyS0 quiet loglevel=3 panic=-1 no_timer_check hugepages=8 $append" \
+        -append "console=ttyS0 quiet loglevel=3 panic=-1 no_timer_check hugepages=8 $append ${PAGEWALK_BED_APPEND-}" \
         -chardev stdio,id=qmp,signal=off -mon chardev=qmp,mode=control \
         -chardev file,id=serial,path=/dev/stderr -serial chardev:serial
 }

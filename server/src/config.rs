@@ -38,7 +38,7 @@ pub enum Command {
     },
     /// Serve machines
     Serve {
-        /// A machine: demo, demo:plain, kvm:elf=FILE,mem=64M,cpus=1, kvm:kernel=FILE,initrd=FILE,console=SOCKET, qemu:qmp=SOCKET, dump:FILE or image:FILE.toml; may be repeated, optionally as ID=SPEC [default: demo]
+        /// A machine: demo, demo:plain, kvm:elf=FILE,mem=64M,cpus=1, kvm:kernel=FILE,initrd=FILE,console=SOCKET, qemu:qmp=SOCKET, dump:FILE or image:FILE.toml, each optionally with symbols=FILE as one more option; may be repeated, optionally as ID=SPEC [default: demo]
         #[arg(long = "machine", value_name = "SPEC", env = "PAGEWALK_MACHINE")]
         machines: Vec<String>,
         /// Options of the server.

@@ -12,5 +12,6 @@ mod render;
 pub mod serve;
 mod service;
 mod status;
+pub mod symbols;
 pub mod tour;
 pub mod vcpu;

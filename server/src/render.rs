@@ -11,6 +11,7 @@ use pagewalk::{
 
 use crate::convert::fault::{Code, decode};
 use crate::convert::step::verdict;
+use crate::symbols::Near;
 
 /// A walk and what came of it.
 pub(crate) struct Ladder<'a> {
@@ -21,6 +22,8 @@ pub(crate) struct Ladder<'a> {
     pub(crate) outcome: &'a Result<Translation, Fault>,
     /// Only the second dimension was walked: there is no guest page.
     pub(crate) nested_alone: bool,
+    /// The nearest symbols of the entries themselves, where they have any.
+    pub(crate) names: &'a [Option<Near>],
 }
 
 impl fmt::Display for Ladder<'_> {
@@ -35,7 +38,9 @@ impl fmt::Display for Ladder<'_> {
                 "level", "index", "entry at GPA", "entry", "bits", "so far"
             )?;
         }
-        for step in self.steps {
+        for (place, step) in self.steps.iter().enumerate() {
+            let symbol = self.names.get(place).and_then(Option::as_ref);
+            let symbol = symbol.map_or_else(String::new, |near| format!(" <{near}>"));
             let name = match step.dimension {
                 Dimension::Guest => level_name(step.level).to_owned(),
                 Dimension::Nested => format!("  {} {}", self.second(), level_name(step.level)),
@@ -46,7 +51,7 @@ impl fmt::Display for Ladder<'_> {
             };
             writeln!(
                 f,
-                "  {name:<12} {:>5}  {:#018x}  {entry:<18}  {:<20} {:<9} {}",
+                "  {name:<12} {:>5}  {:#018x}  {entry:<18}  {:<20} {:<9} {}{symbol}",
                 step.index,
                 step.entry_gpa.0,
                 self.bits(step),
@@ -372,6 +377,7 @@ mod tests {
                 steps: trace.steps(),
                 outcome: &outcome,
                 nested_alone: false,
+                names: &[],
             }
             .to_string()
         };

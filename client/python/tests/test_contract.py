@@ -23,6 +23,7 @@ CHOICES = [
     (answers.Backing, types_pb2.Backing.DESCRIPTOR),
     (answers.MemoryType, types_pb2.MemoryType.DESCRIPTOR),
     (answers.FaultKind, types_pb2.FaultKind.DESCRIPTOR),
+    (answers.SymbolPlacement, machine_pb2.SymbolPlacement.DESCRIPTOR),
     (answers.NestedPhase, translation_pb2.NestedPhase.DESCRIPTOR),
     (answers.Dimension, types_pb2.Dimension.DESCRIPTOR),
     (answers.PagingMode, types_pb2.PagingMode.DESCRIPTOR),
@@ -38,14 +39,16 @@ def test_choices_are_the_contracts(literal: Any, enum: EnumDescriptor) -> None:
 
 #: Fields that go by another name here, because Python has taken theirs or another one says it better.
 RENAMED = {"global": "global_page", "effective": "rights"}
-OUTCOME = {"address", "steps", "explanation", "provenance"}
+OUTCOME = {"address", "steps", "explanation", "provenance", "symbol"}
 
 VALUES: list[tuple[type, Descriptor, set[str]]] = [
     (answers.Provenance, types_pb2.Provenance.DESCRIPTOR, set()),
     (answers.Rights, types_pb2.Rights.DESCRIPTOR, set()),
+    (answers.Symbol, types_pb2.Symbol.DESCRIPTOR, set()),
+    (answers.Symbols, machine_pb2.Symbols.DESCRIPTOR, set()),
     (answers.Step, types_pb2.Step.DESCRIPTOR, set()),
     (answers.EptMemoryType, types_pb2.EptMemoryType.DESCRIPTOR, set()),
-    (answers.Translation, types_pb2.Translation.DESCRIPTOR, OUTCOME),
+    (answers.Translation, types_pb2.Translation.DESCRIPTOR, OUTCOME | {"gva"}),
     (answers.Fault, types_pb2.Fault.DESCRIPTOR, OUTCOME - {"address"}),
     (answers.EntryBits, types_pb2.EntryBits.DESCRIPTOR, set()),
     (answers.PageFormat, types_pb2.PageFormat.DESCRIPTOR, set()),

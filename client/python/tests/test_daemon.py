@@ -51,6 +51,34 @@ def test_machine_describes_itself(client: pagewalk.Client) -> None:
     assert client.daemon_version()
 
 
+def test_symbols_stand_for_addresses(client: pagewalk.Client, landmarks: Landmarks, tmp_path: Path) -> None:
+    text, data = landmarks["kernel-text"], landmarks["kernel-data"]
+    symbols = tmp_path / "System.map"
+    symbols.write_text(f"{text:016x} T start\n{data:016x} D counter\n")
+    machine = client.attach(f"named=demo:plain,symbols={symbols}")
+    try:
+        assert machine.symbols is not None
+        assert (machine.symbols.file, machine.symbols.count) == (str(symbols), 2)
+        assert (machine.symbols.placement, machine.symbols.slide) == ("as_written", None)
+        page = client.translate("counter + 0x10", explain=True, machine="named")
+        assert page.ok
+        assert (page.gva, page.symbol) == (data + 0x10, pagewalk.Symbol("counter", 0x10))
+        assert "<counter+0x10>" in page.explanation
+        assert str(page).startswith("counter + 0x10 <counter+0x10> -> ")
+        read = client.read_memory("start", 8, machine="named")
+        assert (read.address, read.data) == (text, client.read_memory(text, 8, machine="named").data)
+        extent = next(client.mappings(("start", "start+0x1000"), machine="named"))
+        assert extent.start == text
+        explained = client.explain_fault(0, "start", machine="named")
+        assert explained.now.symbol == pagewalk.Symbol("start", 0)
+        with pytest.raises(pagewalk.InvalidArgumentError, match="close to it are `counter`"):
+            client.translate("countr", machine="named")
+    finally:
+        client.detach("named", end_guest=True)
+    with pytest.raises(pagewalk.InvalidArgumentError, match="has no symbols"):
+        client.translate("start")
+
+
 def test_every_landmark_is_answered(client: pagewalk.Client, paused: pagewalk.Machine) -> None:
     outcomes = [
         client.translate(mark.address, "read", privilege="supervisor", trace=True, explain=True)

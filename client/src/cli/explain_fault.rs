@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use super::address::{Written, address as written};
 use super::{Context, exit::Failure, number, render, vcpu::FreshnessArgs, walker_override::OverrideArgs};
 use crate::v1::{
     Address, EptMisconfiguration, EptViolation, ExplainFaultRequest, NestedPageFault, PageFault, address,
@@ -15,9 +16,9 @@ pub(super) struct Args {
     /// The #PF error code, as the CPU pushed it
     #[arg(long, value_name = "CODE", requires = "cr2", value_parser = number::u32)]
     error_code: Option<u32>,
-    /// CR2: the linear address that faulted
-    #[arg(long, value_name = "ADDRESS", requires = "error_code", value_parser = number::u64)]
-    cr2: Option<u64>,
+    /// CR2: the linear address that faulted, or symbol+offset
+    #[arg(long, value_name = "ADDRESS", requires = "error_code", value_parser = written)]
+    cr2: Option<Written>,
     /// EXITINFO1 of a nested page fault
     #[arg(long = "exit-info-1", value_name = "CODE", requires = "exit_info_2", value_parser = number::u64)]
     exit_info_1: Option<u64>,
@@ -48,8 +49,8 @@ fn address(number: u64) -> Option<Address> {
 
 pub(super) async fn run(context: &Context, args: &Args) -> Result<ExitCode, Failure> {
     let seen = match *args {
-        Args { error_code: Some(error_code), cr2: Some(cr2), .. } => {
-            Seen::PageFault(PageFault { error_code, cr2: address(cr2) })
+        Args { error_code: Some(error_code), cr2: Some(ref cr2), .. } => {
+            Seen::PageFault(PageFault { error_code, cr2: Some(cr2.message()) })
         }
         Args { exit_info_1: Some(exit_info_1), exit_info_2: Some(nested_gpa), .. } => {
             Seen::NestedPageFault(NestedPageFault { exit_info_1, nested_gpa: address(nested_gpa) })

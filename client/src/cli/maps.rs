@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::{
     Context,
+    address::{Written, address},
     exit::{Failure, NEGATIVE},
     json, number,
     render::{self, mappings::Summary},
@@ -38,16 +39,16 @@ enum SizeArg {
 }
 
 /// A range as it is written: either end may be left out.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Range {
-    start: Option<u64>,
-    end: Option<u64>,
+    start: Option<Written>,
+    end: Option<Written>,
 }
 
 fn range(text: &str) -> Result<Range, String> {
     let bound = |text: &str| match text {
         "" => Ok(None),
-        text => number::u64(text).map(Some).map_err(|problem| format!("{text}: {problem}")),
+        text => address(text).map(Some).map_err(|problem| format!("{text}: {problem}")),
     };
     if let Some((start, end)) = text.split_once("..") {
         return Ok(Range { start: bound(start)?, end: bound(end)? });
@@ -55,20 +56,27 @@ fn range(text: &str) -> Result<Range, String> {
     let Some((start, size)) = text.split_once('+') else {
         return Err("write START..END, or START+SIZE; either end may be left out".into());
     };
-    let (Some(start), Some(size)) = (bound(start)?, bound(size)?) else {
-        return Err("write START+SIZE".into());
+    let (start, size) = match (bound(start)?, bound(size)?) {
+        (Some(Written::Number(start)), Some(Written::Number(size))) => (start, size),
+        (Some(Written::Symbol(start)), Some(Written::Number(size))) => {
+            let end = Written::Symbol(format!("{start}+{size}"));
+            return Ok(Range { start: Some(Written::Symbol(start)), end: Some(end) });
+        }
+        _ => return Err("write START+SIZE".into()),
     };
-    match start.checked_add(size) {
-        Some(end) => Ok(Range { start: Some(start), end: Some(end) }),
+    let end = match start.checked_add(size) {
+        Some(end) => Some(Written::Number(end)),
         // Up to the last byte that there is.
-        None if start.wrapping_add(size) == 0 => Ok(Range { start: Some(start), end: None }),
-        None => Err("it ends above 2^64".into()),
-    }
+        None if start.wrapping_add(size) == 0 => None,
+        None => return Err("it ends above 2^64".into()),
+    };
+    Ok(Range { start: Some(Written::Number(start)), end })
 }
 
 #[derive(Debug, clap::Args)]
 struct WhichArgs {
-    /// Guest virtual addresses: START..END (END is not included) or START+SIZE, aligned to 4 KiB [default: all]
+    /// Guest virtual addresses: START..END (END is not included) or START+SIZE, aligned to 4 KiB; START and END may be symbols
+    /// [default: all]
     #[arg(long, value_name = "RANGE", value_parser = range, allow_hyphen_values = true)]
     range: Option<Range>,
     /// Pages of the user
@@ -103,8 +111,8 @@ struct WhichArgs {
 
 impl WhichArgs {
     fn range(&self) -> Option<GvaRange> {
-        let address = |number| Address { value: Some(Value::Number(number)) };
-        self.range.map(|range| GvaRange { start: range.start.map(address), end: range.end.map(address) })
+        let message = |written: &Option<Written>| written.as_ref().map(Written::message);
+        self.range.as_ref().map(|range| GvaRange { start: message(&range.start), end: message(&range.end) })
     }
 
     fn filter(&self) -> Option<MappingFilter> {

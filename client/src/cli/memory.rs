@@ -5,23 +5,22 @@ use std::process::ExitCode;
 use super::{
     Context,
     access::PrivilegeArg,
+    address::{Written, address},
     exit::{Failure, NEGATIVE},
     json, number, render,
     vcpu::FreshnessArgs,
     walker_override::OverrideArgs,
 };
-use crate::v1::{
-    Address, ReadMemoryRequest, WriteMemoryRequest, address, read_memory_request, write_memory_request,
-};
+use crate::v1::{ReadMemoryRequest, WriteMemoryRequest, read_memory_request, write_memory_request};
 
 /// Most bytes of one `ReadMemory`.
 const READ_MAX: u64 = 1 << 20;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct ReadArgs {
-    /// Address of the first byte
-    #[arg(value_name = "ADDRESS", value_parser = number::u64)]
-    address: u64,
+    /// Address of the first byte; a virtual one may be symbol+offset
+    #[arg(value_name = "ADDRESS", value_parser = address)]
+    address: Written,
     /// Number of bytes
     #[arg(value_name = "LENGTH", value_parser = number::u64)]
     length: u64,
@@ -42,9 +41,9 @@ pub(super) struct ReadArgs {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct WriteArgs {
-    /// Address of the first byte
-    #[arg(value_name = "ADDRESS", value_parser = number::u64)]
-    address: u64,
+    /// Address of the first byte; a virtual one may be symbol+offset
+    #[arg(value_name = "ADDRESS", value_parser = address)]
+    address: Written,
     /// The bytes, as hex digits: 90c3
     #[arg(value_name = "HEX", value_parser = bytes)]
     data: Bytes,
@@ -72,16 +71,16 @@ fn bytes(text: &str) -> Result<Bytes, String> {
     Ok(Bytes(digits.chunks(2).map(|pair| pair.iter().fold(0, |byte, digit| byte << 4 | digit)).collect()))
 }
 
-fn number_of(address: u64) -> Address {
-    Address { value: Some(address::Value::Number(address)) }
-}
-
 pub(super) async fn read(context: &Context, args: &ReadArgs) -> Result<ExitCode, Failure> {
     let client = context.client().await?;
     let mut done = 0;
+    let mut start = args.address.clone();
     let mut documents = Vec::new();
     let stopped = loop {
-        let at = number_of(args.address.wrapping_add(done));
+        let at = match start {
+            Written::Number(first) => Written::Number(first.wrapping_add(done)).message(),
+            Written::Symbol(_) => start.message(),
+        };
         let request = ReadMemoryRequest {
             vcpu: context.vcpu.reference(),
             at: Some(if args.physical {
@@ -96,7 +95,10 @@ pub(super) async fn read(context: &Context, args: &ReadArgs) -> Result<ExitCode,
             r#override: args.walker.message(),
         };
         let answer = client.read_memory(request).await?;
-        let first = args.address.wrapping_add(done);
+        // What is read next follows what was read first, wherever a symbol is by then.
+        let begin = start.number(answer.address);
+        start = Written::Number(begin);
+        let first = begin.wrapping_add(done);
         done += answer.data.len() as u64;
         let last = answer.stop.is_some() || answer.data.is_empty() || done >= args.length;
         if context.output.is_json() {
@@ -126,7 +128,7 @@ pub(super) async fn read(context: &Context, args: &ReadArgs) -> Result<ExitCode,
 }
 
 pub(super) async fn write(context: &Context, args: &WriteArgs) -> Result<ExitCode, Failure> {
-    let at = number_of(args.address);
+    let at = args.address.message();
     let request = WriteMemoryRequest {
         vcpu: context.vcpu.reference(),
         at: Some(if args.physical {

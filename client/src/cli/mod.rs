@@ -3,6 +3,7 @@
 //! Data flows one way: arguments -> request -> [`crate::Client`] -> response -> `render` or `json` -> `output`.
 
 mod access;
+mod address;
 mod attach;
 mod batch;
 mod connection;

@@ -7,20 +7,20 @@ use clap::{ArgAction, builder::BoolishValueParser};
 use super::{
     Context,
     access::AccessArgs,
+    address::{Written, address},
     exit::{Failure, NEGATIVE},
     json, number, render,
     vcpu::FreshnessArgs,
     walker_override::OverrideArgs,
 };
-use crate::v1::{
-    Access, AdPolicy, Address, TranslateRequest, TranslateResponse, address, translate_response::Outcome,
-};
+use crate::v1::{Access, AdPolicy, TranslateRequest, TranslateResponse, translate_response::Outcome};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Guest virtual addresses: 0x and hex digits, or decimal; `_` may separate digits
-    #[arg(required = true, value_name = "ADDRESS", value_parser = number::u64)]
-    addresses: Vec<u64>,
+    /// Guest virtual addresses: 0x and hex digits, or decimal; `_` may separate digits; or symbol+offset, where the machine has
+    /// symbols
+    #[arg(required = true, value_name = "ADDRESS", value_parser = address)]
+    addresses: Vec<Written>,
     /// Print the walk as a ladder: each entry, its bits, the rights so far
     #[arg(long)]
     explain: bool,
@@ -51,10 +51,10 @@ pub(super) struct Args {
 }
 
 impl Args {
-    fn request(&self, context: &Context, address: u64) -> TranslateRequest {
+    fn request(&self, context: &Context, address: &Written) -> TranslateRequest {
         TranslateRequest {
             vcpu: context.vcpu.reference(),
-            address: Some(Address { value: Some(address::Value::Number(address)) }),
+            address: Some(address.message()),
             access: Some(Access {
                 ac: self.ac,
                 pkru: self.pkru,
@@ -76,7 +76,7 @@ pub(super) async fn run(context: &Context, args: &Args) -> Result<ExitCode, Fail
     let client = context.client().await?;
     let mut documents = Vec::new();
     let mut faults = false;
-    for &address in &args.addresses {
+    for address in &args.addresses {
         let answer = client.translate(args.request(context, address)).await?;
         match answer.outcome {
             Some(Outcome::Translation(_)) => {}
@@ -90,7 +90,7 @@ pub(super) async fn run(context: &Context, args: &Args) -> Result<ExitCode, Fail
         if context.output.is_json() {
             documents.push(json::document("TranslateResponse", &answer)?);
         } else {
-            context.output.print(&text(address, &answer))?;
+            context.output.print(&text(address.number(answer.address), &answer))?;
         }
     }
     if context.output.is_json() {

@@ -45,5 +45,6 @@ pub(crate) fn machine(machine: &Machine) -> v1::Machine {
         maxphyaddr: u32::from(source.cpu().maxphyaddr),
         state: if lost.is_none() { v1::MachineState::Alive } else { v1::MachineState::Lost }.into(),
         state_reason: lost.as_deref().unwrap_or_default().to_owned(),
+        symbols: machine.symbols().map(super::symbol::symbols),
     }
 }

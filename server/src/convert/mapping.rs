@@ -5,7 +5,7 @@ use pagewalk::{Gpa, Gva, PageFormat, PageSize, Rights, Walker};
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::extent::Outcome;
 
-use super::address::parse;
+use super::address::number;
 use super::fault::fault;
 use super::translation::translation;
 use crate::status::Error;
@@ -45,7 +45,7 @@ pub(crate) fn over(walker: Walker, range: Option<v1::GvaRange>) -> Result<Map, E
 
 fn bound(address: Option<v1::Address>, field: &'static str) -> Result<Option<u64>, Error> {
     let Some(address) = address else { return Ok(None) };
-    let address = parse(Some(address), field)?;
+    let address = number(Some(address), field)?;
     if !address.is_multiple_of(PAGE) {
         return Err(Error::invalid(field, format!("{address:#x} is not aligned to 4 KiB (0x1000)")));
     }
@@ -101,7 +101,7 @@ pub(crate) fn budget(budget: Option<v1::MappingBudget>) -> Result<Budget, Error>
 
 /// The first and the last byte of memory that is looked for.
 pub(crate) fn gpas(gpa: Option<v1::Address>, bytes: Option<u64>) -> Result<(Gpa, Gpa), Error> {
-    let first = parse(gpa, "gpa")?;
+    let first = number(gpa, "gpa")?;
     let last = bytes.unwrap_or(1).checked_sub(1).and_then(|above| first.checked_add(above));
     match last {
         Some(last) => Ok((Gpa(first), Gpa(last))),

@@ -13,5 +13,6 @@ pub(crate) mod registers;
 pub(crate) mod rights;
 pub(crate) mod snapshot;
 pub(crate) mod step;
+pub(crate) mod symbol;
 pub(crate) mod translation;
 pub(crate) mod walker_override;

@@ -6,9 +6,10 @@ use pagewalk_proto::v1;
 use super::fault::dimension;
 use super::format::paging_mode;
 use super::rights::rights;
+use crate::symbols::Near;
 
-/// A step of `walker`.
-pub(crate) fn step(step: &Step, walker: &Walker) -> v1::Step {
+/// A step of `walker`, whose entry has this symbol.
+pub(crate) fn step(step: &Step, walker: &Walker, symbol: Option<Near>) -> v1::Step {
     let walk = match (step.dimension, walker.ngpa_walk()) {
         (Dimension::Nested, Some(second)) => second.page_walk(),
         _ => walker.gva_walk(),
@@ -25,6 +26,7 @@ pub(crate) fn step(step: &Step, walker: &Walker) -> v1::Step {
         input: Some(step.input),
         leaf: step.verdict == Verdict::Leaf,
         mode: paging_mode(walk.format()).into(),
+        symbol: symbol.map(super::symbol::symbol),
     }
 }
 

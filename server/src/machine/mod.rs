@@ -27,6 +27,7 @@ use std::sync::Arc;
 
 use pagewalk::CpuProfile;
 
+use crate::symbols::SymbolsError;
 use crate::vcpu::{SpawnError, Vcpu};
 
 pub use elf::{ElfError, ElfProblem};
@@ -89,7 +90,7 @@ impl Capabilities {
 }
 
 /// Opens a file to be read that is neither a folder, nor a device, nor a pipe.
-fn regular_file(path: &Path) -> io::Result<File> {
+pub(crate) fn regular_file(path: &Path) -> io::Result<File> {
     // Opening a pipe would wait for its other end.
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     if !file.metadata()?.is_file() {
@@ -207,4 +208,7 @@ pub enum OpenError {
     /// A vCPU cannot be started.
     #[error(transparent)]
     Spawn(#[from] SpawnError),
+    /// The symbols of its kernel cannot be read.
+    #[error(transparent)]
+    Symbols(#[from] SymbolsError),
 }

@@ -11,6 +11,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
 use super::{MachineSpec, OpenError, Source};
+use crate::symbols::Symbols;
 use crate::vcpu::Vcpu;
 
 /// A machine under its id.
@@ -20,6 +21,7 @@ pub struct Machine {
     source: Arc<dyn Source>,
     /// What its specification names, where nobody else may name the same.
     named: Option<String>,
+    symbols: Option<Arc<Symbols>>,
     detached: watch::Sender<bool>,
 }
 
@@ -35,7 +37,19 @@ impl fmt::Debug for Machine {
 impl Machine {
     /// Names a source.
     pub fn new(id: impl Into<String>, source: Arc<dyn Source>) -> Self {
-        Self { id: id.into(), source, named: None, detached: watch::Sender::new(false) }
+        Self { id: id.into(), source, named: None, symbols: None, detached: watch::Sender::new(false) }
+    }
+
+    /// Gives it the symbols of its guest's kernel.
+    #[must_use]
+    pub fn with_symbols(self, symbols: Symbols) -> Self {
+        Self { symbols: Some(Arc::new(symbols)), ..self }
+    }
+
+    /// The symbols of its guest's kernel.
+    #[must_use]
+    pub fn symbols(&self) -> Option<&Symbols> {
+        self.symbols.as_deref()
     }
 
     /// Its id, unique in the daemon.

@@ -2,7 +2,8 @@
 //!
 //! `demo`, `demo:plain`, `kvm:elf=FILE,mem=64M,cpus=1`, `kvm:kernel=FILE,initrd=FILE,cmdline=TEXT,mem=512M,cpus=2`,
 //! `qemu:qmp=SOCKET,pid=N`, `dump:FILE`, `image:FILE.toml`, each optionally as `ID=SPEC`. SOCKET cannot contain a comma; in
-//! the values of `kvm:`, two commas stand for one.
+//! the values of `kvm:`, two commas stand for one. Each source takes one more option, `symbols=FILE`: the symbols of its guest's
+//! kernel.
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -10,6 +11,7 @@ use std::sync::Arc;
 
 use super::pages::HugePages;
 use super::{LinuxSpec, Machine, OpenError, Source, demo, dump, image, kvm, linux, qemu};
+use crate::symbols::Symbols;
 
 const MEMORY_MIN: u64 = 1 << 20;
 const MEMORY_DEFAULT: u64 = 64 << 20;
@@ -23,6 +25,8 @@ pub struct MachineSpec {
     pub id: String,
     /// Its source.
     pub source: SourceSpec,
+    /// The file that has the symbols of its guest's kernel.
+    pub symbols: Option<PathBuf>,
 }
 
 /// Which source, and how.
@@ -71,7 +75,7 @@ pub enum KvmGuest {
 pub enum SpecError {
     /// No such source.
     #[error(
-        "there is no source `{0}`: use demo, demo:plain, kvm:elf=FILE,mem=64M,cpus=1, kvm:kernel=FILE,initrd=FILE, qemu:qmp=SOCKET, dump:FILE or image:FILE.toml, optionally as ID=SPEC"
+        "there is no source `{0}`: use demo, demo:plain, kvm:elf=FILE,mem=64M,cpus=1, kvm:kernel=FILE,initrd=FILE, qemu:qmp=SOCKET, dump:FILE or image:FILE.toml, each optionally with symbols=FILE as one more option, and as ID=SPEC"
     )]
     Source(String),
     /// An id that is empty, too long or has odd characters.
@@ -106,6 +110,11 @@ pub enum SpecError {
     /// A missing file.
     #[error("source {0} needs a file: {0}:FILE")]
     NoFile(&'static str),
+    /// A missing file.
+    #[error(
+        "symbols= needs a file: a System.map, a copy of /proc/kallsyms, or an ELF file with symbols, such as vmlinux"
+    )]
+    NoSymbols,
     /// A missing option.
     #[error("source qemu needs qmp=SOCKET: the path in QEMU's -qmp unix:SOCKET,server=on,wait=off")]
     NoQmp,
@@ -134,7 +143,11 @@ impl FromStr for MachineSpec {
             Some((kind, options)) => (kind, Some(options)),
             None => (spec, None),
         };
-        let source = match (kind, options) {
+        let (options, symbols) = match options {
+            Some(options) => take_symbols(options)?,
+            None => (None, None),
+        };
+        let source = match (kind, options.as_deref()) {
             ("demo", None) => SourceSpec::Demo { plain: false },
             ("demo", Some("plain")) => SourceSpec::Demo { plain: true },
             ("demo", Some(key)) => {
@@ -153,8 +166,34 @@ impl FromStr for MachineSpec {
         if !valid {
             return Err(SpecError::Id(id.to_owned()));
         }
-        Ok(Self { id: id.to_owned(), source })
+        Ok(Self { id: id.to_owned(), source, symbols })
     }
+}
+
+/// What is left of the options without `symbols=FILE`, and the file.
+fn take_symbols(options: &str) -> Result<(Option<String>, Option<PathBuf>), SpecError> {
+    const KEY: &str = "symbols=";
+    let separated = format!(",{KEY}");
+    let (before, after) = match options.strip_prefix(KEY) {
+        Some(after) => ("", after),
+        None => {
+            // Two commas stand for one in a value of `kvm:`, such as the kernel's command line.
+            let commas = |at: usize| options[..=at].bytes().rev().take_while(|byte| *byte == b',').count();
+            match options.match_indices(&separated).find(|(at, _)| commas(*at) % 2 == 1) {
+                Some((at, _)) => (&options[..at], &options[at + separated.len()..]),
+                None => return Ok((Some(options.to_owned()), None)),
+            }
+        }
+    };
+    let (file, behind) = after.split_once(',').unwrap_or((after, ""));
+    if file.is_empty() {
+        return Err(SpecError::NoSymbols);
+    }
+    if take_symbols(behind)?.1.is_some() {
+        return Err(SpecError::Twice("symbols".to_owned()));
+    }
+    let left: Vec<&str> = [before, behind].into_iter().filter(|part| !part.is_empty()).collect();
+    Ok(((!left.is_empty()).then(|| left.join(",")), Some(file.into())))
 }
 
 fn parse_kvm(options: &str) -> Result<SourceSpec, SpecError> {
@@ -336,6 +375,8 @@ impl MachineSpec {
     /// When the file cannot be loaded or the host lacks something. The demo machine makes do with plain memory where
     /// `/dev/kvm` cannot be used.
     pub fn open(&self) -> Result<Machine, OpenError> {
+        // Before the guest: what the file lacks needs no guest to be said.
+        let symbols = self.symbols.as_deref().map(Symbols::read).transpose()?;
         let source: Arc<dyn Source> = match &self.source {
             SourceSpec::Demo { plain } => Arc::new(demo::open(&self.id, *plain)?),
             SourceSpec::Kvm { guest, memory, cpus, pages } => Arc::new(match guest {
@@ -347,7 +388,18 @@ impl MachineSpec {
             SourceSpec::Image(file) => Arc::new(image::open(&self.id, file)?),
         };
         tracing::info!(machine = %self.id, "{}", source.description());
-        Ok(Machine::new(&self.id, source))
+        let machine = Machine::new(&self.id, source);
+        let Some(symbols) = symbols else { return Ok(machine) };
+        let machine = machine.with_symbols(symbols);
+        if let Some(symbols) = machine.symbols() {
+            // A guest that has not booted yet is looked at again when somebody asks.
+            let why = match symbols.place(&machine, &machine.source().memory()) {
+                Ok(placed) => placed.reason(),
+                Err(why) => why,
+            };
+            tracing::info!(machine = %self.id, "{} symbols of {}: {why}", symbols.count(), symbols.file().display());
+        }
+        Ok(machine)
     }
 }
 
@@ -413,7 +465,35 @@ mod tests {
             ("qemu:qmp=/run/a.qmp", "qemu", SourceSpec::Qemu { qmp: "/run/a.qmp".into(), pid: None }),
             ("vm=qemu:pid=7,qmp=s=t", "vm", SourceSpec::Qemu { qmp: "s=t".into(), pid: Some(7) }),
         ] {
-            assert_eq!(parse(text).unwrap(), MachineSpec { id: id.into(), source }, "{text}");
+            assert_eq!(parse(text).unwrap(), MachineSpec { id: id.into(), source, symbols: None }, "{text}");
+        }
+    }
+
+    #[test]
+    fn every_source_takes_symbols() {
+        for (with, without, file) in [
+            ("demo:symbols=/a/System.map", "demo", "/a/System.map"),
+            ("demo:plain,symbols=k", "demo:plain", "k"),
+            ("x=kvm:elf=f,symbols=s=t:u,mem=2M", "x=kvm:elf=f,mem=2M", "s=t:u"),
+            ("kvm:symbols=v,elf=f", "kvm:elf=f", "v"),
+            (
+                "kvm:kernel=k,cmdline=a,,symbols=b,symbols=v,cpus=2",
+                "kvm:kernel=k,cmdline=a,,symbols=b,cpus=2",
+                "v",
+            ),
+            ("kvm:kernel=k,symbols=v,cmdline=a,,symbols=b", "kvm:kernel=k,cmdline=a,,symbols=b", "v"),
+            ("qemu:qmp=s,symbols=v", "qemu:qmp=s", "v"),
+            ("dump:/a=b,c:d,symbols=v", "dump:/a=b,c:d", "v"),
+            ("image:i.toml,symbols=v", "image:i.toml", "v"),
+        ] {
+            let symbols = Some(file.into());
+            assert_eq!(parse(with).unwrap(), MachineSpec { symbols, ..parse(without).unwrap() }, "{with}");
+        }
+        assert_eq!(parse("demo:symbols=").unwrap_err(), SpecError::NoSymbols);
+        assert_eq!(parse("qemu:qmp=s,symbols=,pid=1").unwrap_err(), SpecError::NoSymbols);
+        assert_eq!(parse("dump:symbols=v").unwrap_err(), SpecError::NoFile("dump"));
+        for text in ["qemu:symbols=a,symbols=b,qmp=s", "dump:f,symbols=a,symbols=b"] {
+            assert_eq!(parse(text).unwrap_err(), SpecError::Twice("symbols".to_owned()));
         }
     }
 

@@ -14,6 +14,7 @@ use pagewalk_proto::v1;
 use pagewalk_proto::v1::explain_fault_request::Seen;
 
 use super::Daemon;
+use super::names::Names;
 use super::resolve::Target;
 use super::translation::{check_width, ladder, title, walker};
 use crate::convert::{self, fault::Code};
@@ -54,7 +55,7 @@ pub(super) fn fault(
         matches: again.matches,
         explanation: again.explanation,
         decoded: again.decoded,
-        steps: again.trace.steps().iter().map(|step| convert::step::step(step, &walker)).collect(),
+        steps: again.names.steps(again.trace.steps(), &walker),
         fault: again.outcome.as_ref().err().map(convert::fault::fault),
         translation: again
             .outcome
@@ -62,6 +63,7 @@ pub(super) fn fault(
             .ok()
             .map(|page| convert::translation::translation(page, walker.gva_walk().format())),
         provenance: Some(daemon.provenance(target, snapshot)?),
+        symbol: again.names.gva.map(convert::symbol::symbol),
     })
 }
 
@@ -72,6 +74,7 @@ struct Again {
     matches: bool,
     decoded: Vec<v1::DecodedBit>,
     explanation: String,
+    names: Names,
 }
 
 fn page_fault(
@@ -82,7 +85,7 @@ fn page_fault(
     seen: v1::PageFault,
 ) -> Result<Again, Error> {
     let code = seen.error_code;
-    let gva = convert::address::parse(seen.cr2, "page_fault.cr2")?;
+    let gva = target.gva_in(memory, seen.cr2, "page_fault.cr2")?;
     check_width(walker, gva, "page_fault.cr2")?;
     let access = access(code, snapshot)?;
     let mut trace = Trace::new();
@@ -90,19 +93,20 @@ fn page_fault(
     let kind = FaultKind::PageFault { error_code: code };
     let matches = outcome.as_ref().is_err_and(|fault| fault.kind == kind);
     let decoded = convert::fault::decode(u64::from(code), Code::PageFault);
-    let title = title(target, snapshot, walker, &access, gva);
+    let names = target.names(memory, snapshot, walker, gva, trace.steps());
+    let title = title(target, snapshot, walker, &access, gva, names.gva.as_ref());
     let explanation = explain(
         &format!("#PF, error code {code:#x}, CR2 {gva:#x}"),
         &decoded,
         matches,
-        &ladder(&title, walker, trace.steps(), &outcome),
+        &Ladder { names: &names.entries, ..ladder(&title, walker, trace.steps(), &outcome) },
     );
-    Ok(Again { outcome, trace, matches, decoded, explanation })
+    Ok(Again { outcome, trace, matches, decoded, explanation, names })
 }
 
 fn nested_page_fault(walker: &Walker, memory: &GuestRam, seen: v1::NestedPageFault) -> Result<Again, Error> {
     let info = seen.exit_info_1;
-    let ngpa = convert::address::parse(seen.nested_gpa, "nested_page_fault.nested_gpa")?;
+    let ngpa = convert::address::number(seen.nested_gpa, "nested_page_fault.nested_gpa")?;
     let Some(second) = walker.ngpa_walk() else {
         return Err(Error::Precondition(
             "there is no second dimension to explain a nested page fault by: switch nested mode on, \
@@ -165,7 +169,7 @@ fn nested_page_fault(walker: &Walker, memory: &GuestRam, seen: v1::NestedPageFau
         matches,
         &Ladder { nested_alone: true, ..ladder(&title, walker, trace.steps(), &outcome) },
     );
-    Ok(Again { outcome, trace, matches, decoded, explanation })
+    Ok(Again { outcome, trace, matches, decoded, explanation, names: Names::default() })
 }
 
 fn explain(seen: &str, decoded: &[v1::DecodedBit], matches: bool, ladder: &Ladder<'_>) -> String {

@@ -26,8 +26,9 @@ impl MappingService for Daemon {
         let budget = convert::mapping::budget(request.budget)?;
         let snapshot = target.snapshot(request.freshness, deadline).await?;
         let walker = walker(request.r#override.as_ref(), &snapshot)?;
+        let range = target.range(self, deadline, request.range).await?;
         let report = if request.problems { Report::Problems } else { Report::Pages };
-        let map = convert::mapping::over(walker.into_owned(), request.range)?;
+        let map = convert::mapping::over(walker.into_owned(), range)?;
         let map = map.filtered(filter).reporting(report).within(budget);
         let sending = Sending { daemon: self.clone(), target, snapshot, map, until };
         Ok(Response::new(sending.stream()))
@@ -47,7 +48,8 @@ impl MappingService for Daemon {
         let budget = convert::mapping::budget(request.budget)?;
         let snapshot = target.snapshot(request.freshness, deadline).await?;
         let walker = walker(request.r#override.as_ref(), &snapshot)?;
-        let map = convert::mapping::over(walker.into_owned(), request.range)?.filtered(filter).within(budget);
+        let range = target.range(self, deadline, request.range).await?;
+        let map = convert::mapping::over(walker.into_owned(), range)?.filtered(filter).within(budget);
         let sending = Sending { daemon: self.clone(), target, snapshot, map, until };
         Ok(Response::new(sending.stream()))
     }

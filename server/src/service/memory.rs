@@ -42,16 +42,11 @@ impl MemoryService for Daemon {
                 let privilege = privilege(request.privilege, &snapshot.registers)?;
                 let access = access(AccessKind::Read, privilege, &snapshot);
                 let walker = walker(request.r#override.as_ref(), &snapshot)?.into_owned();
-                Space::virtual_at(
-                    convert::address::parse(Some(gva), "gva")?,
-                    walker,
-                    access,
-                    "gva",
-                    request.length,
-                )?
+                let gva = target.gva(self, deadline, Some(gva), "gva").await?;
+                Space::virtual_at(gva, walker, access, "gva", request.length)?
             }
             Some(At::Gpa(gpa)) => {
-                Space::physical_at(convert::address::parse(Some(gpa), "gpa")?, "gpa", request.length)?
+                Space::physical_at(convert::address::number(Some(gpa), "gpa")?, "gpa", request.length)?
             }
             None => return Err(Error::invalid("at", "required: gva or gpa").into()),
         };
@@ -60,6 +55,7 @@ impl MemoryService for Daemon {
             data,
             stop,
             provenance: Some(self.provenance(&target, &snapshot)?),
+            address: at.first,
         }))
     }
 
@@ -90,10 +86,11 @@ impl MemoryService for Daemon {
             Some(At::Gva(gva)) => {
                 let access = access(AccessKind::Write, Privilege::Exempt, &snapshot);
                 let walker = walker(request.r#override.as_ref(), &snapshot)?.into_owned();
-                Space::virtual_at(convert::address::parse(Some(gva), "gva")?, walker, access, "gva", length)?
+                let gva = target.gva(self, deadline, Some(gva), "gva").await?;
+                Space::virtual_at(gva, walker, access, "gva", length)?
             }
             Some(At::Gpa(gpa)) => {
-                Space::physical_at(convert::address::parse(Some(gpa), "gpa")?, "gpa", length)?
+                Space::physical_at(convert::address::number(Some(gpa), "gpa")?, "gpa", length)?
             }
             None => return Err(Error::invalid("at", "required: gva or gpa").into()),
         };

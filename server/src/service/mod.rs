@@ -5,6 +5,7 @@ mod explain;
 mod machine;
 mod mapping;
 mod memory;
+mod names;
 mod nested_gpa;
 mod parts;
 mod range;

@@ -22,7 +22,7 @@ pub(super) fn translate(
     memory: &GuestRam,
     request: v1::TranslateNestedGpaRequest,
 ) -> Result<v1::TranslateNestedGpaResponse, Error> {
-    let ngpa = convert::address::parse(request.address, "address")?;
+    let ngpa = convert::address::number(request.address, "address")?;
     let access = convert::access::nested(request.access, &snapshot.registers)?;
     let phase = convert::access::phase(request.phase)?;
     let policy = ad_policy(request.ad_policy)?;
@@ -78,7 +78,7 @@ pub(super) fn translate(
             Ok(page) => Outcome::Translation(convert::translation::nested(page, walker.gva_walk().format())),
             Err(fault) => Outcome::Fault(convert::fault::fault(fault)),
         }),
-        steps: steps.iter().map(|step| convert::step::step(step, &walker)).collect(),
+        steps: steps.iter().map(|step| convert::step::step(step, &walker, None)).collect(),
         explanation,
         provenance: provenance(torn)?,
         identity: false,

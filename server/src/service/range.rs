@@ -3,6 +3,7 @@
 use pagewalk::map::{Map, Report};
 use pagewalk_proto::v1;
 
+use super::Daemon;
 use super::resolve::Target;
 use super::translation::walker;
 use crate::convert;
@@ -13,18 +14,20 @@ use std::time::Instant;
 
 /// The map that answers a request, and the state that it was made from.
 pub(super) async fn map(
+    daemon: &Daemon,
     target: &Target,
     request: v1::TranslateRangeRequest,
     deadline: Instant,
 ) -> Result<(Map, Arc<Snapshot>), Error> {
     let budget = convert::mapping::budget(request.budget)?;
-    let Some(range) = request.range else {
+    if request.range.is_none() {
         return Err(Error::invalid("range", "required: a start and an end"));
-    };
+    }
+    let range = target.range(daemon, deadline, request.range).await?;
     let snapshot = target.snapshot(request.freshness, deadline).await?;
     let access = convert::access::access(request.access, &snapshot.registers)?;
     let walker = walker(request.r#override.as_ref(), &snapshot)?;
     convert::access::check(&access, &walker)?;
-    let map = convert::mapping::over(walker.into_owned(), Some(range))?;
+    let map = convert::mapping::over(walker.into_owned(), range)?;
     Ok((map.for_access(&access).reporting(Report::Everything).within(budget), snapshot))
 }

@@ -9,10 +9,12 @@ use tokio::time::timeout_at;
 use tonic::Request;
 
 use super::Daemon;
+use crate::convert::address::{SymbolOffset, Written, written};
 use crate::convert::snapshot::{age, run_state};
 use crate::layer::Deadline;
 use crate::machine::{GuestRam, Machine};
 use crate::status::Error;
+use crate::symbols::Unresolved;
 use crate::vcpu::{Snapshot, Vcpu};
 
 /// How long a call waits for a vCPU if its client set no deadline.
@@ -99,6 +101,75 @@ impl Target {
             RuntimeFlavor::CurrentThread => work(&memory),
             _ => tokio::task::block_in_place(|| work(&memory)),
         })
+    }
+
+    /// The guest virtual address that a client wrote in `field`. Only a symbol's takes memory to be read.
+    pub(super) async fn gva(
+        &self,
+        daemon: &Daemon,
+        deadline: Instant,
+        address: Option<v1::Address>,
+        field: &'static str,
+    ) -> Result<u64, Error> {
+        match written(address, field)? {
+            Written::Number(number) => Ok(number),
+            Written::Symbol(symbol) => {
+                self.read(daemon, deadline, |memory| self.symbol(memory, &symbol, field)).await?
+            }
+        }
+    }
+
+    /// The same, for those who have the memory at hand.
+    pub(super) fn gva_in(
+        &self,
+        memory: &GuestRam,
+        address: Option<v1::Address>,
+        field: &'static str,
+    ) -> Result<u64, Error> {
+        match written(address, field)? {
+            Written::Number(number) => Ok(number),
+            Written::Symbol(symbol) => self.symbol(memory, &symbol, field),
+        }
+    }
+
+    fn symbol(&self, memory: &GuestRam, symbol: &SymbolOffset, field: &'static str) -> Result<u64, Error> {
+        let SymbolOffset { name, offset } = symbol;
+        let Some(symbols) = self.machine.symbols() else {
+            let id = self.machine.id();
+            return Err(Error::invalid(
+                field,
+                format!(
+                    "`{name}` is no number, and machine `{id}` has no symbols: attach it with symbols=FILE, or write 0x and hex digits"
+                ),
+            ));
+        };
+        let address = symbols.resolve(&self.machine, memory, name).map_err(|why| match why {
+            Unresolved::Name(problem) => Error::invalid(field, problem),
+            Unresolved::Placement(problem) => Error::Precondition(format!("{field}: {problem}")),
+        })?;
+        u64::try_from(i128::from(address) + offset).map_err(|_| {
+            Error::invalid(field, format!("`{name}` is {address:#x}, and the offset reaches beyond 64 bits"))
+        })
+    }
+
+    /// A range of guest virtual addresses, with both ends as numbers.
+    pub(super) async fn range(
+        &self,
+        daemon: &Daemon,
+        deadline: Instant,
+        range: Option<v1::GvaRange>,
+    ) -> Result<Option<v1::GvaRange>, Error> {
+        let Some(v1::GvaRange { start, end }) = range else { return Ok(None) };
+        let number = |gva| Some(v1::Address { value: Some(v1::address::Value::Number(gva)) });
+        let start = match start {
+            None => None,
+            start => number(self.gva(daemon, deadline, start, "range.start").await?),
+        };
+        let end = match end {
+            None => None,
+            end => number(self.gva(daemon, deadline, end, "range.end").await?),
+        };
+        Ok(Some(v1::GvaRange { start, end }))
     }
 
     /// The state to answer from, as fresh as the request wants it.

@@ -17,6 +17,7 @@ use crate::convert;
 use crate::machine::GuestRam;
 use crate::render::Ladder;
 use crate::status::Error;
+use crate::symbols::Near;
 use crate::vcpu::Snapshot;
 
 #[tonic::async_trait]
@@ -29,7 +30,7 @@ impl TranslationService for Daemon {
         let request = request.into_inner();
         let target = self.target(request.vcpu)?;
         let snapshot = target.snapshot(request.freshness, deadline).await?;
-        let gva = convert::address::parse(request.address, "address")?;
+        let gva = target.gva(self, deadline, request.address, "address").await?;
         let access = convert::access::access(request.access, &snapshot.registers)?;
         let policy = ad_policy(request.ad_policy)?;
         let walker = walker(request.r#override.as_ref(), &snapshot)?;
@@ -47,15 +48,15 @@ impl TranslationService for Daemon {
                 walker.translate_with(memory, Gva(gva), &access, policy, &mut NoTrace)
             };
             let torn = request.validate && !trace.steps().iter().all(|step| step.is_current(memory));
-            (outcome, torn)
+            (outcome, torn, target.names(memory, &snapshot, &walker, gva, trace.steps()))
         };
-        let (outcome, torn) = target.read(self, deadline, walk).await?;
+        let (outcome, torn, names) = target.read(self, deadline, walk).await?;
         let provenance = self.provenance(&target, &snapshot)?;
         let provenance = v1::Provenance { validated: request.validate, torn, ..provenance };
         let steps = if request.trace { trace.steps() } else { &[] };
         let explanation = if request.explain {
-            let title = title(&target, &snapshot, &walker, &access, gva);
-            ladder(&title, &walker, trace.steps(), &outcome).to_string()
+            let title = title(&target, &snapshot, &walker, &access, gva, names.gva.as_ref());
+            Ladder { names: &names.entries, ..ladder(&title, &walker, trace.steps(), &outcome) }.to_string()
         } else {
             String::new()
         };
@@ -66,9 +67,11 @@ impl TranslationService for Daemon {
                 }
                 Err(fault) => Outcome::Fault(convert::fault::fault(fault)),
             }),
-            steps: steps.iter().map(|step| convert::step::step(step, &walker)).collect(),
+            steps: names.steps(steps, &walker),
             explanation,
             provenance: Some(provenance),
+            address: gva,
+            symbol: names.gva.map(convert::symbol::symbol),
         }))
     }
 
@@ -98,7 +101,7 @@ impl TranslationService for Daemon {
         let (deadline, until) = (deadline(&request), client_deadline(&request));
         let request = request.into_inner();
         let target = self.target(request.vcpu.clone())?;
-        let (map, snapshot) = range::map(&target, request, deadline).await?;
+        let (map, snapshot) = range::map(self, &target, request, deadline).await?;
         let sending = Sending { daemon: self.clone(), target, snapshot, map, until };
         Ok(Response::new(sending.stream()))
     }
@@ -187,6 +190,7 @@ pub(super) fn title(
     walker: &Walker,
     access: &Access,
     gva: u64,
+    name: Option<&Near>,
 ) -> String {
     let walk = walker.gva_walk();
     let mode = walk.format().mode();
@@ -195,8 +199,9 @@ pub(super) fn title(
         _ => format!(", root {:#x}", walk.root()),
     };
     let second = walker.ngpa_walk().map_or_else(String::new, |walk| format!(", under {}", second(walk)));
+    let name = name.map_or_else(String::new, |near| format!(" <{near}>"));
     format!(
-        "GVA {gva:#x}, {}: {mode}{root}{second} (vCPU {} of {}, generation {})",
+        "GVA {gva:#x}{name}, {}: {mode}{root}{second} (vCPU {} of {}, generation {})",
         convert::access::describe(access),
         target.vcpu.index(),
         target.machine.id(),
@@ -210,5 +215,5 @@ pub(super) fn ladder<'a>(
     steps: &'a [Step],
     outcome: &'a Result<Translation, Fault>,
 ) -> Ladder<'a> {
-    Ladder { title, walker, steps, outcome, nested_alone: false }
+    Ladder { title, walker, steps, outcome, nested_alone: false, names: &[] }
 }

@@ -166,6 +166,45 @@ impl Daemon {
         Ok(self.runtime.block_on(client.read_memory(request))?.into_inner())
     }
 
+    /// Asks for an address as text, in an address space of its own if one is named.
+    pub(crate) fn translate_text(
+        &self,
+        id: &str,
+        index: usize,
+        address: &str,
+        cr3: Option<u64>,
+    ) -> Result<v1::TranslateResponse, Status> {
+        let request = v1::TranslateRequest {
+            vcpu: vcpu(id, index as u32),
+            address: Some(text(address)),
+            access: Some(exempt()),
+            r#override: cr3.map(space),
+            trace: true,
+            ..Default::default()
+        };
+        let mut client = TranslationServiceClient::new(self.channel.clone());
+        Ok(self.runtime.block_on(client.translate(request))?.into_inner())
+    }
+
+    /// The first bytes at an address that is written as text.
+    pub(crate) fn read_text(
+        &self,
+        id: &str,
+        index: usize,
+        address: &str,
+        cr3: u64,
+    ) -> Result<Vec<u8>, Status> {
+        let request = v1::ReadMemoryRequest {
+            vcpu: vcpu(id, index as u32),
+            at: Some(v1::read_memory_request::At::Gva(text(address))),
+            length: 16,
+            r#override: Some(space(cr3)),
+            ..Default::default()
+        };
+        let mut client = MemoryServiceClient::new(self.channel.clone());
+        Ok(self.runtime.block_on(client.read_memory(request))?.into_inner().data)
+    }
+
     pub(crate) fn read_physical(&self, id: &str, gpa: u64, length: u64) -> Result<Vec<u8>, Status> {
         let request = v1::ReadMemoryRequest {
             vcpu: vcpu(id, 0),
@@ -195,6 +234,14 @@ fn vcpu(machine: &str, vcpu: u32) -> Option<v1::VcpuRef> {
 
 fn number(address: u64) -> v1::Address {
     v1::Address { value: Some(v1::address::Value::Number(address)) }
+}
+
+fn text(address: &str) -> v1::Address {
+    v1::Address { value: Some(v1::address::Value::Text(address.to_owned())) }
+}
+
+fn space(cr3: u64) -> v1::WalkerOverride {
+    v1::WalkerOverride { cr3: Some(cr3), ..Default::default() }
 }
 
 fn exempt() -> v1::Access {

@@ -5,7 +5,7 @@
 //! tests ask QEMU over another one. While the guest is paused, every leaf of `info tlb` and thousands of random addresses of
 //! `gva2gpa` are compared with `BatchTranslate`, bytes of `ReadMemory` with `memsave` and with what the program in the guest
 //! announced. Each way to the guest's memory has its turn. Dumps that QEMU writes of the paused guest are judged by the same words,
-//! and by volatility3 (`dumped.rs`).
+//! and by volatility3 (`dumped.rs`). Kernels are found by their symbols, wherever they were moved to.
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that reports on standard output")]
 
 #[allow(dead_code, reason = "each test target uses its part")]
@@ -25,6 +25,7 @@ mod judged;
 mod monitor;
 mod numa;
 mod peers;
+mod symbols;
 mod trouble;
 
 use std::path::{Path, PathBuf};
@@ -49,6 +50,7 @@ fn main() {
         bedded("attached_pae", |script| judged::run(script, "pae", "file")),
         bedded("attached_5_level_private", |script| judged::run(script, "5-level", "private")),
         bedded("numa_nodes_and_dimms", numa::nodes_and_dimms),
+        bedded("attached_symbols", symbols::run),
         bedded("killed_under_load", trouble::killed),
         bedded("killed_under_load_private", trouble::killed_private),
         bedded("truncated_under_load", trouble::truncated),

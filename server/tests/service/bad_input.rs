@@ -67,11 +67,11 @@ async fn translate() {
         (address(text("0x10000000000000000")), FIELD, "does not fit 64 bits"),
         (address(text("18446744073709551616")), FIELD, "does not fit 64 bits"),
         (address(text("ffff800000010000")), FIELD, "0x in front"),
-        (address(text("main+0x10")), FIELD, "main+0x10"),
+        (address(text("main+0x10")), FIELD, "has no symbols"),
         (address(text("")), FIELD, "empty"),
         (address(text("-1")), FIELD, "-1"),
-        (address(text("0x\u{0}1")), FIELD, "not a number"),
-        (address(text("\u{1f600}")), FIELD, "not a number"),
+        (address(text("0x\u{0}1")), FIELD, "neither a number"),
+        (address(text("\u{1f600}")), FIELD, "neither a number"),
         (address(text(&"9".repeat(5000))), FIELD, "too long"),
         // Contradictions.
         (

@@ -21,6 +21,7 @@ mod registers;
 mod saved;
 mod stream;
 mod stuck;
+mod symbols;
 mod translate;
 mod walker_state;
 mod watch;

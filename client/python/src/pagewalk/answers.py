@@ -33,6 +33,7 @@ FaultKind = Literal[
     "contended",
 ]
 MachineState = Literal["unspecified", "alive", "lost"]
+SymbolPlacement = Literal["found", "as_written", "not_found"]
 NestedPhase = Literal["final", "table", "pdpte"]
 Dimension = Literal["guest", "nested"]
 PagingMode = Literal["none", "two_level", "pae", "four_level", "five_level", "ept_four_level", "ept_five_level"]
@@ -80,6 +81,17 @@ class Rights:
 
 
 @dataclass(frozen=True)
+class Symbol:
+    """A symbol of the guest's kernel, and how many bytes behind it an address lies."""
+
+    name: str
+    offset: int
+
+    def __str__(self) -> str:
+        return f"{self.name}+{self.offset:#x}" if self.offset else self.name
+
+
+@dataclass(frozen=True)
 class Step:
     """One entry read during a walk."""
 
@@ -96,6 +108,8 @@ class Step:
     leaf: bool
     #: How to read the entry: way of paging of its dimension.
     mode: PagingMode
+    #: The nearest symbol of the entry itself, where the guest's kernel was built with its table.
+    symbol: Symbol | None = None
 
     def __str__(self) -> str:
         return (
@@ -145,6 +159,10 @@ class Translation:
     #: The walk for a person; empty unless asked for by `explain`.
     explanation: str
     provenance: Provenance
+    #: The address as a number.
+    gva: int = 0
+    #: The nearest symbol of the address; None where the machine has no symbols, or none is near.
+    symbol: Symbol | None = None
 
     def __str__(self) -> str:
         through = "" if self.nested_gpa is None else f" through nGPA {self.nested_gpa:#x}"
@@ -155,7 +173,7 @@ class Translation:
         marks += {"ram": [], "read_only": ["read-only memory"], "none": ["no memory behind"]}.get(
             self.backing, [self.backing]
         )
-        return f"{_hex(self.address)} -> {self.gpa:#x}{through} ({', '.join(marks)})"
+        return f"{_hex(self.address)}{_name(self.symbol)} -> {self.gpa:#x}{through} ({', '.join(marks)})"
 
 
 @dataclass(frozen=True)
@@ -217,6 +235,8 @@ class Fault:
     #: The walk for a person; empty unless asked for by `explain`.
     explanation: str
     provenance: Provenance
+    #: The nearest symbol of the address; None where the machine has no symbols, or none is near.
+    symbol: Symbol | None = None
 
     def __str__(self) -> str:
         codes = (
@@ -225,7 +245,7 @@ class Fault:
             ("EXITINFO1", self.exit_info_1),
         )
         code = "".join(f" ({name} {value:#x})" for name, value in codes if value is not None)
-        return f"{self.address:#x}: {self.kind}{code}: {self.reason}"
+        return f"{self.address:#x}{_name(self.symbol)}: {self.kind}{code}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -519,6 +539,19 @@ class Landmark:
 
 
 @dataclass(frozen=True)
+class Symbols:
+    """The symbols of a machine's kernel, and what is known of where it lies."""
+
+    file: str
+    count: int
+    placement: SymbolPlacement
+    #: What is added to the file's addresses; None unless the kernel is found.
+    slide: int | None
+    #: How that is known, or why it is not.
+    reason: str
+
+
+@dataclass(frozen=True)
 class Machine:
     """A guest: its memory, its vCPUs, and the source it comes from."""
 
@@ -534,6 +567,8 @@ class Machine:
     state: MachineState
     #: Why it is lost; empty while it is there.
     state_reason: str
+    #: The symbols of its kernel; None where it was given none.
+    symbols: Symbols | None = None
 
 
 @dataclass(frozen=True)
@@ -568,6 +603,8 @@ class MemoryRead:
     #: Why there are fewer than were asked for; `None` where there are not.
     stop: MemoryStop | None
     provenance: Provenance
+    #: Where they begin.
+    address: int = 0
 
 
 @dataclass(frozen=True)
@@ -600,6 +637,10 @@ class FaultExplanation:
 
     def __str__(self) -> str:
         return self.explanation
+
+
+def _name(symbol: Symbol | None) -> str:
+    return "" if symbol is None else f" <{symbol}>"
 
 
 def _hex(address: int | str) -> str:

@@ -172,8 +172,9 @@ class Client:
     ) -> Translation | Fault:
         """Ask what a guest virtual address means. A fault is an answer: look at `ok`.
 
-        An address given as text is read by the daemon: `"0xffffffff81000000"`. `trace` fills `steps`, `explain` fills
-        `explanation`. `ad_policy="set"` changes the guest's tables and needs the role `control`.
+        An address given as text is read by the daemon: `"0xffffffff81000000"`, or `"schedule+0x10"` where the machine
+        has symbols. `trace` fills `steps`, `explain` fills `explanation`. `ad_policy="set"` changes the guest's tables
+        and needs the role `control`.
         """
         request = translation_pb2.TranslateRequest(
             vcpu=convert.to_vcpu(machine, vcpu),
@@ -622,7 +623,7 @@ class Client:
 
     def read_memory(
         self,
-        address: int,
+        address: int | str,
         length: int,
         *,
         physical: bool = False,
@@ -634,11 +635,12 @@ class Client:
     ) -> MemoryRead:
         """Read bytes by virtual address, or by physical one, until all are read or one cannot be: look at `stop`.
 
-        A length of more than 1 MiB takes several calls.
+        A virtual address given as text is read by the daemon, as in `translate`. A length of more than 1 MiB takes
+        several calls.
         """
         data = bytearray()
         while True:
-            at = convert.to_address(address + len(data))
+            at = convert.to_address(address if isinstance(address, str) else address + len(data))
             request = memory_pb2.ReadMemoryRequest(
                 vcpu=convert.to_vcpu(machine, vcpu),
                 gva=None if physical else at,
@@ -649,13 +651,16 @@ class Client:
                 override=convert.to_override(override),
             )
             answer = self._call(self._memory.ReadMemory, request)
+            if isinstance(address, str):
+                # What is read next follows what was read first, wherever a symbol is by then.
+                address = answer.address
             data += answer.data
             if answer.HasField("stop") or len(data) >= length or not answer.data:
-                return convert.memory_read(bytes(data), answer)
+                return convert.memory_read(address, bytes(data), answer)
 
     def write_memory(
         self,
-        address: int,
+        address: int | str,
         data: bytes,
         *,
         physical: bool = False,

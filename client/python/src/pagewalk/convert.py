@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -168,16 +169,22 @@ def outcome(address: int | str, message: translation_pb2.TranslateResponse) -> a
     """Convert."""
     steps = tuple(map(_step, message.steps))
     source = provenance(message.provenance)
+    symbol = _symbol(message.symbol) if message.HasField("symbol") else None
     if message.HasField("fault"):
-        return _fault(message.fault, steps, message.explanation, source)
-    return _translation(address, message.translation, steps, message.explanation, source)
+        return replace(_fault(message.fault, steps, message.explanation, source), symbol=symbol)
+    page = _translation(address, message.translation, steps, message.explanation, source)
+    return replace(page, gva=message.address, symbol=symbol)
+
+
+def _symbol(message: types_pb2.Symbol) -> answers.Symbol:
+    return answers.Symbol(name=message.name, offset=message.offset)
 
 
 def extent_outcome(message: mapping_pb2.Extent, source: answers.Provenance) -> answers.Translation | answers.Fault:
     """Convert."""
     if message.HasField("fault"):
         return _fault(message.fault, (), "", source)
-    return _translation(message.start, message.translation, (), "", source)
+    return replace(_translation(message.start, message.translation, (), "", source), gva=message.start)
 
 
 def batch_faults(
@@ -192,10 +199,13 @@ def fault_explanation(address: int | str, message: translation_pb2.ExplainFaultR
     steps = tuple(map(_step, message.steps))
     source = provenance(message.provenance)
     now: answers.Translation | answers.Fault
+    symbol = _symbol(message.symbol) if message.HasField("symbol") else None
     if message.would_fault_now:
-        now = _fault(message.fault, steps, message.explanation, source)
+        now = replace(_fault(message.fault, steps, message.explanation, source), symbol=symbol)
     else:
-        now = _translation(address, message.translation, steps, message.explanation, source)
+        gva = next((step.input for step in steps if step.dimension == "guest"), None) or 0
+        page = _translation(address, message.translation, steps, message.explanation, source)
+        now = replace(page, gva=gva, symbol=symbol)
     return answers.FaultExplanation(
         now=now,
         matches=message.matches,
@@ -316,6 +326,7 @@ def _step(message: types_pb2.Step) -> answers.Step:
         input=message.input if message.HasField("input") else None,
         leaf=message.leaf,
         mode=_name(types_pb2.PagingMode.DESCRIPTOR, message.mode),
+        symbol=_symbol(message.symbol) if message.HasField("symbol") else None,
     )
 
 
@@ -453,12 +464,13 @@ def memory_stop(message: memory_pb2.MemoryStop) -> answers.MemoryStop:
     )
 
 
-def memory_read(data: bytes, message: memory_pb2.ReadMemoryResponse) -> answers.MemoryRead:
+def memory_read(address: int, data: bytes, message: memory_pb2.ReadMemoryResponse) -> answers.MemoryRead:
     """Convert the last answer of several, with the bytes of all."""
     return answers.MemoryRead(
         data=data,
         stop=memory_stop(message.stop) if message.HasField("stop") else None,
         provenance=provenance(message.provenance),
+        address=address,
     )
 
 
@@ -491,4 +503,15 @@ def machine(message: machine_pb2.Machine) -> answers.Machine:
         maxphyaddr=message.maxphyaddr,
         state=_name(machine_pb2.MachineState.DESCRIPTOR, message.state),
         state_reason=message.state_reason,
+        symbols=_symbols(message.symbols) if message.HasField("symbols") else None,
+    )
+
+
+def _symbols(message: machine_pb2.Symbols) -> answers.Symbols:
+    return answers.Symbols(
+        file=message.file,
+        count=message.count,
+        placement=_name(machine_pb2.SymbolPlacement.DESCRIPTOR, message.placement),
+        slide=message.slide if message.HasField("slide") else None,
+        reason=message.reason,
     )

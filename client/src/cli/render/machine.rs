@@ -4,7 +4,9 @@ use super::{
     paint,
     table::{Cell, Table},
 };
-use crate::v1::{AttachMachineResponse, GetMachineResponse, ListMachinesResponse, Machine, MachineState};
+use crate::v1::{
+    AttachMachineResponse, GetMachineResponse, ListMachinesResponse, Machine, MachineState, SymbolPlacement,
+};
 
 pub(in crate::cli) fn list(answer: &ListMachinesResponse) -> String {
     if answer.machines.is_empty() {
@@ -35,6 +37,19 @@ fn machine(machine: &Machine) -> String {
     }
     if machine.state() == MachineState::Lost {
         parts.push(format!("  LOST: {}", paint::plain(&machine.state_reason)));
+    }
+    if let Some(symbols) = &machine.symbols {
+        let place = match (symbols.placement(), symbols.slide) {
+            (SymbolPlacement::Found, Some(slide)) => format!("slide {slide:#x}"),
+            (SymbolPlacement::NotFound, _) => paint::bad("kernel not found"),
+            _ => "as written".into(),
+        };
+        parts.push(format!(
+            "  symbols: {} of {}, {place}: {}",
+            symbols.count,
+            paint::plain(&symbols.file),
+            paint::plain(&symbols.reason)
+        ));
     }
     if let Some(can) = &machine.capabilities {
         let words: Vec<&str> = [

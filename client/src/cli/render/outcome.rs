@@ -2,14 +2,26 @@
 
 use super::{hex, names, paint, provenance};
 use crate::v1::{
-    Backing, Fault, FaultKind, TranslateNestedGpaResponse, TranslateResponse, Translation,
+    Backing, Fault, FaultKind, Symbol, TranslateNestedGpaResponse, TranslateResponse, Translation,
     translate_nested_gpa_response, translate_response::Outcome,
 };
 
-/// `GVA -> GPA  size  rights  A/D  type  backing  (provenance)`, or `GVA -> fault  entry  bits  reason  (provenance)`.
+/// `GVA <symbol> -> GPA  size  rights  A/D  type  backing  (provenance)`, or
+/// `GVA <symbol> -> fault  entry  bits  reason  (provenance)`.
 pub(in crate::cli) fn line(address: u64, answer: &TranslateResponse) -> String {
     let outcome = outcome(answer.outcome.as_ref());
-    format!("{} -> {outcome}  {}", hex(address), provenance::short(answer.provenance.as_ref()))
+    let name = symbol(answer.symbol.as_ref());
+    format!("{}{name} -> {outcome}  {}", hex(address), provenance::short(answer.provenance.as_ref()))
+}
+
+/// ` <name+0x10>`, or nothing.
+pub(super) fn symbol(symbol: Option<&Symbol>) -> String {
+    let Some(symbol) = symbol else { return String::new() };
+    let name = paint::plain(&symbol.name);
+    match symbol.offset {
+        0 => format!(" <{name}>"),
+        offset => format!(" <{name}+{offset:#x}>"),
+    }
 }
 
 /// What follows the arrow.
@@ -178,6 +190,15 @@ mod tests {
             "0xffff800000001234 -> 0x0000000000105234  4 KiB    r-x supervisor  A-  WB   RAM  \
              (vcpu 0, generation 12, 3 ms old, halted)"
         );
+    }
+
+    #[test]
+    fn a_symbol_stands_behind_its_address() {
+        let answer = TranslateResponse {
+            symbol: Some(Symbol { name: "linux_banner".into(), offset: 0x10 }),
+            ..TranslateResponse::default()
+        };
+        assert!(line(0x10, &answer).starts_with("0x0000000000000010 <linux_banner+0x10> -> "));
     }
 
     #[test]

@@ -16,7 +16,7 @@ pub(in crate::cli) fn table(steps: &[Step]) -> String {
             Cell::address(step.entry_gpa),
             super::hex(step.entry).into(),
             step.rights_so_far.as_ref().map(|rights| so_far(step.mode(), rights)).unwrap_or_default().into(),
-            paint::plain(&step.verdict).into(),
+            format!("{}{}", paint::plain(&step.verdict), super::outcome::symbol(step.symbol.as_ref())).into(),
         ]);
     }
     table.render()

@@ -16,6 +16,7 @@ use super::{Again, explain};
 use crate::convert::{self, fault::Code};
 use crate::machine::GuestRam;
 use crate::render::Ladder;
+use crate::service::names::Names;
 use crate::service::translation::{check_width, ladder, second};
 use crate::status::Error;
 
@@ -28,7 +29,7 @@ const KNOWN: u64 = 0x7fff | OF_THE_EXIT;
 
 pub(super) fn violation(walker: &Walker, memory: &GuestRam, seen: v1::EptViolation) -> Result<Again, Error> {
     let code = seen.exit_qualification;
-    let ngpa = convert::address::parse(seen.nested_gpa, "ept_violation.nested_gpa")?;
+    let ngpa = convert::address::number(seen.nested_gpa, "ept_violation.nested_gpa")?;
     let walk = ept(walker)?;
     let (kind, phase) = access(code)?;
     let gva = match seen.gva {
@@ -38,7 +39,7 @@ pub(super) fn violation(walker: &Walker, memory: &GuestRam, seen: v1::EptViolati
             return Err(Error::invalid("ept_violation.gva", problem));
         }
         given => {
-            let gva = convert::address::parse(given, "ept_violation.gva")?;
+            let gva = convert::address::number(given, "ept_violation.gva")?;
             check_width(walker, gva, "ept_violation.gva")?;
             Some(gva)
         }
@@ -93,7 +94,7 @@ pub(super) fn violation(walker: &Walker, memory: &GuestRam, seen: v1::EptViolati
         };
         let _ = writeln!(explanation, "GVA {gva:#x} {now}.");
     }
-    Ok(Again { outcome, trace, matches, decoded, explanation })
+    Ok(Again { outcome, trace, matches, decoded, explanation, names: Names::default() })
 }
 
 /// A misconfigured entry is so for every access: one that is exempt from rights meets it.
@@ -102,7 +103,7 @@ pub(super) fn misconfiguration(
     memory: &GuestRam,
     seen: v1::EptMisconfiguration,
 ) -> Result<Again, Error> {
-    let ngpa = convert::address::parse(seen.nested_gpa, "ept_misconfiguration.nested_gpa")?;
+    let ngpa = convert::address::number(seen.nested_gpa, "ept_misconfiguration.nested_gpa")?;
     let walk = ept(walker)?;
     let access = Access::new(AccessKind::Read, Privilege::Exempt);
     let mut trace = Trace::new();
@@ -115,7 +116,7 @@ pub(super) fn misconfiguration(
         matches,
         &Ladder { nested_alone: true, ..ladder(&title, walker, trace.steps(), &outcome) },
     );
-    Ok(Again { outcome, trace, matches, decoded: Vec::new(), explanation })
+    Ok(Again { outcome, trace, matches, decoded: Vec::new(), explanation, names: Names::default() })
 }
 
 fn ept(walker: &Walker) -> Result<&NgpaWalk, Error> {

@@ -48,6 +48,42 @@ UNAVAILABLE; it can be detached, and attached again once it is back.
 """
 Global___MachineState: typing_extensions.TypeAlias = MachineState
 
+class _SymbolPlacement:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _SymbolPlacementEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_SymbolPlacement.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    SYMBOL_PLACEMENT_UNSPECIFIED: _SymbolPlacement.ValueType  # 0
+    """Never sent."""
+    SYMBOL_PLACEMENT_FOUND: _SymbolPlacement.ValueType  # 1
+    """It was found, and found at one place only: the guest's memory holds there what the kernel holds. It is looked at again
+    before each use.
+    """
+    SYMBOL_PLACEMENT_AS_WRITTEN: _SymbolPlacement.ValueType  # 2
+    """The file is of no Linux kernel: it has no `linux_banner` to look for. Its addresses are taken as they stand."""
+    SYMBOL_PLACEMENT_NOT_FOUND: _SymbolPlacement.ValueType  # 3
+    """It was not found when it was last looked for: the guest has another kernel, or has not booted. Symbols mean no address
+    until it is.
+    """
+
+class SymbolPlacement(_SymbolPlacement, metaclass=_SymbolPlacementEnumTypeWrapper):
+    """What is known of where a guest's kernel lies."""
+
+SYMBOL_PLACEMENT_UNSPECIFIED: SymbolPlacement.ValueType  # 0
+"""Never sent."""
+SYMBOL_PLACEMENT_FOUND: SymbolPlacement.ValueType  # 1
+"""It was found, and found at one place only: the guest's memory holds there what the kernel holds. It is looked at again
+before each use.
+"""
+SYMBOL_PLACEMENT_AS_WRITTEN: SymbolPlacement.ValueType  # 2
+"""The file is of no Linux kernel: it has no `linux_banner` to look for. Its addresses are taken as they stand."""
+SYMBOL_PLACEMENT_NOT_FOUND: SymbolPlacement.ValueType  # 3
+"""It was not found when it was last looked for: the guest has another kernel, or has not booted. Symbols mean no address
+until it is.
+"""
+Global___SymbolPlacement: typing_extensions.TypeAlias = SymbolPlacement
+
 @typing.final
 class MemoryRegion(google.protobuf.message.Message):
     """A stretch of a machine's memory."""
@@ -143,6 +179,44 @@ class Landmark(google.protobuf.message.Message):
 Global___Landmark: typing_extensions.TypeAlias = Landmark
 
 @typing.final
+class Symbols(google.protobuf.message.Message):
+    """The symbols of a guest's kernel."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: builtins.int
+    COUNT_FIELD_NUMBER: builtins.int
+    PLACEMENT_FIELD_NUMBER: builtins.int
+    SLIDE_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    file: builtins.str
+    """The file that they come from, on the daemon's host."""
+    count: builtins.int
+    """How many there are."""
+    placement: Global___SymbolPlacement.ValueType
+    """Where the kernel lies, when it was last looked for."""
+    slide: builtins.int
+    """What is added to the file's addresses, modulo 2^64: the slide of KASLR, a multiple of 2 MiB. Present with
+    SYMBOL_PLACEMENT_FOUND only.
+    """
+    reason: builtins.str
+    """How that is known, or why it is not, in English."""
+    def __init__(
+        self,
+        *,
+        file: builtins.str = ...,
+        count: builtins.int = ...,
+        placement: Global___SymbolPlacement.ValueType = ...,
+        slide: builtins.int | None = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_slide", b"_slide", "slide", b"slide"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_slide", b"_slide", "count", b"count", "file", b"file", "placement", b"placement", "reason", b"reason", "slide", b"slide"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_slide", b"_slide"]) -> typing.Literal["slide"] | None: ...
+
+Global___Symbols: typing_extensions.TypeAlias = Symbols
+
+@typing.final
 class Machine(google.protobuf.message.Message):
     """A guest: its memory, its vCPUs, and the source it comes from."""
 
@@ -159,6 +233,7 @@ class Machine(google.protobuf.message.Message):
     MAXPHYADDR_FIELD_NUMBER: builtins.int
     STATE_FIELD_NUMBER: builtins.int
     STATE_REASON_FIELD_NUMBER: builtins.int
+    SYMBOLS_FIELD_NUMBER: builtins.int
     id: builtins.str
     """Id, unique in this daemon; what `VcpuRef.machine` takes."""
     source: builtins.str
@@ -187,6 +262,10 @@ class Machine(google.protobuf.message.Message):
     def landmarks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Landmark]:
         """Addresses worth asking about. May be empty."""
 
+    @property
+    def symbols(self) -> Global___Symbols:
+        """The symbols of its kernel. Absent where it was given none."""
+
     def __init__(
         self,
         *,
@@ -201,9 +280,10 @@ class Machine(google.protobuf.message.Message):
         maxphyaddr: builtins.int = ...,
         state: Global___MachineState.ValueType = ...,
         state_reason: builtins.str = ...,
+        symbols: Global___Symbols | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["capabilities", b"capabilities"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["capabilities", b"capabilities", "description", b"description", "id", b"id", "landmarks", b"landmarks", "maxphyaddr", b"maxphyaddr", "memory_bytes", b"memory_bytes", "regions", b"regions", "source", b"source", "state", b"state", "state_reason", b"state_reason", "vcpus", b"vcpus"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["capabilities", b"capabilities", "symbols", b"symbols"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["capabilities", b"capabilities", "description", b"description", "id", b"id", "landmarks", b"landmarks", "maxphyaddr", b"maxphyaddr", "memory_bytes", b"memory_bytes", "regions", b"regions", "source", b"source", "state", b"state", "state_reason", b"state_reason", "symbols", b"symbols", "vcpus", b"vcpus"]) -> None: ...
 
 Global___Machine: typing_extensions.TypeAlias = Machine
 
@@ -304,7 +384,7 @@ class AttachMachineRequest(google.protobuf.message.Message):
     SPEC_FIELD_NUMBER: builtins.int
     spec: builtins.str
     """What the daemon's flag `--machine` takes, at most 8192 bytes: `demo`, `kvm:elf=FILE,mem=64M,cpus=1`,
-    `qemu:qmp=SOCKET`, optionally as `ID=SPEC`. Files and sockets are the daemon's, not the client's. Required.
+    `qemu:qmp=SOCKET`, `dump:FILE,symbols=FILE`, optionally as `ID=SPEC`. Files and sockets are the daemon's, not the client's. Required.
     """
     def __init__(
         self,

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from pagewalk.v1 import types_pb2 as pagewalk_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18pagewalk/v1/memory.proto\x12\x0bpagewalk.v1\x1a\x17pagewalk/v1/types.proto\"]\n\nMemoryStop\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x06\x12!\n\x05\x66\x61ult\x18\x02 \x01(\x0b\x32\x12.pagewalk.v1.Fault\x12\x0b\n\x03gpa\x18\x03 \x01(\x06\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x9c\x02\n\x11ReadMemoryRequest\x12\"\n\x04vcpu\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.VcpuRef\x12#\n\x03gva\x18\x02 \x01(\x0b\x32\x14.pagewalk.v1.AddressH\x00\x12#\n\x03gpa\x18\x03 \x01(\x0b\x32\x14.pagewalk.v1.AddressH\x00\x12\x0e\n\x06length\x18\x04 \x01(\x04\x12)\n\tprivilege\x18\x05 \x01(\x0e\x32\x16.pagewalk.v1.Privilege\x12)\n\tfreshness\x18\x06 \x01(\x0e\x32\x16.pagewalk.v1.Freshness\x12-\n\x08override\x18\x07 \x01(\x0b\x32\x1b.pagewalk.v1.WalkerOverrideB\x04\n\x02\x61t\"v\n\x12ReadMemoryResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12%\n\x04stop\x18\x02 \x01(\x0b\x32\x17.pagewalk.v1.MemoryStop\x12+\n\nprovenance\x18\x03 \x01(\x0b\x32\x17.pagewalk.v1.Provenance\"\xf0\x01\n\x12WriteMemoryRequest\x12\"\n\x04vcpu\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.VcpuRef\x12#\n\x03gva\x18\x02 \x01(\x0b\x32\x14.pagewalk.v1.AddressH\x00\x12#\n\x03gpa\x18\x03 \x01(\x0b\x32\x14.pagewalk.v1.AddressH\x00\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12)\n\tfreshness\x18\x05 \x01(\x0e\x32\x16.pagewalk.v1.Freshness\x12-\n\x08override\x18\x06 \x01(\x0b\x32\x1b.pagewalk.v1.WalkerOverrideB\x04\n\x02\x61t\"z\n\x13WriteMemoryResponse\x12\x0f\n\x07written\x18\x01 \x01(\x04\x12%\n\x04stop\x18\x02 \x01(\x0b\x32\x17.pagewalk.v1.MemoryStop\x12+\n\nprovenance\x18\x03 \x01(\x0b\x32\x17.pagewalk.v1.Provenance2\xb0\x01\n\rMemoryService\x12M\n\nReadMemory\x12\x1e.pagewalk.v1.ReadMemoryRequest\x1a\x1f.pagewalk.v1.ReadMemoryResponse\x12P\n\x0bWriteMemory\x12\x1f.pagewalk.v1.WriteMemoryRequest\x1a .pagewalk.v1.WriteMemoryResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18pagewalk/v1/memory.proto\x12\x0bpagewalk.v1\x1a\x17pagewalk/v1/types.proto\"]\n\nMemoryStop\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x06\x12!\n\x05\x66\x61ult\x18\x02 \x01(\x0b\x32\x12.pagewalk.v1.Fault\x12\x0b\n\x03gpa\x18\x03 \x01(\x06\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x9c\x02\n\x11ReadMemoryRequest\x12\"\n\x04vcpu\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.VcpuRef\x12#\n\x03gva\x18\x02 \x01(\x0b\x32\x14.pagewalk.v1.AddressH\x00\x12#\n\x03gpa\x18\x03 \x01(\x0b\x32\x14.pagewalk.v1.AddressH\x00\x12\x0e\n\x06length\x18\x04 \x01(\x04\x12)\n\tprivilege\x18\x05 \x01(\x0e\x32\x16.pagewalk.v1.Privilege\x12)\n\tfreshness\x18\x06 \x01(\x0e\x32\x16.pagewalk.v1.Freshness\x12-\n\x08override\x18\x07 \x01(\x0b\x32\x1b.pagewalk.v1.WalkerOverrideB\x04\n\x02\x61t\"\x87\x01\n\x12ReadMemoryResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12%\n\x04stop\x18\x02 \x01(\x0b\x32\x17.pagewalk.v1.MemoryStop\x12+\n\nprovenance\x18\x03 \x01(\x0b\x32\x17.pagewalk.v1.Provenance\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\x06\"\xf0\x01\n\x12WriteMemoryRequest\x12\"\n\x04vcpu\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.VcpuRef\x12#\n\x03gva\x18\x02 \x01(\x0b\x32\x14.pagewalk.v1.AddressH\x00\x12#\n\x03gpa\x18\x03 \x01(\x0b\x32\x14.pagewalk.v1.AddressH\x00\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12)\n\tfreshness\x18\x05 \x01(\x0e\x32\x16.pagewalk.v1.Freshness\x12-\n\x08override\x18\x06 \x01(\x0b\x32\x1b.pagewalk.v1.WalkerOverrideB\x04\n\x02\x61t\"z\n\x13WriteMemoryResponse\x12\x0f\n\x07written\x18\x01 \x01(\x04\x12%\n\x04stop\x18\x02 \x01(\x0b\x32\x17.pagewalk.v1.MemoryStop\x12+\n\nprovenance\x18\x03 \x01(\x0b\x32\x17.pagewalk.v1.Provenance2\xb0\x01\n\rMemoryService\x12M\n\nReadMemory\x12\x1e.pagewalk.v1.ReadMemoryRequest\x1a\x1f.pagewalk.v1.ReadMemoryResponse\x12P\n\x0bWriteMemory\x12\x1f.pagewalk.v1.WriteMemoryRequest\x1a .pagewalk.v1.WriteMemoryResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,12 +36,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MEMORYSTOP']._serialized_end=159
   _globals['_READMEMORYREQUEST']._serialized_start=162
   _globals['_READMEMORYREQUEST']._serialized_end=446
-  _globals['_READMEMORYRESPONSE']._serialized_start=448
-  _globals['_READMEMORYRESPONSE']._serialized_end=566
-  _globals['_WRITEMEMORYREQUEST']._serialized_start=569
-  _globals['_WRITEMEMORYREQUEST']._serialized_end=809
-  _globals['_WRITEMEMORYRESPONSE']._serialized_start=811
-  _globals['_WRITEMEMORYRESPONSE']._serialized_end=933
-  _globals['_MEMORYSERVICE']._serialized_start=936
-  _globals['_MEMORYSERVICE']._serialized_end=1112
+  _globals['_READMEMORYRESPONSE']._serialized_start=449
+  _globals['_READMEMORYRESPONSE']._serialized_end=584
+  _globals['_WRITEMEMORYREQUEST']._serialized_start=587
+  _globals['_WRITEMEMORYREQUEST']._serialized_end=827
+  _globals['_WRITEMEMORYRESPONSE']._serialized_start=829
+  _globals['_WRITEMEMORYRESPONSE']._serialized_end=951
+  _globals['_MEMORYSERVICE']._serialized_start=954
+  _globals['_MEMORYSERVICE']._serialized_end=1130
 # @@protoc_insertion_point(module_scope)

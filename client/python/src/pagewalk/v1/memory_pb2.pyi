@@ -111,8 +111,11 @@ class ReadMemoryResponse(google.protobuf.message.Message):
     DATA_FIELD_NUMBER: builtins.int
     STOP_FIELD_NUMBER: builtins.int
     PROVENANCE_FIELD_NUMBER: builtins.int
+    ADDRESS_FIELD_NUMBER: builtins.int
     data: builtins.bytes
     """The bytes, from the first one on: as many as were asked for, unless `stop` says why there are fewer."""
+    address: builtins.int
+    """The address of the first byte, as a number."""
     @property
     def stop(self) -> Global___MemoryStop:
         """Why there are fewer. Absent where there are not."""
@@ -127,9 +130,10 @@ class ReadMemoryResponse(google.protobuf.message.Message):
         data: builtins.bytes = ...,
         stop: Global___MemoryStop | None = ...,
         provenance: pagewalk.v1.types_pb2.Provenance | None = ...,
+        address: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["provenance", b"provenance", "stop", b"stop"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["data", b"data", "provenance", b"provenance", "stop", b"stop"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "data", b"data", "provenance", b"provenance", "stop", b"stop"]) -> None: ...
 
 Global___ReadMemoryResponse: typing_extensions.TypeAlias = ReadMemoryResponse
 

@@ -126,10 +126,14 @@ class TranslateResponse(google.protobuf.message.Message):
     STEPS_FIELD_NUMBER: builtins.int
     EXPLANATION_FIELD_NUMBER: builtins.int
     PROVENANCE_FIELD_NUMBER: builtins.int
+    ADDRESS_FIELD_NUMBER: builtins.int
+    SYMBOL_FIELD_NUMBER: builtins.int
     explanation: builtins.str
     """The walk as text for a person, one line an entry, addresses in hex. Empty unless asked for by `explain`. Its layout
     is no part of the contract.
     """
+    address: builtins.int
+    """The address that was asked about, as a number."""
     @property
     def translation(self) -> pagewalk.v1.types_pb2.Translation:
         """The address is mapped, and the access allowed."""
@@ -146,6 +150,12 @@ class TranslateResponse(google.protobuf.message.Message):
     def provenance(self) -> pagewalk.v1.types_pb2.Provenance:
         """Where the answer comes from."""
 
+    @property
+    def symbol(self) -> pagewalk.v1.types_pb2.Symbol:
+        """Its nearest symbol. Absent where there is none near, the machine has no symbols, its kernel is not found, or the vCPU
+        runs an L2, which has a kernel of its own.
+        """
+
     def __init__(
         self,
         *,
@@ -154,9 +164,11 @@ class TranslateResponse(google.protobuf.message.Message):
         steps: collections.abc.Iterable[pagewalk.v1.types_pb2.Step] | None = ...,
         explanation: builtins.str = ...,
         provenance: pagewalk.v1.types_pb2.Provenance | None = ...,
+        address: builtins.int = ...,
+        symbol: pagewalk.v1.types_pb2.Symbol | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["fault", b"fault", "outcome", b"outcome", "provenance", b"provenance", "translation", b"translation"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["explanation", b"explanation", "fault", b"fault", "outcome", b"outcome", "provenance", b"provenance", "steps", b"steps", "translation", b"translation"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["fault", b"fault", "outcome", b"outcome", "provenance", b"provenance", "symbol", b"symbol", "translation", b"translation"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "explanation", b"explanation", "fault", b"fault", "outcome", b"outcome", "provenance", b"provenance", "steps", b"steps", "symbol", b"symbol", "translation", b"translation"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["outcome", b"outcome"]) -> typing.Literal["translation", "fault"] | None: ...
 
 Global___TranslateResponse: typing_extensions.TypeAlias = TranslateResponse
@@ -679,6 +691,7 @@ class ExplainFaultResponse(google.protobuf.message.Message):
     STEPS_FIELD_NUMBER: builtins.int
     TRANSLATION_FIELD_NUMBER: builtins.int
     PROVENANCE_FIELD_NUMBER: builtins.int
+    SYMBOL_FIELD_NUMBER: builtins.int
     would_fault_now: builtins.bool
     """The same access would fault now."""
     matches: builtins.bool
@@ -712,6 +725,10 @@ class ExplainFaultResponse(google.protobuf.message.Message):
     def provenance(self) -> pagewalk.v1.types_pb2.Provenance:
         """Where the answer comes from."""
 
+    @property
+    def symbol(self) -> pagewalk.v1.types_pb2.Symbol:
+        """The nearest symbol of CR2, as in `TranslateResponse.symbol`. For page faults only."""
+
     def __init__(
         self,
         *,
@@ -723,8 +740,9 @@ class ExplainFaultResponse(google.protobuf.message.Message):
         steps: collections.abc.Iterable[pagewalk.v1.types_pb2.Step] | None = ...,
         translation: pagewalk.v1.types_pb2.Translation | None = ...,
         provenance: pagewalk.v1.types_pb2.Provenance | None = ...,
+        symbol: pagewalk.v1.types_pb2.Symbol | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["fault", b"fault", "provenance", b"provenance", "translation", b"translation"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["decoded", b"decoded", "explanation", b"explanation", "fault", b"fault", "matches", b"matches", "provenance", b"provenance", "steps", b"steps", "translation", b"translation", "would_fault_now", b"would_fault_now"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["fault", b"fault", "provenance", b"provenance", "symbol", b"symbol", "translation", b"translation"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["decoded", b"decoded", "explanation", b"explanation", "fault", b"fault", "matches", b"matches", "provenance", b"provenance", "steps", b"steps", "symbol", b"symbol", "translation", b"translation", "would_fault_now", b"would_fault_now"]) -> None: ...
 
 Global___ExplainFaultResponse: typing_extensions.TypeAlias = ExplainFaultResponse

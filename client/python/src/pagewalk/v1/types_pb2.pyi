@@ -523,6 +523,10 @@ class Address(google.protobuf.message.Message):
     text: builtins.str
     """The address as text: `0x` and hex digits, or decimal digits; `_` may separate digits. Fails with
     INVALID_ARGUMENT when it does not parse or does not fit 64 bits.
+
+    A guest virtual address may be a symbol of the guest's kernel as well, where the machine was given symbols:
+    `linux_banner`, `schedule+0x10`, `_end - 1`. Fails with INVALID_ARGUMENT for a symbol that is not known, naming close
+    ones, or that has several addresses, listing them; with FAILED_PRECONDITION when the kernel is not found in the guest.
     """
     def __init__(
         self,
@@ -535,6 +539,28 @@ class Address(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["value", b"value"]) -> typing.Literal["number", "text"] | None: ...
 
 Global___Address: typing_extensions.TypeAlias = Address
+
+@typing.final
+class Symbol(google.protobuf.message.Message):
+    """A symbol of the guest's kernel, and how far behind it an address lies."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    OFFSET_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Its name."""
+    offset: builtins.int
+    """Bytes from the symbol's address to the one that was asked about, less than 1 MiB."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        offset: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "offset", b"offset"]) -> None: ...
+
+Global___Symbol: typing_extensions.TypeAlias = Symbol
 
 @typing.final
 class Access(google.protobuf.message.Message):
@@ -1303,6 +1329,7 @@ class Step(google.protobuf.message.Message):
     INPUT_FIELD_NUMBER: builtins.int
     LEAF_FIELD_NUMBER: builtins.int
     MODE_FIELD_NUMBER: builtins.int
+    SYMBOL_FIELD_NUMBER: builtins.int
     dimension: Global___Dimension.ValueType
     """Whose entry it is."""
     level: builtins.int
@@ -1327,6 +1354,12 @@ class Step(google.protobuf.message.Message):
     def rights_so_far(self) -> Global___Rights:
         """Rights accumulated in this dimension, this entry included."""
 
+    @property
+    def symbol(self) -> Global___Symbol:
+        """The nearest symbol of the entry itself, where its table is one that the guest's kernel was built with. Absent elsewhere,
+        and where the machine has no symbols.
+        """
+
     def __init__(
         self,
         *,
@@ -1341,9 +1374,10 @@ class Step(google.protobuf.message.Message):
         input: builtins.int | None = ...,
         leaf: builtins.bool = ...,
         mode: Global___PagingMode.ValueType = ...,
+        symbol: Global___Symbol | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_input", b"_input", "input", b"input", "rights_so_far", b"rights_so_far"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_input", b"_input", "dimension", b"dimension", "entry", b"entry", "entry_gpa", b"entry_gpa", "index", b"index", "input", b"input", "leaf", b"leaf", "level", b"level", "mode", b"mode", "rights_so_far", b"rights_so_far", "table_gpa", b"table_gpa", "verdict", b"verdict"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_input", b"_input", "input", b"input", "rights_so_far", b"rights_so_far", "symbol", b"symbol"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_input", b"_input", "dimension", b"dimension", "entry", b"entry", "entry_gpa", b"entry_gpa", "index", b"index", "input", b"input", "leaf", b"leaf", "level", b"level", "mode", b"mode", "rights_so_far", b"rights_so_far", "symbol", b"symbol", "table_gpa", b"table_gpa", "verdict", b"verdict"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_input", b"_input"]) -> typing.Literal["input"] | None: ...
 
 Global___Step: typing_extensions.TypeAlias = Step

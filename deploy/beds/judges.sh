@@ -35,7 +35,7 @@ attached-symbols|Such guests' kernels by their symbols, KASLR on and off: kallsy
 oracle|The independent oracle, odometer and soup||5000000|0|0|oracle
 exhaustive|Loop-free rules, every input: reserved bits, canonicality, rights, keys||30000000|0|0|exhaustive
 fuzz|Fuzzing the walker: panics, step bound, hangs, contradictions||100000|0|SECONDS|fuzz-walk fuzz-registers
-fuzz-daemon|Fuzzing the daemon: requests and words of any kind||10000|0|SECONDS|fuzz-requests fuzz-words
+fuzz-daemon|Fuzzing the daemon: requests, words, dumps and images of any kind||10000|0|SECONDS|fuzz-requests fuzz-words fuzz-dumps fuzz-images
 mutants|Mutants of the walker, each caught by a judge|kvm|180|0|0|mutants
 model|Interleavings of kicks and publications; slips in them||5|5000|0|loom-publication loom-slips
 ROWS

@@ -220,8 +220,8 @@ fn what_is_no_dump_is_refused_by_name() {
 #[test]
 fn a_broken_header_is_refused_with_its_offset() {
     type Break = fn(&mut Vec<u8>);
-    let cases: [(Break, &str); 12] = [
-        (|file| file[5] = 2, "big-endian"),
+    let cases: [(Break, &str); 20] = [
+        (|file| file[5] = 2, "big-endian (at offset 0x5)"),
         (
             |file| file[0x12..0x14].copy_from_slice(&183_u16.to_le_bytes()),
             "another architecture: its ELF machine is 183",
@@ -238,6 +238,38 @@ fn a_broken_header_is_refused_with_its_offset() {
         (|file| file[0xb8 + 32 + 6] = 0x80, "truncated: a segment of memory at offset 0x420"),
         (|file| file[0xb8 + 24 + 6] = 0x10, "a segment's header at offset 0xb8: physical address"),
         (|file| file[0xb8] = 0, "no memory in it"),
+        // Sizes of 2^63 bytes.
+        (
+            |file| file[0x80 + 32 + 7] = 0x80,
+            "truncated: a segment of notes at offset 0xf0 has 0x8000000000000330 bytes",
+        ),
+        (
+            |file| file[0xb8 + 32 + 7] = 0x80,
+            "truncated: a segment of memory at offset 0x420 has 0x8000000000004000 bytes",
+        ),
+        (|file| file[0xb8 + 8 + 7] = 0x80, "truncated: a segment of memory at offset 0x8000000000000420"),
+        (
+            |file| file[0xb8 + 24 + 7] = 0x80,
+            "physical address 0x8000000000010000+0x4000 has more than 52 bits",
+        ),
+        // Notes with names and contents of 4 GiB.
+        (|file| file[0xf0..0xf4].fill(0xff), "corrupt: the notes at offset 0xf0"),
+        (|file| file[0xf4..0xf8].fill(0xff), "corrupt: the notes at offset 0xf0"),
+        // The number of segments is said to be where nothing is, and then where there is none.
+        (
+            |file| {
+                file[0x38..0x3a].fill(0xff);
+                file[0x28..0x30].copy_from_slice(&(1_u64 << 63).to_le_bytes());
+            },
+            "truncated: the section header with the number of segments at offset 0x8000000000000000",
+        ),
+        (
+            |file| {
+                file[0x38..0x3a].fill(0xff);
+                file[0x28..0x30].fill(0);
+            },
+            "corrupt: the number of segments",
+        ),
         (
             |file| file.truncate(0x2000),
             "truncated: a segment of memory at offset 0x420 has 0x4000 bytes, and the file ends at 0x2000",
@@ -278,6 +310,13 @@ fn counts_are_bounded() {
     let cpus = vec![cpu(CR0, 0x1_0000, PAE); 1025];
     let problem = refused(&DumpFile::new(&cpus, vec![]).bytes());
     assert!(problem.contains("vCPUs, where 1024 are the most"), "{problem}");
+
+    // A segment of notes that the file really has, most of it a hole.
+    let mut bytes = plain(0x1_2000).bytes();
+    bytes[0x80 + 32..][..8].copy_from_slice(&(5_u64 << 20).to_le_bytes());
+    dump.as_file().write_all_at(&bytes, 0).unwrap();
+    let problem = spec(dump.path()).open().unwrap_err().to_string();
+    assert!(problem.contains("has 5242880 bytes of notes, where 4194304 are the most"), "{problem}");
 
     let pieces = (0..5000).map(|index| Load::new(index * 0x2000, vec![0; 0x1000])).collect();
     let problem = refused(&DumpFile::new(&[cpu(CR0, 0, PAE)], pieces).bytes());

@@ -12,8 +12,14 @@
 use std::fs;
 use std::path::Path;
 
+#[path = "../fuzz/src/dumps.rs"]
+mod dumps;
+#[path = "../fuzz/src/images.rs"]
+mod images;
 #[path = "../fuzz/src/requests.rs"]
 mod requests;
+#[path = "../fuzz/src/walked.rs"]
+mod walked;
 #[path = "../fuzz/src/words.rs"]
 mod words;
 
@@ -25,6 +31,18 @@ fn replay(target: &str, classes: &[&str], mut check: impl FnMut(&[u8], &mut [u64
     }
     let missed: Vec<_> = classes.iter().zip(counts).filter(|(_, count)| *count == 0).collect();
     assert!(missed.is_empty(), "no seed of {target} reaches {missed:?}");
+}
+
+#[test]
+fn dumps() {
+    let bed = dumps::Bed::default();
+    replay("dumps", &dumps::CLASSES, |bytes, counts| bed.check(bytes, counts));
+}
+
+#[test]
+fn images() {
+    let bed = images::Bed::default();
+    replay("images", &images::CLASSES, |bytes, counts| bed.check(bytes, counts));
 }
 
 #[test]

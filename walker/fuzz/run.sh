@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 seconds=${1:-60}
-targets=(walker/fuzz/walk walker/fuzz/registers server/fuzz/requests server/fuzz/words)
+targets=(walker/fuzz/walk walker/fuzz/registers server/fuzz/{requests,words,dumps,images})
 # No sanitizer: there is `unsafe` in few places, and without one the rest is searched several times as fast. Panics and overflows
 # are found all the same.
 build=$(realpath "${CARGO_TARGET_DIR:-walker/fuzz/target}")/fuzz

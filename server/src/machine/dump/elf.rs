@@ -47,7 +47,7 @@ pub enum DumpProblem {
         instead: &'static str,
     },
     /// Its numbers are big-endian.
-    #[error("is big-endian: no dump of an x86 guest is")]
+    #[error("is big-endian (at offset 0x5): no dump of an x86 guest is")]
     ByteOrder,
     /// It is of a guest with another CPU.
     #[error(

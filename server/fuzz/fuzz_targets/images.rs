@@ -1,0 +1,14 @@
+//! Arbitrary text as the description of an image: see `images` in the library.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use pagewalk_fuzz::report;
+use pagewalkd_fuzz::images::{Bed, CLASSES};
+
+thread_local! {
+    static BED: Bed = Bed::default();
+}
+
+fuzz_target!(init: report::begin("fuzz-images", &CLASSES, 20_000), |bytes: &[u8]| {
+    report::case(|counts| BED.with(|bed| bed.check(bytes, counts)));
+});

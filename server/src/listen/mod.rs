@@ -34,7 +34,7 @@ pub enum ListenError {
     },
     /// The socket cannot be bound.
     #[error(
-        "cannot listen on unix:{path}: {problem}; use a short path in a folder that exists and can be written to"
+        "cannot listen on unix:{path}: {problem}; pass --uds a short path in a folder that exists and can be written to"
     )]
     Uds {
         /// The path.
@@ -43,9 +43,9 @@ pub enum ListenError {
         problem: std::io::Error,
     },
     /// Somebody serves the socket.
-    #[error("cannot listen on unix:{0}: another daemon serves it, use another path")]
+    #[error("cannot listen on unix:{0}: another daemon serves it, pass another --uds")]
     UdsTaken(PathBuf),
     /// Something that is no socket is in its place.
-    #[error("cannot listen on unix:{0}: there is a file that is no socket, remove it or use another path")]
+    #[error("cannot listen on unix:{0}: there is a file that is no socket, remove it or pass another --uds")]
     UdsOccupied(PathBuf),
 }

@@ -32,35 +32,45 @@ impl Drop for SocketFile {
 }
 
 impl UdsListener {
-    /// As [`claim`], for the runtime.
+    /// Binds the daemon's own socket.
     pub(crate) fn bind(path: &Path) -> Result<Self, ListenError> {
         let failed = |problem| ListenError::Uds { path: path.to_owned(), problem };
-        let (listener, file) = claim(path)?;
+        let (listener, file) = claim(path).map_err(|error| match error {
+            ClaimError::Failed(problem) => failed(problem),
+            ClaimError::Taken => ListenError::UdsTaken(path.to_owned()),
+            ClaimError::Occupied => ListenError::UdsOccupied(path.to_owned()),
+        })?;
         listener.set_nonblocking(true).map_err(failed)?;
         Ok(Self { listener: UnixListener::from_std(listener).map_err(failed)?, file })
     }
 }
 
+/// Why a path cannot be bound.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ClaimError {
+    #[error("cannot be bound: {0}; use a short path in a folder that exists and can be written to")]
+    Failed(#[from] std::io::Error),
+    #[error("somebody serves it: use another path")]
+    Taken,
+    #[error("there is a file that is no socket: remove it or use another path")]
+    Occupied,
+}
+
 /// Binds `path`, and takes the place of a socket that a dead daemon left there.
-pub(crate) fn claim(path: &Path) -> Result<(StdListener, SocketFile), ListenError> {
-    let failed = |problem| ListenError::Uds { path: path.to_owned(), problem };
+pub(crate) fn claim(path: &Path) -> Result<(StdListener, SocketFile), ClaimError> {
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => {}
-        Err(error) => return Err(failed(error)),
-        Ok(found) if !found.file_type().is_socket() => {
-            return Err(ListenError::UdsOccupied(path.to_owned()));
-        }
+        Err(error) => return Err(error.into()),
+        Ok(found) if !found.file_type().is_socket() => return Err(ClaimError::Occupied),
         Ok(_) => match UnixStream::connect(path) {
-            Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-                fs::remove_file(path).map_err(failed)?;
-            }
-            Err(error) => return Err(failed(error)),
-            Ok(_) => return Err(ListenError::UdsTaken(path.to_owned())),
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => fs::remove_file(path)?,
+            Err(error) => return Err(error.into()),
+            Ok(_) => return Err(ClaimError::Taken),
         },
     }
-    let listener = StdListener::bind(path).map_err(failed)?;
+    let listener = StdListener::bind(path)?;
     let file = SocketFile(path.to_owned());
-    fs::set_permissions(path, fs::Permissions::from_mode(MODE)).map_err(failed)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(MODE))?;
     Ok((listener, file))
 }
 

@@ -143,7 +143,8 @@ pub(super) fn open(
         .transpose()?;
     let pending = socket
         .map(|path| {
-            let (listener, file) = claim(path).map_err(|e| LinuxError::Console(e.to_string()))?;
+            let (listener, file) =
+                claim(path).map_err(|e| LinuxError::Console(format!("socket {}: {e}", path.display())))?;
             Ok(Pending { listener, file, shared: Arc::default() })
         })
         .transpose()?;

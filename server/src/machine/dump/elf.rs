@@ -157,19 +157,16 @@ impl Dump {
     }
 }
 
+/// What to do instead of compressing.
+const AS_ELF: &str = "`makedumpfile -E` cannot turn it into ELF, so have QEMU write that, with `dump-guest-memory FILE` and no format=kdump-..., or `virsh dump --memory-only --format elf`";
+
 /// What a file is that is no ELF file.
 fn not_elf(magic: &[u8]) -> DumpProblem {
     let (format, instead) = if magic.starts_with(b"KDUMP   ") || magic.starts_with(b"DISKDUMP") {
-        (
-            "kdump-compressed dump",
-            "have QEMU write ELF, with `dump-guest-memory FILE` and no format=kdump-..., or `virsh dump --memory-only --format elf`",
-        )
+        ("kdump-compressed dump", AS_ELF)
     } else if magic.starts_with(b"makedumpfile") {
         // QEMU writes its compressed dumps in this form, too.
-        (
-            "flattened kdump-compressed stream",
-            "have QEMU write ELF, with `dump-guest-memory FILE` and no format=kdump-..., or `virsh dump --memory-only --format elf`",
-        )
+        ("flattened kdump-compressed stream", AS_ELF)
     } else if magic.starts_with(b"PAGEDU64") || magic.starts_with(b"PAGEDUMP") {
         ("Windows crash dump", "have QEMU write ELF, with `dump-guest-memory FILE` and no format=win-dmp")
     } else if magic.starts_with(b"EMiL") {

@@ -26,6 +26,8 @@ amd-running|L2s that run there: restored L1, 1,000 toggles under 4 clients, obse
 amd-linux|A stock Linux kernel on the daemon's own vCPUs there, paused, stepped and running|nested-amd|1000|0|0|nested-amd-daemon-linux
 intel-translate|kvm_intel in Bochs, KVM_TRANSLATE: unpaged, 2-level, PAE, 4-level|nested-intel|10000|0|0|nested-intel-translate-unpaged nested-intel-translate-2 nested-intel-translate-pae nested-intel-translate-4
 intel-nested|kvm_intel nested: L2 unpaged, 2-level, PAE, 4-level over 4-level EPT|nested-intel|10000|20000|0|nested-intel-ept-unpaged nested-intel-ept-2 nested-intel-ept-pae nested-intel-ept-4
+intel-daemon|The daemon in that bed over gRPC, unpaged to 4-level, alone and as a real L2 over EPT|nested-intel|1000|0|0|nested-intel-daemon-translate-* nested-intel-daemon-ept-*
+intel-running|L2s that run there: restored L1, toggles under 4 clients, observed, crashed, refused|nested-intel|20|0|0|nested-intel-daemon-restored nested-intel-daemon-toggled nested-intel-daemon-observed nested-intel-daemon-crashed nested-intel-daemon-refused
 intel-exit|kvm_intel in Bochs: executed accesses of an L2, exit qualification as L1 sees it|nested-intel|1000|5000|0|nested-intel-vmentry-unpaged nested-intel-vmentry-2 nested-intel-vmentry-pae nested-intel-vmentry-4
 tcg-mmu|QEMU's own MMU on stock Linux, every `info tlb` entry|qemu|1|0|0|linux-4-level-info-tlb linux-5-level-info-tlb linux-2-level-info-tlb linux-pae-info-tlb
 attached|The daemon attached to such guests: `info tlb`, `gva2gpa`|qemu|20000|0|0|attached-4-level-translation attached-5-level-translation attached-2-level-translation attached-pae-translation attached-5-level-private-translation

@@ -184,6 +184,7 @@ impl Vm {
 
     /// What nested mode of vCPU `index` is made of.
     fn offer(&self, of_vm: &NestingPages, index: u32) -> NestedOffer {
+        const VMX: u32 = 1 << 5;
         const SVM: u32 = 1 << 2;
         const GMET: u32 = 1 << 17;
         NestedOffer {
@@ -192,6 +193,7 @@ impl Vm {
             msrs: of_vm.msrs.clone(),
             svm: register(&self.cpuid, 0x8000_0001, |e| e.ecx) & SVM != 0,
             gmet: register(&self.cpuid, 0x8000_000a, |e| e.edx) & GMET != 0,
+            vmx: register(&self.cpuid, 1, |e| e.ecx) & VMX != 0,
         }
     }
 

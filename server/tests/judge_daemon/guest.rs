@@ -4,6 +4,9 @@
 
 use std::path::PathBuf;
 
+use crate::bed::Maker;
+use crate::{svm, vmx};
+
 /// Where the code lies; the pages below are for tables.
 pub(crate) const CODE: u64 = 0x10_0000;
 /// Bytes of memory: the code's page is the last.
@@ -62,40 +65,19 @@ pub(crate) const COUNTS: &[u8] = &[0x48, 0xff, 0xc0, 0xf4, 0xeb, 0xfa]; // inc r
 pub(crate) const GO: u64 = 0xa_2000;
 /// Where it counts the exits of its L2.
 pub(crate) const EXITS: u64 = 0xa_2008;
-const VMCB: u64 = 0xa_0000;
-const PERMISSIONS: u64 = 0xa_4000;
 
 /// An L1: runs the L2 of [`L2_CALLS`] again and again, and rests between.
-pub(crate) fn hypervisor() -> Vec<u8> {
-    let mut code = vec![
-        0x83, 0x3c, 0x25, 0x00, 0x20, 0x0a, 0x00, 0x00, // cmp dword [GO], 0
-        0xf3, 0x90, // pause
-        0x74, 0xf4, // je -12
-        0xb9, 0x80, 0x00, 0x00, 0xc0, // mov ecx, IA32_EFER
-        0x0f, 0x32, // rdmsr
-        0x0d, 0x00, 0x10, 0x00, 0x00, // or eax, SVME
-        0x0f, 0x30, // wrmsr
-        0xb9, 0x17, 0x01, 0x01, 0xc0, // mov ecx, VM_HSAVE_PA
-        0xb8, 0x00, 0x10, 0x0a, 0x00, // mov eax, 0xa1000
-        0x31, 0xd2, // xor edx, edx
-        0x0f, 0x30, // wrmsr
-        0xb8, 0x00, 0x00, 0x0a, 0x00, // mov eax, VMCB
-        0x0f, 0x01, 0xd8, // vmrun
-        0xff, 0x04, 0x25, 0x08, 0x20, 0x0a, 0x00, // inc dword [EXITS]
-        0xc7, 0x04, 0x25, 0x78, 0x05, 0x0a, 0x00, // mov dword [VMCB.RIP], ...
-    ];
-    code.extend((L2_CALLS as u32).to_le_bytes());
-    code.extend([
-        0xf4, // hlt
-        0xeb, 0xe3, // jmp -29: mov eax, VMCB
-    ]);
-    code
+pub(crate) fn hypervisor(maker: Maker) -> Vec<u8> {
+    match maker {
+        Maker::Amd => svm::hypervisor(),
+        Maker::Intel => vmx::hypervisor(),
+    }
 }
 
 /// L2's CR3, an nGPA.
 pub(crate) const L2_CR3: u64 = 0x1_8000;
-/// Where NPT is rooted.
-pub(crate) const NCR3: u64 = 0x9_0000;
+/// Where NPT or EPT is rooted.
+pub(crate) const SECOND_ROOT: u64 = 0x9_0000;
 /// L2's code that counts and then calls its L1.
 pub(crate) const L2_CALLS: u64 = 0x40_0000;
 /// L2's code that counts, in memory and in registers, and never ends.
@@ -106,65 +88,49 @@ pub(crate) const L2_CRASHES: u64 = 0x40_0900;
 pub(crate) const L2_DATA: u64 = 0x40_1000;
 pub(crate) const L2_DATA_NGPA: u64 = 0x3_1000;
 pub(crate) const L2_DATA_GPA: u64 = 0xb_1000;
-/// NPT maps nGPAs from 0 to here.
+/// NPT or EPT maps nGPAs from 0 to here.
 const L2_MEMORY: u64 = 0x8_0000;
 
-/// Puts an L2 into the memory of a machine: NPT, tables, code, and the VMCB for [`hypervisor`].
-pub(crate) fn install_l2(write: impl Fn(u64, &[u8]) -> std::io::Result<()>) -> std::io::Result<()> {
+/// Puts an L2 into the memory of a machine: NPT or EPT, tables, code, and what [`hypervisor`] needs.
+pub(crate) fn install_l2(
+    maker: Maker,
+    write: impl Fn(u64, &[u8]) -> std::io::Result<()>,
+) -> std::io::Result<()> {
+    // Present, writable and a user's, or readable, writable and executable.
     const LINK: u64 = 0b111;
     let word = |gpa: u64, value: u64| write(gpa, &value.to_le_bytes());
     for table in 0..3 {
-        word(NCR3 + table * 0x1000, (NCR3 + (table + 1) * 0x1000) | LINK)?;
-        // L2's tables, of which NPT makes GPAs.
+        word(SECOND_ROOT + table * 0x1000, (SECOND_ROOT + (table + 1) * 0x1000) | LINK)?;
+        // L2's tables, of which NPT or EPT makes GPAs.
         let index = if table == 2 { L2_CALLS >> 21 } else { 0 };
         word(L2_MEMORY + L2_CR3 + table * 0x1000 + index * 8, (L2_CR3 + (table + 1) * 0x1000) | LINK)?;
     }
+    let leaf = LINK | if maker == Maker::Intel { vmx::WRITE_BACK } else { 0 };
     for page in 0..L2_MEMORY / 0x1000 {
-        word(NCR3 + 0x3000 + page * 8, (L2_MEMORY + page * 0x1000) | LINK)?;
+        word(SECOND_ROOT + 0x3000 + page * 8, (L2_MEMORY + page * 0x1000) | leaf)?;
     }
     let lowest = L2_MEMORY + L2_CR3 + 0x3000;
     word(lowest, (L2_DATA_NGPA - 0x1000) | LINK)?;
     word(lowest + 8, L2_DATA_NGPA | LINK)?;
     let code = L2_DATA_GPA - 0x1000;
     let count = [0x48, 0xff, 0x04, 0x25, 0x00, 0x10, 0x40, 0x00]; // inc qword [L2_DATA]
-    let calls = [
-        0xf4, // hlt
-        0x0f, 0x01, 0xd9, // vmmcall
-    ];
+    let call = match maker {
+        Maker::Amd => [0x0f, 0x01, 0xd9],   // vmmcall
+        Maker::Intel => [0x0f, 0x01, 0xc1], // vmcall
+    };
+    let calls = [&[0xf4][..], &call].concat(); // hlt first
     let counts = [
         0x48, 0xff, 0xc0, 0x48, 0xff, 0xc3, 0x48, 0xff, 0xc6, 0x49, 0xff, 0xc0, // inc rax, rbx, rsi, r8
         0xf4, // hlt
         0xeb, 0xe9, // jmp -23
     ];
-    write(code, &[&count[..], &calls[..]].concat())?;
+    write(code, &[&count[..], &calls].concat())?;
     write(code + (L2_COUNTS & 0xfff), &[&count[..], &counts[..]].concat())?;
     write(code + (L2_CRASHES & 0xfff), &[0x0f, 0x0b])?; // ud2, without an IDT
-    // Code of 64 bits, and data.
-    for (field, value) in (0x400..).step_by(16).zip([1, 0, 1, 1, 1, 1]) {
-        let segment = if value == 0 { 0xffff_ffff_0a9b_0008_u64 } else { 0xffff_ffff_0c93_0010 };
-        word(VMCB + field, segment)?;
+    match maker {
+        Maker::Amd => svm::install(word),
+        Maker::Intel => vmx::install(word),
     }
-    for (field, value) in [
-        (0x08, 1 << 63),     // shutdown
-        (0x10, 0b11),        // VMRUN, VMMCALL
-        (0x40, PERMISSIONS), // IOPM
-        (0x48, PERMISSIONS), // MSRPM
-        (0x58, 1),           // ASID
-        (0x90, 1),           // nested paging
-        (0xb0, NCR3),
-        (0x4d0, 0x1d00),      // EFER
-        (0x548, 0x20),        // CR4
-        (0x550, L2_CR3),      // CR3
-        (0x558, 0x8001_0031), // CR0
-        (0x560, 0x400),       // DR7
-        (0x568, 0xffff_0ff0), // DR6
-        (0x570, 2),           // RFLAGS
-        (0x578, L2_CALLS),    // RIP
-        (0x668, 0x0007_0406_0007_0406),
-    ] {
-        word(VMCB + field, value)?;
-    }
-    Ok(())
 }
 
 /// Writes an ELF64 executable whose one segment is the page of `code`, entered at its first byte.

@@ -1,10 +1,10 @@
-//! Judges `nested-amd-daemon-*`: the daemon as it ships, inside the bed `nested-amd` (`deploy/beds/nested-amd.sh`), where
-//! its vCPUs have every paging mode and really run an L2.
+//! Judges `nested-amd-daemon-*` and `nested-intel-daemon-*`: the daemon as it ships, inside the beds `nested-amd` and
+//! `nested-intel` (`deploy/beds`), where its vCPUs have every paging mode of their CPUs and really run an L2.
 //!
-//! Outside the bed this program builds itself and the daemon statically, boots the bed with both, and repeats what is said
+//! Outside the beds this program builds itself and the daemon statically, boots each bed with both, and repeats what is said
 //! there. Inside, it starts `pagewalkd`, asks over gRPC, and compares with what the kernel says of a vCPU of its own that
 //! holds the same registers over the same memory (`KVM_TRANSLATE`), or with what the guest's program has to do by
-//! construction. Where the bed was not built, it is skipped.
+//! construction. A bed that was not built is skipped.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that reports on standard output")]
 
@@ -17,58 +17,101 @@ mod daemon;
 mod guest;
 mod linux;
 mod nested;
+mod refused;
 mod running;
+mod svm;
 mod translate;
+mod vmx;
 
+use bed::Maker;
 use bed::boot::{Boot, boot, check, inside};
 use libtest_mimic::{Arguments, Failed, Trial};
+use translate::Row;
 
-const BED: &str = "nested-amd";
+/// A bed, the maker of its CPU, and how many cases its rows make.
+struct Bed {
+    name: &'static str,
+    maker: Maker,
+    parameters: (&'static str, &'static str),
+    cases: u64,
+    /// The test that boots it.
+    trial: &'static str,
+}
 
-type Judge = (&'static str, fn(&'static str) -> Result<(), Failed>);
+const BEDS: [Bed; 2] = [
+    Bed {
+        name: "nested-amd",
+        maker: Maker::Amd,
+        parameters: ("PAGEWALK_KVM_AMD", "nested=1 npt=1"),
+        cases: 1_200,
+        trial: "the_daemon_agrees_with_kvm_amd",
+    },
+    Bed {
+        name: "nested-intel",
+        maker: Maker::Intel,
+        parameters: ("PAGEWALK_KVM_INTEL", "nested=1 ept=1"),
+        cases: 1_000,
+        trial: "the_daemon_agrees_with_kvm_intel",
+    },
+];
 
-const JUDGES: [Judge; 6] = [
-    ("daemon-linux", linux::judge),
+type Judge = (&'static str, fn(&'static str, Maker) -> Result<(), Failed>);
+
+const JUDGES: [Judge; 5] = [
     ("daemon-restored", running::restored),
     ("daemon-toggled", running::toggled),
     ("daemon-observed", running::observed),
     ("daemon-crashed", running::crashed),
-    ("daemon-refused", running::refused),
+    ("daemon-refused", refused::judge),
 ];
+
+/// A kernel that boots for a while: for the faster bed alone.
+const LINUX: Judge = ("daemon-linux", |name, _| linux::judge(name));
 
 fn main() {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
-    let trials = if inside(BED) { judges() } else { boots() };
+    let trials = match BEDS.iter().find(|bed| inside(bed.name)) {
+        Some(bed) => judges(bed.maker),
+        None => BEDS.iter().map(|bed| Trial::test(bed.trial, move || boots(bed))).collect(),
+    };
     libtest_mimic::run(&arguments, trials).exit();
 }
 
-fn judges() -> Vec<Trial> {
-    let rows = translate::ROWS.into_iter().map(|row| Trial::test(row.name, move || translate::judge(row)));
-    let others = JUDGES.into_iter().map(|(name, judge)| Trial::test(name, move || judge(name)));
+fn rows(maker: Maker) -> &'static [Row] {
+    match maker {
+        Maker::Amd => &translate::AMD,
+        Maker::Intel => &translate::INTEL,
+    }
+}
+
+fn others(maker: Maker) -> impl Iterator<Item = Judge> {
+    (maker == Maker::Amd).then_some(LINUX).into_iter().chain(JUDGES)
+}
+
+fn judges(maker: Maker) -> Vec<Trial> {
+    let rows = rows(maker).iter().map(|row| Trial::test(row.name, move || translate::judge(*row, maker)));
+    let others = others(maker).map(|(name, judge)| Trial::test(name, move || judge(name, maker)));
     rows.chain(others).collect()
 }
 
-fn boots() -> Vec<Trial> {
+fn boots(bed: &Bed) -> Result<(), Failed> {
     let names: Vec<&str> =
-        translate::ROWS.iter().map(|row| row.name).chain(JUDGES.iter().map(|(name, _)| *name)).collect();
-    let run = move || {
-        let folder = tempfile::tempdir()?;
-        // Without a bed there is nothing to carry into it, and the boot says so.
-        let files = match check(BED)? {
-            Ok(()) => linux::files(folder.path())?,
-            Err(_) => Vec::new(),
-        };
-        boot(&Boot {
-            bed: BED,
-            package: "pagewalkd",
-            program: "judge_daemon",
-            binaries: &["pagewalkd"],
-            files: &files,
-            parameters: ("PAGEWALK_KVM_AMD", "nested=1 npt=1"),
-            cases: 1_200,
-            judges: &names,
-        })
+        rows(bed.maker).iter().map(|row| row.name).chain(others(bed.maker).map(|(name, _)| name)).collect();
+    let folder = tempfile::tempdir()?;
+    // Without a bed there is nothing to carry into it, and the boot says so.
+    let files = match check(bed.name)? {
+        Ok(()) if names.contains(&LINUX.0) => linux::files(folder.path())?,
+        _ => Vec::new(),
     };
-    vec![Trial::test("the_daemon_agrees_with_kvm_amd", run)]
+    boot(&Boot {
+        bed: bed.name,
+        package: "pagewalkd",
+        program: "judge_daemon",
+        binaries: &["pagewalkd"],
+        files: &files,
+        parameters: bed.parameters,
+        cases: bed.cases,
+        judges: &names,
+    })
 }

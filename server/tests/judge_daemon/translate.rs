@@ -1,10 +1,13 @@
-//! `Translate` against `KVM_TRANSLATE`, in every paging mode, alone and as L2 over NPT.
+//! `Translate` against `KVM_TRANSLATE`, in every paging mode, alone and as L2 over NPT or EPT.
 //!
 //! Each set of tables is written into the memory of the daemon's machine and into that of a VM of the judge's own. Without
 //! a second dimension the daemon's vCPU is given the registers by `SetRegisters`; with one, `SetNestedMode` has it really
-//! enter L2. What the walker's own judge says of the ioctl (`judge_nested`) holds here, and:
+//! enter L2. What the walker's own judges say of the ioctl (`judge_nested`, `judge_nested_intel`) holds here, and:
 //! - The daemon only reads: accessed and dirty bits are the walker's judge's business.
-//! - PDPTEs come from memory: both vCPUs load them, L2's through NPT.
+//! - PDPTEs come from memory: both vCPUs load them, L2's through NPT or EPT.
+//! - KVM loads PDPTEs through EPT as if it wrote them: no case is made where their page can only be read.
+//! - KVM takes every other access to L2's tables for a write, also where EPT has no accessed and dirty bits: the requests ask for
+//!   that (`tables_written`).
 //! - KVM takes 4 MiB pages to have 36-bit addresses, and these vCPUs have more: bits 20:17 of such entries stay clear.
 //! - PKRU comes with the request: it cannot be written in the daemon's vCPU.
 
@@ -26,45 +29,65 @@ use crate::daemon::Daemon;
 use crate::guest::{self, CODE_32, MEMORY};
 use crate::nested::second::{Root, Second};
 use crate::nested::tables::{RAM_PAGES, Tables};
+use crate::nested::vmcs12::CR4_VMXE;
 
 const ADDRESSES: u64 = 16;
 /// Bits that KVM reserves in the PDE of a 4 MiB page, and a CPU with more than 36 address bits does not.
 const ABOVE_36_BITS: u32 = 0xf << 17;
+const EPT_READ: u64 = 1 << 0;
+const EPT_WRITE: u64 = 1 << 1;
+/// Without any of these an entry of EPT is absent.
+const EPT_RIGHTS: u64 = 0b111;
 
-/// The guest's levels (0 without paging, 2 and 3 for 32-bit and PAE paging), and NPT's.
+/// The guest's levels (0 without paging, 2 and 3 for 32-bit and PAE paging), and what is under it.
 #[derive(Clone, Copy)]
 pub(crate) struct Row {
     pub(crate) name: &'static str,
     levels: u32,
-    npt: Option<u32>,
+    second: Option<Second>,
 }
 
-const fn row(name: &'static str, levels: u32, npt: Option<u32>) -> Row {
-    Row { name, levels, npt }
+const fn row(name: &'static str, levels: u32, second: Option<Second>) -> Row {
+    Row { name, levels, second }
 }
 
-pub(crate) const ROWS: [Row; 15] = [
+const NPT4: Option<Second> = Some(Second::Npt(4));
+const NPT5: Option<Second> = Some(Second::Npt(5));
+const EPT: Option<Second> = Some(Second::Ept);
+
+pub(crate) const INTEL: [Row; 8] = [
+    row("daemon-translate-unpaged", 0, None),
+    row("daemon-translate-2", 2, None),
+    row("daemon-translate-pae", 3, None),
+    row("daemon-translate-4", 4, None),
+    row("daemon-ept-unpaged", 0, EPT),
+    row("daemon-ept-2", 2, EPT),
+    row("daemon-ept-pae", 3, EPT),
+    row("daemon-ept-4", 4, EPT),
+];
+
+pub(crate) const AMD: [Row; 15] = [
     row("daemon-translate-unpaged", 0, None),
     row("daemon-translate-2", 2, None),
     row("daemon-translate-pae", 3, None),
     row("daemon-translate-4", 4, None),
     row("daemon-translate-5", 5, None),
-    row("daemon-npt-unpagedx4", 0, Some(4)),
-    row("daemon-npt-unpagedx5", 0, Some(5)),
-    row("daemon-npt-2x4", 2, Some(4)),
-    row("daemon-npt-2x5", 2, Some(5)),
-    row("daemon-npt-paex4", 3, Some(4)),
-    row("daemon-npt-paex5", 3, Some(5)),
-    row("daemon-npt-4x4", 4, Some(4)),
-    row("daemon-npt-4x5", 4, Some(5)),
-    row("daemon-npt-5x4", 5, Some(4)),
-    row("daemon-npt-5x5", 5, Some(5)),
+    row("daemon-npt-unpagedx4", 0, NPT4),
+    row("daemon-npt-unpagedx5", 0, NPT5),
+    row("daemon-npt-2x4", 2, NPT4),
+    row("daemon-npt-2x5", 2, NPT5),
+    row("daemon-npt-paex4", 3, NPT4),
+    row("daemon-npt-paex5", 3, NPT5),
+    row("daemon-npt-4x4", 4, NPT4),
+    row("daemon-npt-4x5", 4, NPT5),
+    row("daemon-npt-5x4", 5, NPT4),
+    row("daemon-npt-5x5", 5, NPT5),
 ];
 
-pub(crate) fn judge(row: Row) -> Result<(), Failed> {
+pub(crate) fn judge(row: Row, maker: Maker) -> Result<(), Failed> {
     let machine = Machine::new(MEMORY)?;
-    let vcpu = machine.vcpu(0, Maker::Amd, machine.maxphyaddr()?)?;
-    let legacy = row.levels < 4 && row.npt.is_none();
+    let vcpu = machine.vcpu(0, maker, machine.maxphyaddr()?)?;
+    let legacy = row.levels < 4 && row.second.is_none();
     let code = if legacy { guest::into_32_bit_code() } else { guest::RESTS.to_vec() };
     let daemon = Daemon::serve(&guest::write(row.name, &code)?)?;
     if legacy {
@@ -99,18 +122,22 @@ impl<'a> Round<'a> {
         daemon: &'a Daemon,
         row: Row,
     ) -> Result<Self, Failed> {
-        let second = row.npt.map(Second::Npt);
-        let mut tables = Tables::cook(rng, machine.ram, vcpu, row.levels, second);
+        let mut tables = Tables::cook(rng, machine.ram, vcpu, row.levels, row.second);
         if row.levels == 2 {
             clear_bits_above_36(machine, &tables);
         }
-        if let (Some(levels), Some(root), 0) = (row.npt, tables.second_root, rng.u32(0..8)) {
+        if let (Some(second), Some(root), 0) = (row.second, tables.second_root, rng.u32(0..8)) {
             // Few walks would end this early by themselves.
-            let top = root + (tables.homes[0] >> (12 + 9 * (levels - 1)) & 511) * 8;
-            machine.ram.write(top, machine.ram.read(top) & !PRESENT);
+            let top = root + (tables.homes[0] >> (12 + 9 * (second.levels() - 1)) & 511) * 8;
+            let any = if second == Second::Ept { EPT_RIGHTS } else { PRESENT };
+            machine.ram.write(top, machine.ram.read(top) & !any);
         }
         let sregs = guest_registers(rng, machine, vcpu, row, &mut tables);
-        let below = row.npt.zip(tables.second_root).map(|(levels, root)| {
+        if let (3, Some(Second::Ept), Some(root)) = (row.levels, row.second, tables.second_root) {
+            allow_writes(machine, root, tables.homes[0]);
+        }
+        let below = row.second.zip(tables.second_root).map(|(second, root)| {
+            let Second::Npt(levels) = second else { return Root::eptp(root, rng.bool()) };
             let efer = EFER_SVME | EFER_LME | EFER_LMA | when(rng.u32(0..3) != 0, EFER_NXE);
             let cr4 = CR4_PAE | when(levels == 5, CR4_LA57);
             let cr0 = CR0_PE | CR0_NE | CR0_PG | when(rng.bool(), CR0_WP);
@@ -160,34 +187,40 @@ impl<'a> Round<'a> {
             efer: Some(efer),
             ..Default::default()
         };
-        let Some(Root::Npt(ncr3, host)) = self.below else {
+        let Some(below) = self.below else {
             return Ok(self.daemon.set_registers(registers)?);
         };
         if rng.bool() {
             self.daemon.set_nested(off())?;
         }
-        let npt = v1::Npt {
-            ncr3,
-            host_cr0: Some(host.cr0),
-            host_cr4: Some(host.cr4),
-            host_efer: Some(host.efer),
-            ..Default::default()
+        let (mode, root) = match below {
+            Root::Npt(ncr3, host) => {
+                let npt = v1::Npt {
+                    ncr3,
+                    host_cr0: Some(host.cr0),
+                    host_cr4: Some(host.cr4),
+                    host_efer: Some(host.efer),
+                    ..Default::default()
+                };
+                (Mode::Npt(npt), ncr3)
+            }
+            Root::Eptp(eptp) => {
+                let ept = v1::Ept { eptp, tables_written: true, ..Default::default() };
+                (Mode::Ept(ept), eptp & !0xfff)
+            }
         };
-        let request = v1::SetNestedModeRequest {
-            mode: Some(Mode::Npt(npt)),
-            l2: Some(registers),
-            ..Default::default()
-        };
+        let request =
+            v1::SetNestedModeRequest { mode: Some(mode), l2: Some(registers), ..Default::default() };
         let answer = self.daemon.set_nested(request)?;
         let effect = answer.effect.unwrap_or_default();
         let state = answer.state.unwrap_or_default();
-        let root = state.ngpa_walk.map(|walk| walk.root);
+        let held = state.ngpa_walk.map(|walk| walk.root);
         if effect.kind() != v1::NestedEffectKind::RealVcpu
             || state.nested.unwrap_or_default().kind() != v1::NestedModeKind::RealVcpu
-            || root != Some(ncr3)
+            || held != Some(root)
         {
             return Err(
-                format!("the vCPU did not enter L2 over {ncr3:#x}: {effect:?}, root {root:x?}").into()
+                format!("the vCPU did not enter L2 over {root:#x}: {effect:?}, root {held:x?}").into()
             );
         }
         Ok(())
@@ -296,6 +329,8 @@ impl<'a> Round<'a> {
                 let class = match (fault.kind(), nested) {
                     (v1::FaultKind::PageFault, false) => "guest: page fault, level",
                     (v1::FaultKind::NestedPageFault, true) => "nested: page fault, level",
+                    (v1::FaultKind::EptViolation, true) => "nested: violation, level",
+                    (v1::FaultKind::EptMisconfiguration, true) => "nested: misconfiguration, level",
                     (v1::FaultKind::Unbacked, false) => "guest: table outside memory, level",
                     (v1::FaultKind::Unbacked, true) => "nested: table outside memory, level",
                     _ => "refused otherwise",
@@ -330,10 +365,24 @@ fn clear_bits_above_36(machine: &Machine, tables: &Tables) {
     for word in &tables.entries {
         for gpa in [*word, word + 4] {
             let entry = machine.ram.read_u32(gpa);
-            // NPT's entries have none of these bits either: their frames are below 256 KiB, or far above.
+            // Entries of NPT and EPT have none of these bits either: their frames are below 256 KiB, or far above.
             if u64::from(entry) & PAGE_SIZE != 0 {
                 machine.ram.write_u32(gpa, entry & !ABOVE_36_BITS);
             }
+        }
+    }
+}
+
+/// Has EPT let the page of PDPTEs be written where it may be read: KVM loads these as if it wrote them, a CPU reads them.
+fn allow_writes(machine: &Machine, root: u64, ngpa: u64) {
+    let mut table = root;
+    for level in (1..=4).rev() {
+        let at = table + (ngpa >> (12 + 9 * (level - 1)) & 511) * 8;
+        let entry = machine.ram.read(at);
+        machine.ram.write(at, entry | when(entry & EPT_READ != 0, EPT_WRITE));
+        table = entry & 0x000f_ffff_ffff_f000;
+        if entry & PAGE_SIZE != 0 || table >= RAM_PAGES * PAGE {
+            break;
         }
     }
 }
@@ -370,7 +419,11 @@ fn guest_registers(
         sregs.cs.l = 0;
         sregs.cs.db = 1;
     }
-    sregs.efer |= when(row.npt.is_some(), EFER_SVME);
+    match row.second {
+        Some(Second::Npt(_)) => sregs.efer |= EFER_SVME,
+        Some(Second::Ept) => sregs.cr4 |= CR4_VMXE,
+        None => {}
+    }
     sregs
 }
 
@@ -381,15 +434,29 @@ fn minima(row: Row) -> Vec<(&'static str, Option<u64>, u64)> {
     if levels == 0 {
         minima.push(("mapped unpaged", None, 10_000));
     } else {
-        minima.extend([("mapped 4 KiB", None, 5_000), ("mapped by a large guest page", None, 1_000)]);
+        // Over EPT, few sets of tables lead to one.
+        let large = if row.second == EPT { 200 } else { 1_000 };
+        minima.extend([("mapped 4 KiB", None, 5_000), ("mapped by a large guest page", None, large)]);
     }
     for level in 1..=levels.min(if levels == 3 { 2 } else { levels }) {
         minima.push(("guest: page fault, level", Some(level), 500));
     }
-    if let Some(npt) = row.npt {
-        for level in [1, 2, 3, npt.into()] {
-            minima.push(("nested: page fault, level", Some(level), 500));
+    match row.second {
+        None => {}
+        Some(Second::Npt(npt)) => {
+            for level in [1, 2, 3, npt.into()] {
+                minima.push(("nested: page fault, level", Some(level), 500));
+            }
         }
+        Some(Second::Ept) => {
+            for level in [1, 4] {
+                minima.push(("nested: violation, level", Some(level), 500));
+            }
+            minima.push(("nested: violation, level", None, 20_000));
+            minima.push(("nested: misconfiguration, level", None, 2_000));
+        }
+    }
+    if row.second.is_some() {
         minima.extend([("mapped over 4 KiB", None, 5_000), ("mapped over a large page", None, 2_000)]);
     }
     if levels > 3 {

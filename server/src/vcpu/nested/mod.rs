@@ -6,9 +6,13 @@
 //! leaves guest mode.
 
 pub(crate) mod entry;
+mod l2;
 mod pages;
 mod state;
 mod svm;
+mod vmcs12;
+mod vmx;
+mod vmx_capabilities;
 
 use pagewalk::{
     ControlRegisters, CpuProfile, EptCapabilities, EptControls, NgpaWalk, NptControls, PageWalk, StateError,

@@ -16,8 +16,8 @@ const PAGE: u64 = 4096;
 /// What a page holds.
 pub(super) type Page = Box<[u8; 4096]>;
 
-/// Pages of one vCPU: the control structure, one to spare, permission maps for MSRs (two) and I/O ports (three). Of these,
-/// KVM reads and writes the first alone.
+/// Pages of one vCPU: the control structure, the VMXON region, permission maps for MSRs (two) and I/O ports (three). Of
+/// these, KVM reads those of the maps that the control structure names, and writes the first alone.
 const PAGES: u64 = 8;
 /// First address behind the pages: the least MAXPHYADDR is 36 bits.
 const OWN_PAGES_END: u64 = 1 << 36;
@@ -50,6 +50,10 @@ impl OwnPages {
 
     pub(super) fn control_structure(&self) -> u64 {
         self.start
+    }
+
+    pub(super) fn vmxon_region(&self) -> u64 {
+        self.start + PAGE
     }
 
     pub(super) fn msr_permissions(&self) -> u64 {

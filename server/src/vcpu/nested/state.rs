@@ -5,12 +5,15 @@
 
 use kvm_bindings::nested::KvmNestedStateBuffer;
 use kvm_bindings::{
-    KVM_STATE_NESTED_GUEST_MODE, KVMIO, Msrs, kvm_debugregs, kvm_mp_state, kvm_msr_entry, kvm_regs,
-    kvm_sregs2, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVM_STATE_NESTED_FORMAT_VMX, KVM_STATE_NESTED_GUEST_MODE, KVMIO, Msrs, kvm_debugregs, kvm_mp_state,
+    kvm_msr_entry, kvm_regs, kvm_sregs2, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::{ioctl_ior_nr, ioctl_iow_nr};
+
+use super::l2::PDPTRS_VALID;
+use super::{svm, vmx};
 
 ioctl_ior_nr!(KVM_GET_SREGS2, KVMIO, 0xcc, kvm_sregs2);
 ioctl_iow_nr!(KVM_SET_SREGS2, KVMIO, 0xcd, kvm_sregs2);
@@ -81,18 +84,30 @@ impl VcpuState {
         u32::from(self.nested.flags) & KVM_STATE_NESTED_GUEST_MODE != 0
     }
 
+    /// One of its MSRs, if it has that.
+    pub(super) fn msr(&self, index: u32) -> Option<u64> {
+        self.msrs.iter().find(|msr| msr.index == index).map(|msr| msr.data)
+    }
+
     /// Puts all of it back. An L2 that the vCPU runs meanwhile is left first, as if it had never been entered.
     pub(super) fn write(&self, vcpu: &VcpuFd) -> Result<(), Failure> {
         leave(vcpu)?;
         set_sregs(vcpu, &self.sregs)?;
         vcpu.set_regs(&self.regs).map_err(failed("KVM_SET_REGS"))?;
-        vcpu.set_xcrs(&self.xcrs).map_err(failed("KVM_SET_XCRS"))?;
+        // A kernel without XSAVE gives none, and takes none back.
+        if self.xcrs.nr_xcrs > 0 {
+            vcpu.set_xcrs(&self.xcrs).map_err(failed("KVM_SET_XCRS"))?;
+        }
         // SAFETY: only features without dynamically sized state are enabled.
         #[allow(unsafe_code, reason = "the ioctl's buffer may have to be larger than its type")]
         unsafe { vcpu.set_xsave(&self.xsave) }.map_err(failed("KVM_SET_XSAVE"))?;
         self.write_msrs(vcpu)?;
         vcpu.set_debug_regs(&self.debug).map_err(failed("KVM_SET_DEBUGREGS"))?;
         set_nested(vcpu, &self.nested)?;
+        if self.in_guest_mode() && self.sregs.flags & PDPTRS_VALID != 0 {
+            // L2's PDPTE registers are its own only now.
+            set_sregs(vcpu, &self.sregs)?;
+        }
         vcpu.set_vcpu_events(&self.events).map_err(failed("KVM_SET_VCPU_EVENTS"))?;
         vcpu.set_mp_state(self.mp).map_err(failed("KVM_SET_MP_STATE"))
     }
@@ -146,13 +161,17 @@ pub(super) fn set_nested(vcpu: &VcpuFd, state: &KvmNestedStateBuffer) -> Result<
     vcpu.set_nested_state(state).map_err(failed("KVM_SET_NESTED_STATE"))
 }
 
-/// Back to L1; its registers are still L2's.
+/// Back to L1; its registers are anything.
 fn leave(vcpu: &VcpuFd) -> Result<(), Failure> {
     let now = nested(vcpu)?;
+    if u32::from(now.format) == KVM_STATE_NESTED_FORMAT_VMX {
+        // Also out of VMX operation, which an entry that failed leaves behind, and which would bind CR0 and CR4.
+        return set_nested(vcpu, &vmx::outside());
+    }
     if u32::from(now.flags) & KVM_STATE_NESTED_GUEST_MODE == 0 {
         return Ok(());
     }
-    set_nested(vcpu, &super::svm::outside())
+    set_nested(vcpu, &svm::outside())
 }
 
 pub(super) fn sregs(vcpu: &VcpuFd) -> Result<kvm_sregs2, Failure> {

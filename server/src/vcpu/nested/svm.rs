@@ -9,11 +9,16 @@ use kvm_bindings::{
     KVM_STATE_NESTED_FORMAT_SVM, KVM_STATE_NESTED_GIF_SET, KVM_STATE_NESTED_GUEST_MODE, kvm_dtable, kvm_regs,
     kvm_segment, kvm_sregs2, kvm_svm_nested_state_hdr,
 };
+use kvm_ioctls::VcpuFd;
 use pagewalk::mode::{CR0_PE, CR0_PG, CR0_WP, CR4_LA57, CR4_PAE, CR4_PSE, EFER_LMA, EFER_LME, EFER_NXE};
 use pagewalk::{ControlRegisters, NptControls};
 
-use super::SecondDimension;
-use super::pages::OwnPages;
+use super::entry::{field, hypervisor};
+use super::l2::{Demands, L2};
+use super::pages::{OwnPages, Page};
+use super::state::{self, VcpuState};
+use super::{EnterL2, SecondDimension};
+use crate::vcpu::command::VcpuError;
 
 pub(super) const EFER_SVME: u64 = 1 << 12;
 const HEADER_BYTES: u32 = 128;
@@ -63,9 +68,13 @@ const HOST_CR0: u64 = CR0_PE | CR0_WP | CR0_PG;
 const HOST_CR4: u64 = CR4_PSE | CR4_PAE | CR4_LA57;
 const HOST_EFER: u64 = EFER_LME | EFER_LMA | EFER_NXE;
 
+/// The bits that EFER has: SCE, LME, LMA, NXE, SVME, LMSLE, FFXSR, TCE, MCOMMIT, INTWB, UAIE, AIBRSE.
+const KNOWN_EFER: u64 = 0x36_fd01;
+const DEMANDS: Demands = Demands { cr0: 0, cr4: 0, efer: EFER_SVME, known_efer: KNOWN_EFER };
+
 /// A VMCB.
 #[derive(Clone)]
-pub(super) struct Vmcb(pub(super) Box<[u8; VMCB_BYTES]>);
+pub(super) struct Vmcb(pub(super) Page);
 
 impl Vmcb {
     fn set(&mut self, at: usize, value: u64) {
@@ -121,14 +130,67 @@ impl Vmcb {
 }
 
 /// What a save area is made of.
-pub(super) struct Registers<'a> {
-    pub(super) sregs: &'a kvm_sregs2,
-    pub(super) regs: &'a kvm_regs,
-    pub(super) pat: u64,
+struct Registers<'a> {
+    sregs: &'a kvm_sregs2,
+    regs: &'a kvm_regs,
+    pat: u64,
+}
+
+/// A VMCB12 to make, and where it is to lie.
+pub(super) struct Vmcb12<'a> {
+    pub(super) at: u64,
+    pub(super) ncr3: u64,
+    pub(super) host: ControlRegisters,
+    pub(super) controls: NptControls,
+    pub(super) pages: &'a OwnPages,
+}
+
+impl Vmcb12<'_> {
+    /// Has the vCPU, which runs L1, run L2, and says what VMCB12 holds in memory.
+    pub(super) fn enter(
+        &self,
+        vcpu: &VcpuFd,
+        l1: &VcpuState,
+        l1_pat: u64,
+        request: &EnterL2,
+    ) -> Result<Page, VcpuError> {
+        let l2 = L2::of(l1, l1_pat, request, DEMANDS);
+        l2.load(vcpu, &l1.sregs)?;
+
+        let host = self.host;
+        let control = control(self.ncr3, self.controls, self.pages);
+        let l1_at_vmrun = |wanted: &ControlRegisters| {
+            let sregs = self::host(&l1.sregs, wanted);
+            let registers = Registers { sregs: &sregs, regs: &l1.regs, pat: l1_pat };
+            in_guest_mode(self.at, &with_save_area(&control, &registers))
+        };
+        if let Err(refused) = state::set_nested(vcpu, &l1_at_vmrun(&host)) {
+            let own = ControlRegisters { cr0: l1.sregs.cr0, cr4: l1.sregs.cr4, efer: l1.sregs.efer, ..host };
+            let culprits = [
+                ("npt.host_cr4", ControlRegisters { cr4: own.cr4, ..host }),
+                ("npt.host_efer", ControlRegisters { efer: own.efer, ..host }),
+                ("npt.host_cr0", ControlRegisters { cr0: own.cr0, ..host }),
+            ];
+            let culprit =
+                culprits.iter().find(|(_, host)| state::set_nested(vcpu, &l1_at_vmrun(host)).is_ok());
+            let name = culprit.map_or("npt", |(name, _)| name);
+            return Err(field(
+                name,
+                format!("KVM refuses it for an L1 at VMRUN ({}: {})", refused.0, refused.1),
+            ));
+        }
+        if l2.has_pdptes() {
+            // Now that they are L2's, they are loaded through NPT.
+            state::set_sregs(vcpu, &l2.sregs).map_err(hypervisor)?;
+        }
+        l2.check(vcpu)?;
+        let registers = Registers { sregs: &l2.sregs, regs: &l2.regs, pat: l2.pat };
+        Ok(with_save_area(&control, &registers).0)
+    }
 }
 
 /// L1's control registers while its L2 runs: the vCPU's own, with what `wanted` says of NPT's format.
-pub(super) fn host(own: &kvm_sregs2, wanted: &ControlRegisters) -> kvm_sregs2 {
+fn host(own: &kvm_sregs2, wanted: &ControlRegisters) -> kvm_sregs2 {
     kvm_sregs2 {
         cr0: own.cr0 & !HOST_CR0 | wanted.cr0 & HOST_CR0,
         cr4: own.cr4 & !HOST_CR4 | wanted.cr4 & HOST_CR4,
@@ -138,7 +200,7 @@ pub(super) fn host(own: &kvm_sregs2, wanted: &ControlRegisters) -> kvm_sregs2 {
 }
 
 /// The control area: VMRUN and a triple fault leave for L1, nothing else does by itself.
-pub(super) fn control(ncr3: u64, controls: NptControls, pages: &OwnPages) -> Vmcb {
+fn control(ncr3: u64, controls: NptControls, pages: &OwnPages) -> Vmcb {
     let mut vmcb = Vmcb(Box::new([0; VMCB_BYTES]));
     let nested_ctl = NESTED_PAGING | if controls.guest_mode_execute_trap { GMET } else { 0 };
     vmcb.set(INTERCEPTS_3, INTERCEPT_SHUTDOWN);
@@ -156,14 +218,14 @@ pub(super) fn control(ncr3: u64, controls: NptControls, pages: &OwnPages) -> Vmc
 }
 
 /// `control` with the save area of `registers`.
-pub(super) fn with_save_area(control: &Vmcb, registers: &Registers<'_>) -> Vmcb {
+fn with_save_area(control: &Vmcb, registers: &Registers<'_>) -> Vmcb {
     let mut vmcb = control.clone();
     vmcb.save(registers);
     vmcb
 }
 
 /// The nested state of a vCPU that runs an L2.
-pub(super) fn in_guest_mode(vmcb_pa: u64, vmcb12: &Vmcb) -> Box<KvmNestedStateBuffer> {
+fn in_guest_mode(vmcb_pa: u64, vmcb12: &Vmcb) -> Box<KvmNestedStateBuffer> {
     let mut state = outside();
     state.flags |= KVM_STATE_NESTED_GUEST_MODE as u16;
     state.size += VMCB_BYTES as u32;

@@ -138,14 +138,18 @@ class SetNestedModeRequest(google.protobuf.message.Message):
     64 GiB, outside the machine's memory. INVALID_ARGUMENT otherwise, and where the walkers alone can be switched.
     """
     vmcs12: builtins.int
-    """Where VMCS12 is to lie, for a real vCPU under EPT. As `vmcb12`."""
+    """Where VMCS12 is to lie, for a real vCPU under EPT. As `vmcb12`, but for VM exits, which KVM writes there no earlier than
+    L1 executes VMCLEAR or VMPTRLD. INVALID_ARGUMENT also where L1's VMXON region lies.
+    """
     @property
     def vcpu(self) -> pagewalk.v1.types_pb2.VcpuRef:
         """The vCPU. Default: the only machine, vCPU 0."""
 
     @property
     def ept(self) -> pagewalk.v1.types_pb2.Ept:
-        """L2 under EPT."""
+        """L2 under EPT. On a real vCPU, `capabilities` are the vCPU's own; others, MBEC where the vCPU has none, and an EPTP that
+        this vCPU cannot have are switched in the walkers alone. `tables_written` is the walkers' business.
+        """
 
     @property
     def npt(self) -> pagewalk.v1.types_pb2.Npt:
@@ -156,8 +160,9 @@ class SetNestedModeRequest(google.protobuf.message.Message):
     @property
     def l2(self) -> pagewalk.v1.types_pb2.Registers:
         """L2's registers: CR0, CR3, CR4, EFER, PAT; for a real vCPU also RIP, RSP and RFLAGS. Absent ones are the vCPU's. On a
-        real vCPU, EFER.SVME is set besides, as VMRUN wants it, and where L2's mode is not L1's, L2 starts with
-        flat segments of its mode. INVALID_ARGUMENT together with `off`, and for registers that cannot be set.
+        real vCPU, what the entry wants is set besides: EFER.SVME for VMRUN, CR0.NE and CR4.VMXE for VM entry. Where L2's mode
+        is not L1's, L2 starts with flat segments of its mode. INVALID_ARGUMENT together with `off`, and for registers that
+        cannot be set.
         """
 
     def __init__(

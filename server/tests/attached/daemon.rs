@@ -81,8 +81,16 @@ impl Daemon {
     }
 
     pub(crate) fn registers(&self, id: &str, index: u32) -> Result<v1::GetRegistersResponse, Status> {
-        let request =
-            v1::GetRegistersRequest { vcpu: vcpu(id, index), freshness: v1::Freshness::Sync.into() };
+        self.registers_as_of(id, index, v1::Freshness::Sync)
+    }
+
+    pub(crate) fn registers_as_of(
+        &self,
+        id: &str,
+        index: u32,
+        freshness: v1::Freshness,
+    ) -> Result<v1::GetRegistersResponse, Status> {
+        let request = v1::GetRegistersRequest { vcpu: vcpu(id, index), freshness: freshness.into() };
         let mut client = VcpuServiceClient::new(self.channel.clone());
         Ok(self.runtime.block_on(client.get_registers(request))?.into_inner())
     }

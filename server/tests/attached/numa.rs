@@ -18,7 +18,7 @@ use crate::judged::gpa;
 use crate::monitor;
 use crate::trouble::boot;
 
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_secs(30);
 const PAGE: u64 = 4096;
 const NODE: u64 = 512 << 20;
 const DIMM: u64 = 128 << 20;

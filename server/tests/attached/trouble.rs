@@ -198,6 +198,17 @@ pub(crate) fn detached(script: &Path) -> Result<(), Failed> {
     while states() != [v1::RunState::Paused; 2] {
         assert!(Instant::now() < end, "{:?}", states());
     }
+    // So does a reset, which changes nothing of what it does.
+    let roots = || -> Result<Vec<_>, Failed> {
+        let latest = |index| daemon.registers_as_of("vm", index, v1::Freshness::Latest);
+        (0..2).map(|index| Ok(latest(index)?.registers.and_then(|held| held.cr3))).collect()
+    };
+    assert!(roots()?.iter().all(|root| root.is_some_and(|root| root != 0)));
+    guest.reset()?;
+    let end = Instant::now() + SOON;
+    while roots()? != [Some(0); 2] {
+        assert!(Instant::now() < end, "{:x?}", roots()?);
+    }
     Ok(())
 }
 

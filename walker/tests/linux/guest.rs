@@ -115,6 +115,15 @@ impl Guest {
         Ok(())
     }
 
+    /// Begins anew, as at the push of a button. It is paused or runs, as before.
+    pub(crate) fn reset(&mut self) -> Result<(), Failed> {
+        // The bed has QEMU end instead.
+        let reboot = Some(qmp::RebootAction::reset);
+        self.monitor.execute(&qmp::set_action { reboot, shutdown: None, panic: None, watchdog: None })?;
+        self.monitor.execute(&qmp::system_reset {})?;
+        Ok(())
+    }
+
     pub(crate) fn run_for(&mut self, time: Duration) -> Result<(), Failed> {
         self.monitor.execute(&qmp::cont {})?;
         std::thread::sleep(time);

@@ -94,6 +94,8 @@ impl Client {
     unary! {
         /// Translates one guest virtual address. A fault is an answer.
         translate: TranslationServiceClient, TranslateRequest -> TranslateResponse;
+        /// Translates one guest virtual address in many address spaces. Faults are answers.
+        translate_across: TranslationServiceClient, TranslateAcrossRequest -> TranslateAcrossResponse;
         /// Translates one guest physical address of an L2. A fault is an answer.
         translate_nested_gpa: TranslationServiceClient, TranslateNestedGpaRequest -> TranslateNestedGpaResponse;
         /// Explains a fault that somebody saw.
@@ -102,6 +104,8 @@ impl Client {
         get_walker_state: WalkerServiceClient, GetWalkerStateRequest -> GetWalkerStateResponse;
         /// Switches nested mode on or off.
         set_nested_mode: WalkerServiceClient, SetNestedModeRequest -> SetNestedModeResponse;
+        /// Lists the address spaces that a machine's vCPUs were seen in.
+        list_address_spaces: MappingServiceClient, ListAddressSpacesRequest -> ListAddressSpacesResponse;
         /// Lists the vCPUs of a machine.
         list_vcpus: VcpuServiceClient, ListVcpusRequest -> ListVcpusResponse;
         /// Gives the registers of a vCPU.

@@ -34,6 +34,7 @@ attached|The daemon attached to such guests: `info tlb`, `gva2gpa`|qemu|20000|0|
 dump|Dumps of those guests, with paging=true as well: addresses and bytes|qemu|20000|0|0|linux-4-level-dump linux-5-level-dump linux-2-level-dump linux-pae-dump linux-5-level-private-dump linux-5-level-paging-dump linux-pae-paging-dump
 dump-volatility|The same dumps read by volatility3, 4-level and 5-level|qemu volatility3|5000|0|0|volatility-4-level-dump volatility-5-level-dump
 attached-symbols|Such guests' kernels by their symbols, KASLR on and off: kallsyms, `gva2gpa`|qemu|4000|0|0|attached-symbols
+attached-spaces|Their address spaces, active or not, and the halves under page-table isolation|qemu|500|0|0|attached-spaces
 oracle|The independent oracle, odometer and soup||5000000|0|0|oracle
 exhaustive|Loop-free rules, every input: reserved bits, canonicality, rights, keys||30000000|0|0|exhaustive
 fuzz|Fuzzing the walker: panics, step bound, hangs, contradictions||100000|0|SECONDS|fuzz-walk fuzz-registers

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import pytest
 
 from pagewalk import answers, convert
-from pagewalk.v1 import machine_pb2, translation_pb2, types_pb2, vcpu_pb2, walker_pb2
+from pagewalk.v1 import machine_pb2, mapping_pb2, translation_pb2, types_pb2, vcpu_pb2, walker_pb2
 
 if TYPE_CHECKING:
     from google.protobuf.descriptor import Descriptor, EnumDescriptor
@@ -59,6 +59,7 @@ VALUES: list[tuple[type, Descriptor, set[str]]] = [
     (answers.WalkerState, walker_pb2.GetWalkerStateResponse.DESCRIPTOR, set()),
     (answers.Registers, types_pb2.Registers.DESCRIPTOR, {"provenance"}),
     (answers.Vcpu, vcpu_pb2.VcpuInfo.DESCRIPTOR, set()),
+    (answers.AddressSpace, mapping_pb2.AddressSpace.DESCRIPTOR, set()),
     (answers.Stepped, vcpu_pb2.StepVcpuResponse.DESCRIPTOR, set()),
     (answers.MemoryRegion, machine_pb2.MemoryRegion.DESCRIPTOR, set()),
     (answers.Capabilities, machine_pb2.Capabilities.DESCRIPTOR, set()),

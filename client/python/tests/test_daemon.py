@@ -79,6 +79,23 @@ def test_symbols_stand_for_addresses(client: pagewalk.Client, landmarks: Landmar
         client.translate("start")
 
 
+def test_one_address_in_many_address_spaces(client: pagewalk.Client, landmarks: Landmarks) -> None:
+    (space, *_) = client.address_spaces()
+    assert space.sightings > 0
+    assert space.isolation_pair is None
+    user = landmarks["user-text"]
+    outcomes = client.translate_across(user, [0x20000, 0x21000], privilege="user")
+    assert list(outcomes) == [0x20000, 0x21000]
+    for cr3, outcome in outcomes.items():
+        alone = client.translate(user, privilege="user", override=pagewalk.WalkerOverride(cr3=cr3))
+        assert alone.ok
+        assert outcome.ok
+        assert (outcome.gpa, outcome.gva) == (alone.gpa, user)
+    assert space.cr3 in client.translate_across(landmarks["kernel-text"])
+    with pytest.raises(pagewalk.InvalidArgumentError, match="more than 1024"):
+        client.translate_across(user, range(0, 1025 << 12, 1 << 12))
+
+
 def test_every_landmark_is_answered(client: pagewalk.Client, paused: pagewalk.Machine) -> None:
     outcomes = [
         client.translate(mark.address, "read", privilege="supervisor", trace=True, explain=True)

@@ -64,6 +64,9 @@ class Scripted(TranslationServiceServicer, WalkerServiceServicer, MachineService
     def StreamTranslate(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802
         yield from self._reply(next(request_iterator), context)
 
+    def TranslateAcross(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return self._reply(request, context)
+
     def TranslateNestedGpa(self, request: Any, context: Any) -> Any:  # noqa: N802
         return self._reply(request, context)
 

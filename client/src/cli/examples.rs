@@ -24,7 +24,7 @@ pub(super) const PAGEWALK: &str = concat!(
         "pagewalk --json walker"
     ),
     exit_codes!(
-        "  1  `translate`, `batch`, `nested-gpa`: the access would fault; `find`: nothing leads there; `doctor`: a check failed\n"
+        "  1  `translate`, `across`, `batch`, `nested-gpa`: the access would fault; `find`: nothing leads there; `doctor`: a check failed\n"
     )
 );
 
@@ -86,6 +86,17 @@ pub(super) const MAPS: &str = concat!(
 pub(super) const FIND: &str = concat!(
     examples!("pagewalk find 0x10123", "pagewalk find 0x10000 --bytes 0x3000 --executable"),
     exit_codes!("  1  nothing leads there, or the budget is used up\n")
+);
+
+pub(super) const SPACES: &str = concat!(
+    examples!("pagewalk spaces"),
+    "\n\nA vCPU is seen when it publishes its registers: what runs in between is not.",
+    exit_codes!()
+);
+
+pub(super) const ACROSS: &str = concat!(
+    examples!("pagewalk across 0x401000 0x20000 0x21000 --as user", "pagewalk across 0xffff800000010000"),
+    exit_codes!("  1  answered, and the access would fault in every address space\n")
 );
 
 pub(super) const VCPUS: &str = concat!(examples!("pagewalk vcpus"), exit_codes!());

@@ -23,6 +23,7 @@ mod regs;
 mod render;
 mod run_control;
 mod save;
+mod spaces;
 mod translate;
 mod usage;
 mod vcpu;
@@ -74,6 +75,12 @@ enum Verb {
     /// Find the guest virtual addresses that lead to a guest physical one
     #[command(after_help = examples::FIND)]
     Find(maps::FindArgs),
+    /// List the address spaces that a machine's vCPUs were seen in
+    #[command(after_help = examples::SPACES)]
+    Spaces,
+    /// Translate an address in many address spaces: in which processes it is mapped, and where to
+    #[command(after_help = examples::ACROSS)]
+    Across(spaces::AcrossArgs),
     /// List the vCPUs of a machine
     #[command(after_help = examples::VCPUS)]
     Vcpus,
@@ -156,6 +163,8 @@ async fn dispatch(cli: Cli, output: Output) -> Result<ExitCode, Failure> {
         Verb::NestedGpa(args) => nested_gpa::run(&context, &args).await,
         Verb::Maps(args) => maps::maps(&context, &args).await,
         Verb::Find(args) => maps::find(&context, &args).await,
+        Verb::Spaces => spaces::spaces(&context).await,
+        Verb::Across(args) => spaces::across(&context, &args).await,
         Verb::Vcpus => vcpus::run(&context).await,
         Verb::Regs(args) => regs::run(&context, &args).await,
         Verb::Pause => run_control::pause(&context).await,

@@ -243,6 +243,34 @@ impl translation::TranslationService for Scripted {
         Ok(Response::new(Box::pin(tokio_stream::iter([Ok(part)]))))
     }
 
+    /// Mapped in the first address space, and in no other.
+    async fn translate_across(
+        &self,
+        request: Request<v1::TranslateAcrossRequest>,
+    ) -> Result<Response<v1::TranslateAcrossResponse>, Status> {
+        use v1::space_translation::Outcome;
+        let request = request.into_inner();
+        known(request.vcpu.as_ref())?;
+        let space = |(place, cr3)| v1::SpaceTranslation {
+            cr3,
+            outcome: Some(match (place, extent(0x1000).outcome) {
+                (0, Some(v1::extent::Outcome::Translation(page))) => Outcome::Translation(page),
+                _ => Outcome::Fault(v1::Fault {
+                    kind: v1::FaultKind::PageFault.into(),
+                    error_code: Some(0),
+                    reason: "not present".into(),
+                    ..v1::Fault::default()
+                }),
+            }),
+        };
+        Ok(Response::new(v1::TranslateAcrossResponse {
+            address: MAPPED,
+            symbol: Some(v1::Symbol { name: "init_task".into(), offset: 0x10 }),
+            spaces: request.cr3s.into_iter().enumerate().map(space).collect(),
+            provenance: Some(provenance()),
+        }))
+    }
+
     async fn translate_nested_gpa(
         &self,
         request: Request<v1::TranslateNestedGpaRequest>,
@@ -294,6 +322,37 @@ fn extent(start: u64) -> v1::Extent {
 
 #[tonic::async_trait]
 impl mapping::MappingService for Scripted {
+    async fn list_address_spaces(
+        &self,
+        request: Request<v1::ListAddressSpacesRequest>,
+    ) -> Result<Response<v1::ListAddressSpacesResponse>, Status> {
+        if request.get_ref().machine == "nobody" {
+            return Err(not_found("machine `nobody`"));
+        }
+        let kernel = v1::AddressSpace {
+            cr3: 0x2_0000,
+            sightings: 12,
+            generation: 7,
+            age: Some(prost_types::Duration { seconds: 0, nanos: 3_000_000 }),
+            isolation_pair: Some(0x2_1000),
+            ..v1::AddressSpace::default()
+        };
+        let user = v1::AddressSpace {
+            cr3: 0x2_1000,
+            sightings: 3,
+            vcpu: 1,
+            isolation_pair: Some(0x2_0000),
+            user_half: true,
+            ..kernel
+        };
+        let other = v1::AddressSpace { cr3: 0x3_0000, isolation_pair: None, ..kernel };
+        Ok(Response::new(v1::ListAddressSpacesResponse {
+            spaces: vec![kernel, user, other],
+            left_out: 2,
+            provenance: Some(provenance()),
+        }))
+    }
+
     type ListMappingsStream = Parts<v1::ListMappingsResponse>;
 
     /// Two messages and an end; with a budget of one extent, one message that is truncated; from `cut` on the end is missing.

@@ -5,10 +5,10 @@ use pagewalk_proto::v1;
 use pagewalk_proto::v1::mapping_service_server::MappingService;
 use tonic::{Request, Response, Status};
 
-use super::Daemon;
 use super::parts::{Parts, Sending};
 use super::resolve::{client_deadline, deadline};
 use super::translation::walker;
+use super::{Daemon, spaces};
 use crate::convert;
 
 #[tonic::async_trait]
@@ -32,6 +32,16 @@ impl MappingService for Daemon {
         let map = map.filtered(filter).reporting(report).within(budget);
         let sending = Sending { daemon: self.clone(), target, snapshot, map, until };
         Ok(Response::new(sending.stream()))
+    }
+
+    async fn list_address_spaces(
+        &self,
+        request: Request<v1::ListAddressSpacesRequest>,
+    ) -> Result<Response<v1::ListAddressSpacesResponse>, Status> {
+        let deadline = deadline(&request);
+        let machine = request.into_inner().machine;
+        let target = self.target(Some(v1::VcpuRef { machine, vcpu: 0 }))?;
+        Ok(Response::new(spaces::list(self, &target, deadline).await?))
     }
 
     type FindMappingsStream = Parts<v1::FindMappingsResponse>;

@@ -11,6 +11,7 @@ mod parts;
 mod range;
 mod resolve;
 mod save_image;
+mod spaces;
 mod stream;
 mod translation;
 mod turns;

@@ -12,7 +12,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::parts::{Parts, Sending};
 use super::resolve::{Target, client_deadline, deadline};
-use super::{Daemon, batch, explain, nested_gpa, range, stream};
+use super::{Daemon, batch, explain, nested_gpa, range, spaces, stream};
 use crate::convert;
 use crate::machine::GuestRam;
 use crate::render::Ladder;
@@ -73,6 +73,17 @@ impl TranslationService for Daemon {
             address: gva,
             symbol: names.gva.map(convert::symbol::symbol),
         }))
+    }
+
+    async fn translate_across(
+        &self,
+        request: Request<v1::TranslateAcrossRequest>,
+    ) -> Result<Response<v1::TranslateAcrossResponse>, Status> {
+        let deadline = deadline(&request);
+        let request = request.into_inner();
+        let target = self.target(request.vcpu.clone())?;
+        let snapshot = target.snapshot(request.freshness, deadline).await?;
+        Ok(Response::new(spaces::across(self, &target, &snapshot, request, deadline).await?))
     }
 
     async fn batch_translate(

@@ -17,6 +17,7 @@ mod recorded;
 mod registers;
 mod signal;
 mod snapshot;
+mod spaces;
 mod sync;
 mod thread;
 
@@ -42,10 +43,12 @@ pub use recorded::RecordedBackend;
 pub(crate) use registers::UNMODELLED;
 pub use registers::{RegisterChanges, Registers, Selectors};
 pub use snapshot::{RunState, Snapshot};
+pub use spaces::SeenSpace;
 
 use command::{Action, Command, Done};
 use kick::Kicker;
 use publication::{Published, Publisher};
+use spaces::Spaces;
 use thread::{Shared, VcpuThread, first_snapshot};
 
 /// Commands that may wait for one vCPU; more askers wait for a place, up to their deadlines.
@@ -104,7 +107,9 @@ impl Vcpu {
     ) -> Result<Arc<Self>, SpawnError> {
         let first = first_snapshot(&mut backend, cpu).map_err(SpawnError::Registers)?;
         let name = format!("{machine}/vcpu{index}");
-        let shared = Arc::new(Shared { kicker: Kicker::default(), published: Published::new(first) });
+        let spaces = Spaces::default();
+        spaces.note(&first);
+        let shared = Arc::new(Shared { kicker: Kicker::default(), published: Published::new(first), spaces });
         let (commands, queue) = mpsc::channel(QUEUE);
         let (served_by_thread, served) = watch::channel(0);
         let (generation_by_thread, generation) = watch::channel(1);
@@ -150,6 +155,12 @@ impl Vcpu {
     #[must_use]
     pub fn latest(&self) -> Arc<Snapshot> {
         self.shared.published.latest()
+    }
+
+    /// The address spaces that it was seen in when it published, in no order, and how many more were forgotten.
+    #[must_use]
+    pub fn spaces(&self) -> (Vec<SeenSpace>, u64) {
+        self.shared.spaces.all()
     }
 
     /// What it is doing: the run state of `snapshot`, or [`RunState::Unresponsive`] if, since then, somebody waited for

@@ -23,6 +23,7 @@ use super::publication::{Published, Publisher};
 use super::registers::{RegisterChanges, Registers, UNMODELLED};
 use super::signal::REFRESH;
 use super::snapshot::{RunState, Snapshot};
+use super::spaces::Spaces;
 
 /// How long a vCPU rests after HLT: nothing here sends it interrupts.
 pub(super) const HALT_REST: Duration = Duration::from_millis(50);
@@ -31,6 +32,7 @@ pub(super) const HALT_REST: Duration = Duration::from_millis(50);
 pub(super) struct Shared {
     pub(super) kicker: Kicker,
     pub(super) published: Published<Snapshot>,
+    pub(super) spaces: Spaces,
 }
 
 /// What the vCPU does when nobody asks anything of it.
@@ -431,6 +433,7 @@ impl<B: Backend> Driver<'_, B> {
             nested_reason: self.nested_reason.clone(),
             assumed,
         });
+        self.shared.spaces.note(&snapshot);
         let announced = changed.then_some(generation);
         self.publisher.publish(&self.shared.published, Arc::clone(&snapshot), ticket, announced);
         snapshot

@@ -6,6 +6,7 @@ use std::time::Duration;
 use libtest_mimic::Failed;
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::machine_service_client::MachineServiceClient;
+use pagewalk_proto::v1::mapping_service_client::MappingServiceClient;
 use pagewalk_proto::v1::memory_service_client::MemoryServiceClient;
 use pagewalk_proto::v1::translation_service_client::TranslationServiceClient;
 use pagewalk_proto::v1::vcpu_service_client::VcpuServiceClient;
@@ -192,6 +193,30 @@ impl Daemon {
         };
         let mut client = TranslationServiceClient::new(self.channel.clone());
         Ok(self.runtime.block_on(client.translate(request))?.into_inner())
+    }
+
+    /// Asks for an address in many address spaces, whatever its rights.
+    pub(crate) fn across(
+        &self,
+        id: &str,
+        address: u64,
+        cr3s: Vec<u64>,
+    ) -> Result<Vec<v1::SpaceTranslation>, Status> {
+        let request = v1::TranslateAcrossRequest {
+            vcpu: vcpu(id, 0),
+            address: Some(number(address)),
+            access: Some(exempt()),
+            cr3s,
+            ..Default::default()
+        };
+        let mut client = TranslationServiceClient::new(self.channel.clone());
+        Ok(self.runtime.block_on(client.translate_across(request))?.into_inner().spaces)
+    }
+
+    pub(crate) fn spaces(&self, id: &str) -> Result<Vec<v1::AddressSpace>, Status> {
+        let request = v1::ListAddressSpacesRequest { machine: id.to_owned() };
+        let mut client = MappingServiceClient::new(self.channel.clone());
+        Ok(self.runtime.block_on(client.list_address_spaces(request))?.into_inner().spaces)
     }
 
     /// The first bytes at an address that is written as text.

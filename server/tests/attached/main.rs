@@ -25,6 +25,7 @@ mod judged;
 mod monitor;
 mod numa;
 mod peers;
+mod spaces;
 mod symbols;
 mod trouble;
 

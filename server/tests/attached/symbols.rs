@@ -13,10 +13,12 @@ use pagewalk_proto::v1;
 use tempfile::TempDir;
 use tonic::Code;
 
+use crate::announced::{self, Mapping};
 use crate::daemon::{Daemon, refusal};
 use crate::guest::Guest;
 use crate::judge::{Judge, cases};
 use crate::monitor;
+use crate::spaces::Spaces;
 
 /// How often a guest is paused.
 const PAUSES: u64 = 4;
@@ -51,6 +53,7 @@ impl Kallsyms {
 struct Booted {
     guest: Guest,
     qmp: PathBuf,
+    mappings: Vec<Mapping>,
     text: String,
     theirs: Kallsyms,
     _folder: TempDir,
@@ -61,6 +64,7 @@ fn boot(script: &Path, name: &str, append: &str) -> Result<Booted, Failed> {
     let qmp = folder.path().join("qmp");
     let variables = [("PAGEWALK_BED_QMP", qmp.as_os_str()), ("PAGEWALK_BED_APPEND", OsStr::new(append))];
     let (mut guest, said) = Guest::boot_with(script, name, &variables)?;
+    let (_, mappings) = announced::read(&said)?;
     let announced = said.iter().find_map(|line| line.strip_prefix("kallsyms "));
     let (address, bytes) = announced.and_then(|it| it.split_once(' ')).ok_or("no kallsyms")?;
     let saved = folder.path().join("kallsyms");
@@ -80,10 +84,11 @@ fn boot(script: &Path, name: &str, append: &str) -> Result<Booted, Failed> {
     let theirs = Kallsyms::read(&text)?;
     // Runs on; the daemon pauses it.
     guest.run_for(Duration::ZERO)?;
-    Ok(Booted { guest, qmp, text, theirs, _folder: folder })
+    Ok(Booted { guest, qmp, mappings, text, theirs, _folder: folder })
 }
 
 pub(crate) fn run(script: &Path) -> Result<(), Failed> {
+    let mut spaces_judge = Judge::new("attached-spaces")?;
     let mut judge = Judge::new("attached-symbols")?;
     let mut rng = Rng::with_seed(judge.seed());
     let folder = tempfile::tempdir()?;
@@ -94,19 +99,27 @@ pub(crate) fn run(script: &Path) -> Result<(), Failed> {
     let linked = boot(script, "4-level", "nokaslr -- kallsyms")?;
     let file = write("System.map", &linked.text)?;
     let (linked_text, in_file) = (linked.text.clone(), Kallsyms::read(&linked.text)?);
-    let before = judge_guest(linked, &file, &in_file, &mut rng, &mut judge)?;
+    let before = judge_guest(linked, &file, &in_file, &mut rng, &mut judge, &mut spaces_judge)?;
     assert_eq!(before, 0, "the slide without KASLR");
     // The same kernel, moved.
     let moved = boot(script, "4-level", "-- kallsyms")?;
     refusals(&moved, &linked_text, &write)?;
-    let slide = judge_guest(moved, &file, &in_file, &mut rng, &mut judge)?;
+    let slide = judge_guest(moved, &file, &in_file, &mut rng, &mut judge, &mut spaces_judge)?;
     judge.count_if("a slide that is not 0", slide != 0);
-    judge.finish(&[
-        ("banner", None, 250),
-        ("symbol, mapped", None, 40_000),
-        ("address, named", None, 20_000),
-        ("entry, named", None, 1_000),
-    ])
+    let outcomes = [
+        judge.finish(&[
+            ("banner", None, 250),
+            ("symbol, mapped", None, 40_000),
+            ("address, named", None, 20_000),
+            ("entry, named", None, 1_000),
+        ]),
+        spaces_judge.finish(&[
+            ("mapped in a space that is not active", None, 2_000),
+            ("not mapped in a space that is not active", None, 2_000),
+            ("two halves", None, 250),
+        ]),
+    ];
+    outcomes.into_iter().collect()
 }
 
 /// Compares, and answers the slide.
@@ -116,8 +129,9 @@ fn judge_guest(
     in_file: &Kallsyms,
     rng: &mut Rng,
     judge: &mut Judge,
+    spaces_judge: &mut Judge,
 ) -> Result<u64, Failed> {
-    let Booted { mut guest, qmp, theirs, .. } = booted;
+    let Booted { mut guest, qmp, mappings, theirs, .. } = booted;
     let daemon = Daemon::start()?;
     let machine = daemon.attach(&format!("vm=qemu:qmp={},symbols={}", qmp.display(), file.display()))?;
     let symbols = machine.symbols.ok_or("no symbols")?;
@@ -138,8 +152,10 @@ fn judge_guest(
         .map(|(name, addresses)| (name, addresses[0]))
         .filter(|(_, address)| image.contains(address))
         .collect();
+    let mut spaces = Spaces::new(rng, &mappings);
     for pause in 0..PAUSES {
         daemon.pause("vm")?;
+        spaces.judge(&daemon, &mut guest, spaces_judge)?;
         let vcpu = (pause % 2) as usize;
         let cr3 = daemon.registers("vm", vcpu as u32)?.registers.and_then(|r| r.cr3).ok_or("no CR3")?;
         // Of a user's address space under page-table isolation, the kernel's.

@@ -19,6 +19,7 @@ mod property;
 mod raw;
 mod registers;
 mod saved;
+mod spaces;
 mod stream;
 mod stuck;
 mod symbols;

@@ -9,6 +9,7 @@ The messages and stubs of the gRPC contract are in `pagewalk.v1`.
 
 from pagewalk.answers import (
     AccessKind,
+    AddressSpace,
     AdPolicy,
     Backing,
     BatchTranslation,
@@ -76,6 +77,7 @@ from pagewalk.mappings import Extent, Mappings, PageSizeName, Range, Tally
 __all__ = [
     "AccessKind",
     "AdPolicy",
+    "AddressSpace",
     "Backing",
     "BatchTranslation",
     "Capabilities",

@@ -499,6 +499,30 @@ class Vcpu:
 
 
 @dataclass(frozen=True)
+class AddressSpace:
+    """An address space that a vCPU was seen in."""
+
+    #: Without PCID and flags: what `WalkerOverride.cr3` takes.
+    cr3: int
+    #: How often it was seen, by all vCPUs.
+    sightings: int
+    #: The vCPU that saw it last, and the generation of its walkers then.
+    vcpu: int
+    generation: int
+    #: Seconds since then.
+    age: float
+    #: CR3 of the process's other half under page-table isolation; None where the tables show none.
+    isolation_pair: int | None
+    #: This is the half for user mode.
+    user_half: bool
+
+    def __str__(self) -> str:
+        half = "user" if self.user_half else "kernel"
+        pair = "" if self.isolation_pair is None else f" ({half} half, with {self.isolation_pair:#x})"
+        return f"CR3 {self.cr3:#x}{pair}: seen {self.sightings} times"
+
+
+@dataclass(frozen=True)
 class Stepped:
     """A vCPU that executed one instruction, and its registers after it."""
 

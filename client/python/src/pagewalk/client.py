@@ -14,6 +14,7 @@ from google.protobuf.duration_pb2 import Duration
 from pagewalk import columns, convert, errors, images
 from pagewalk.answers import (
     AccessKind,
+    AddressSpace,
     AdPolicy,
     BatchTranslation,
     Ept,
@@ -195,6 +196,41 @@ class Client:
             validate=validate,
         )
         return convert.outcome(address, self._call(self._translation.Translate, request))
+
+    def translate_across(
+        self,
+        address: int | str,
+        cr3s: Iterable[int] = (),
+        access: AccessKind = "read",
+        *,
+        privilege: Privilege = "as_cpl",
+        freshness: Freshness = "latest",
+        override: WalkerOverride | None = None,
+        vcpu: int = 0,
+        machine: str = "",
+    ) -> dict[int, Translation | Fault]:
+        """Ask what an address means in many address spaces: in which processes it is mapped, and where to.
+
+        `cr3s` are at most 1024; without any, those of `address_spaces`. The answers come by CR3.
+        """
+        request = translation_pb2.TranslateAcrossRequest(
+            vcpu=convert.to_vcpu(machine, vcpu),
+            address=convert.to_address(address),
+            access=types_pb2.Access(
+                kind=convert.number(types_pb2.AccessKind.DESCRIPTOR, access, "access"),
+                privilege=convert.number(types_pb2.Privilege.DESCRIPTOR, privilege, "privilege"),
+            ),
+            freshness=convert.number(types_pb2.Freshness.DESCRIPTOR, freshness, "freshness"),
+            override=convert.to_override(override),
+            cr3s=[convert.to_word(cr3, "cr3") for cr3 in cr3s],
+        )
+        return convert.across(self._call(self._translation.TranslateAcross, request))
+
+    def address_spaces(self, *, machine: str = "") -> list[AddressSpace]:
+        """List the address spaces that a machine's vCPUs were seen in, the most recently seen first."""
+        request = mapping_pb2.ListAddressSpacesRequest(machine=machine)
+        answer = self._call(self._mapping.ListAddressSpaces, request)
+        return [convert.address_space(space) for space in answer.spaces]
 
     def translate_batch(
         self,

@@ -452,6 +452,33 @@ def vcpu(message: vcpu_pb2.VcpuInfo) -> answers.Vcpu:
     )
 
 
+def across(message: translation_pb2.TranslateAcrossResponse) -> dict[int, answers.Translation | answers.Fault]:
+    """Convert, by CR3."""
+    source = provenance(message.provenance)
+    symbol = _symbol(message.symbol) if message.HasField("symbol") else None
+    outcomes: dict[int, answers.Translation | answers.Fault] = {}
+    for space in message.spaces:
+        if space.HasField("fault"):
+            outcomes[space.cr3] = replace(_fault(space.fault, (), "", source), symbol=symbol)
+        else:
+            page = _translation(message.address, space.translation, (), "", source)
+            outcomes[space.cr3] = replace(page, gva=message.address, symbol=symbol)
+    return outcomes
+
+
+def address_space(message: mapping_pb2.AddressSpace) -> answers.AddressSpace:
+    """Convert."""
+    return answers.AddressSpace(
+        cr3=message.cr3,
+        sightings=message.sightings,
+        vcpu=message.vcpu,
+        generation=message.generation,
+        age=message.age.ToTimedelta().total_seconds(),
+        isolation_pair=message.isolation_pair if message.HasField("isolation_pair") else None,
+        user_half=message.user_half,
+    )
+
+
 def memory_stop(message: memory_pb2.MemoryStop) -> answers.MemoryStop:
     """Convert."""
     faulted = message.HasField("fault")

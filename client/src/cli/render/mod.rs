@@ -13,6 +13,7 @@ pub(super) mod paint;
 mod permission_words;
 pub(super) mod provenance;
 pub(super) mod registers;
+pub(super) mod spaces;
 pub(super) mod steps;
 pub(super) mod table;
 pub(super) mod vcpu;

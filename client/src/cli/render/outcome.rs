@@ -69,7 +69,7 @@ fn behind(found: &Translation) -> String {
     }
 }
 
-fn translation(found: &Translation) -> String {
+pub(super) fn translation(found: &Translation) -> String {
     let memory_type = match found.effective_type {
         Some(_) => found.effective_type(),
         None => found.pat_type(),

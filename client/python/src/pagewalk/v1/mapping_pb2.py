@@ -22,42 +22,49 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from pagewalk.v1 import types_pb2 as pagewalk_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19pagewalk/v1/mapping.proto\x12\x0bpagewalk.v1\x1a\x17pagewalk/v1/types.proto\"R\n\x08GvaRange\x12#\n\x05start\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.Address\x12!\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x14.pagewalk.v1.Address\"\x96\x01\n\rMappingFilter\x12\x12\n\x05write\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x14\n\x07\x65xecute\x18\x02 \x01(\x08H\x01\x88\x01\x01\x12\x11\n\x04user\x18\x03 \x01(\x08H\x02\x88\x01\x01\x12)\n\npage_sizes\x18\x04 \x03(\x0e\x32\x15.pagewalk.v1.PageSizeB\x08\n\x06_writeB\n\n\x08_executeB\x07\n\x05_user\"S\n\rMappingBudget\x12\x14\n\x07\x65ntries\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\x14\n\x07\x65xtents\x18\x02 \x01(\x04H\x01\x88\x01\x01\x42\n\n\x08_entriesB\n\n\x08_extents\"\x87\x01\n\x06\x45xtent\x12\r\n\x05start\x18\x01 \x01(\x06\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12/\n\x0btranslation\x18\x03 \x01(\x0b\x32\x18.pagewalk.v1.TranslationH\x00\x12#\n\x05\x66\x61ult\x18\x04 \x01(\x0b\x32\x12.pagewalk.v1.FaultH\x00\x42\t\n\x07outcome\"K\n\nTruncation\x12(\n\x05limit\x18\x01 \x01(\x0e\x32\x19.pagewalk.v1.MappingLimit\x12\x13\n\x0b\x63ontinue_at\x18\x02 \x01(\x06\"\xa2\x01\n\x0cMappingTally\x12\x0e\n\x06tables\x18\x01 \x01(\x04\x12\x0f\n\x07\x65ntries\x18\x02 \x01(\x04\x12\x0f\n\x07\x65xtents\x18\x03 \x01(\x04\x12\x14\n\x0cmapped_bytes\x18\x04 \x01(\x04\x12\x17\n\x0funbacked_tables\x18\x05 \x01(\x04\x12\x18\n\x10reserved_entries\x18\x06 \x01(\x04\x12\x17\n\x0fnested_refusals\x18\x07 \x01(\x04\"\xa3\x02\n\x13ListMappingsRequest\x12\"\n\x04vcpu\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.VcpuRef\x12$\n\x05range\x18\x02 \x01(\x0b\x32\x15.pagewalk.v1.GvaRange\x12*\n\x06\x66ilter\x18\x03 \x01(\x0b\x32\x1a.pagewalk.v1.MappingFilter\x12*\n\x06\x62udget\x18\x04 \x01(\x0b\x32\x1a.pagewalk.v1.MappingBudget\x12)\n\tfreshness\x18\x05 \x01(\x0e\x32\x16.pagewalk.v1.Freshness\x12-\n\x08override\x18\x06 \x01(\x0b\x32\x1b.pagewalk.v1.WalkerOverride\x12\x10\n\x08problems\x18\x07 \x01(\x08\"\xe0\x01\n\x14ListMappingsResponse\x12$\n\x07\x65xtents\x18\x01 \x03(\x0b\x32\x13.pagewalk.v1.Extent\x12(\n\x05tally\x18\x02 \x01(\x0b\x32\x19.pagewalk.v1.MappingTally\x12\x10\n\x08position\x18\x03 \x01(\x06\x12\x0c\n\x04last\x18\x04 \x01(\x08\x12+\n\ntruncation\x18\x05 \x01(\x0b\x32\x17.pagewalk.v1.Truncation\x12+\n\nprovenance\x18\x06 \x01(\x0b\x32\x17.pagewalk.v1.Provenance\"\xd2\x02\n\x13\x46indMappingsRequest\x12\"\n\x04vcpu\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.VcpuRef\x12!\n\x03gpa\x18\x02 \x01(\x0b\x32\x14.pagewalk.v1.Address\x12\x12\n\x05\x62ytes\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12$\n\x05range\x18\x04 \x01(\x0b\x32\x15.pagewalk.v1.GvaRange\x12*\n\x06\x66ilter\x18\x05 \x01(\x0b\x32\x1a.pagewalk.v1.MappingFilter\x12*\n\x06\x62udget\x18\x06 \x01(\x0b\x32\x1a.pagewalk.v1.MappingBudget\x12)\n\tfreshness\x18\x07 \x01(\x0e\x32\x16.pagewalk.v1.Freshness\x12-\n\x08override\x18\x08 \x01(\x0b\x32\x1b.pagewalk.v1.WalkerOverrideB\x08\n\x06_bytes\"\xe0\x01\n\x14\x46indMappingsResponse\x12$\n\x07\x65xtents\x18\x01 \x03(\x0b\x32\x13.pagewalk.v1.Extent\x12(\n\x05tally\x18\x02 \x01(\x0b\x32\x19.pagewalk.v1.MappingTally\x12\x10\n\x08position\x18\x03 \x01(\x06\x12\x0c\n\x04last\x18\x04 \x01(\x08\x12+\n\ntruncation\x18\x05 \x01(\x0b\x32\x17.pagewalk.v1.Truncation\x12+\n\nprovenance\x18\x06 \x01(\x0b\x32\x17.pagewalk.v1.Provenance\"\x8c\x02\n\x15TranslateRangeRequest\x12\"\n\x04vcpu\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.VcpuRef\x12$\n\x05range\x18\x02 \x01(\x0b\x32\x15.pagewalk.v1.GvaRange\x12#\n\x06\x61\x63\x63\x65ss\x18\x03 \x01(\x0b\x32\x13.pagewalk.v1.Access\x12*\n\x06\x62udget\x18\x04 \x01(\x0b\x32\x1a.pagewalk.v1.MappingBudget\x12)\n\tfreshness\x18\x05 \x01(\x0e\x32\x16.pagewalk.v1.Freshness\x12-\n\x08override\x18\x06 \x01(\x0b\x32\x1b.pagewalk.v1.WalkerOverride\"\xe2\x01\n\x16TranslateRangeResponse\x12$\n\x07\x65xtents\x18\x01 \x03(\x0b\x32\x13.pagewalk.v1.Extent\x12(\n\x05tally\x18\x02 \x01(\x0b\x32\x19.pagewalk.v1.MappingTally\x12\x10\n\x08position\x18\x03 \x01(\x06\x12\x0c\n\x04last\x18\x04 \x01(\x08\x12+\n\ntruncation\x18\x05 \x01(\x0b\x32\x17.pagewalk.v1.Truncation\x12+\n\nprovenance\x18\x06 \x01(\x0b\x32\x17.pagewalk.v1.Provenance*c\n\x0cMappingLimit\x12\x1d\n\x19MAPPING_LIMIT_UNSPECIFIED\x10\x00\x12\x19\n\x15MAPPING_LIMIT_ENTRIES\x10\x01\x12\x19\n\x15MAPPING_LIMIT_EXTENTS\x10\x02\x32\xbe\x01\n\x0eMappingService\x12U\n\x0cListMappings\x12 .pagewalk.v1.ListMappingsRequest\x1a!.pagewalk.v1.ListMappingsResponse0\x01\x12U\n\x0c\x46indMappings\x12 .pagewalk.v1.FindMappingsRequest\x1a!.pagewalk.v1.FindMappingsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19pagewalk/v1/mapping.proto\x12\x0bpagewalk.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17pagewalk/v1/types.proto\"R\n\x08GvaRange\x12#\n\x05start\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.Address\x12!\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x14.pagewalk.v1.Address\"\x96\x01\n\rMappingFilter\x12\x12\n\x05write\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x14\n\x07\x65xecute\x18\x02 \x01(\x08H\x01\x88\x01\x01\x12\x11\n\x04user\x18\x03 \x01(\x08H\x02\x88\x01\x01\x12)\n\npage_sizes\x18\x04 \x03(\x0e\x32\x15.pagewalk.v1.PageSizeB\x08\n\x06_writeB\n\n\x08_executeB\x07\n\x05_user\"S\n\rMappingBudget\x12\x14\n\x07\x65ntries\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\x14\n\x07\x65xtents\x18\x02 \x01(\x04H\x01\x88\x01\x01\x42\n\n\x08_entriesB\n\n\x08_extents\"\x87\x01\n\x06\x45xtent\x12\r\n\x05start\x18\x01 \x01(\x06\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12/\n\x0btranslation\x18\x03 \x01(\x0b\x32\x18.pagewalk.v1.TranslationH\x00\x12#\n\x05\x66\x61ult\x18\x04 \x01(\x0b\x32\x12.pagewalk.v1.FaultH\x00\x42\t\n\x07outcome\"K\n\nTruncation\x12(\n\x05limit\x18\x01 \x01(\x0e\x32\x19.pagewalk.v1.MappingLimit\x12\x13\n\x0b\x63ontinue_at\x18\x02 \x01(\x06\"\xa2\x01\n\x0cMappingTally\x12\x0e\n\x06tables\x18\x01 \x01(\x04\x12\x0f\n\x07\x65ntries\x18\x02 \x01(\x04\x12\x0f\n\x07\x65xtents\x18\x03 \x01(\x04\x12\x14\n\x0cmapped_bytes\x18\x04 \x01(\x04\x12\x17\n\x0funbacked_tables\x18\x05 \x01(\x04\x12\x18\n\x10reserved_entries\x18\x06 \x01(\x04\x12\x17\n\x0fnested_refusals\x18\x07 \x01(\x04\"\xa3\x02\n\x13ListMappingsRequest\x12\"\n\x04vcpu\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.VcpuRef\x12$\n\x05range\x18\x02 \x01(\x0b\x32\x15.pagewalk.v1.GvaRange\x12*\n\x06\x66ilter\x18\x03 \x01(\x0b\x32\x1a.pagewalk.v1.MappingFilter\x12*\n\x06\x62udget\x18\x04 \x01(\x0b\x32\x1a.pagewalk.v1.MappingBudget\x12)\n\tfreshness\x18\x05 \x01(\x0e\x32\x16.pagewalk.v1.Freshness\x12-\n\x08override\x18\x06 \x01(\x0b\x32\x1b.pagewalk.v1.WalkerOverride\x12\x10\n\x08problems\x18\x07 \x01(\x08\"\xe0\x01\n\x14ListMappingsResponse\x12$\n\x07\x65xtents\x18\x01 \x03(\x0b\x32\x13.pagewalk.v1.Extent\x12(\n\x05tally\x18\x02 \x01(\x0b\x32\x19.pagewalk.v1.MappingTally\x12\x10\n\x08position\x18\x03 \x01(\x06\x12\x0c\n\x04last\x18\x04 \x01(\x08\x12+\n\ntruncation\x18\x05 \x01(\x0b\x32\x17.pagewalk.v1.Truncation\x12+\n\nprovenance\x18\x06 \x01(\x0b\x32\x17.pagewalk.v1.Provenance\"\xd2\x02\n\x13\x46indMappingsRequest\x12\"\n\x04vcpu\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.VcpuRef\x12!\n\x03gpa\x18\x02 \x01(\x0b\x32\x14.pagewalk.v1.Address\x12\x12\n\x05\x62ytes\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12$\n\x05range\x18\x04 \x01(\x0b\x32\x15.pagewalk.v1.GvaRange\x12*\n\x06\x66ilter\x18\x05 \x01(\x0b\x32\x1a.pagewalk.v1.MappingFilter\x12*\n\x06\x62udget\x18\x06 \x01(\x0b\x32\x1a.pagewalk.v1.MappingBudget\x12)\n\tfreshness\x18\x07 \x01(\x0e\x32\x16.pagewalk.v1.Freshness\x12-\n\x08override\x18\x08 \x01(\x0b\x32\x1b.pagewalk.v1.WalkerOverrideB\x08\n\x06_bytes\"\xe0\x01\n\x14\x46indMappingsResponse\x12$\n\x07\x65xtents\x18\x01 \x03(\x0b\x32\x13.pagewalk.v1.Extent\x12(\n\x05tally\x18\x02 \x01(\x0b\x32\x19.pagewalk.v1.MappingTally\x12\x10\n\x08position\x18\x03 \x01(\x06\x12\x0c\n\x04last\x18\x04 \x01(\x08\x12+\n\ntruncation\x18\x05 \x01(\x0b\x32\x17.pagewalk.v1.Truncation\x12+\n\nprovenance\x18\x06 \x01(\x0b\x32\x17.pagewalk.v1.Provenance\"\x8c\x02\n\x15TranslateRangeRequest\x12\"\n\x04vcpu\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.VcpuRef\x12$\n\x05range\x18\x02 \x01(\x0b\x32\x15.pagewalk.v1.GvaRange\x12#\n\x06\x61\x63\x63\x65ss\x18\x03 \x01(\x0b\x32\x13.pagewalk.v1.Access\x12*\n\x06\x62udget\x18\x04 \x01(\x0b\x32\x1a.pagewalk.v1.MappingBudget\x12)\n\tfreshness\x18\x05 \x01(\x0e\x32\x16.pagewalk.v1.Freshness\x12-\n\x08override\x18\x06 \x01(\x0b\x32\x1b.pagewalk.v1.WalkerOverride\"\xe2\x01\n\x16TranslateRangeResponse\x12$\n\x07\x65xtents\x18\x01 \x03(\x0b\x32\x13.pagewalk.v1.Extent\x12(\n\x05tally\x18\x02 \x01(\x0b\x32\x19.pagewalk.v1.MappingTally\x12\x10\n\x08position\x18\x03 \x01(\x06\x12\x0c\n\x04last\x18\x04 \x01(\x08\x12+\n\ntruncation\x18\x05 \x01(\x0b\x32\x17.pagewalk.v1.Truncation\x12+\n\nprovenance\x18\x06 \x01(\x0b\x32\x17.pagewalk.v1.Provenance\"+\n\x18ListAddressSpacesRequest\x12\x0f\n\x07machine\x18\x01 \x01(\t\"\xbb\x01\n\x0c\x41\x64\x64ressSpace\x12\x0b\n\x03\x63r3\x18\x01 \x01(\x06\x12\x11\n\tsightings\x18\x02 \x01(\x04\x12\x0c\n\x04vcpu\x18\x03 \x01(\r\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12&\n\x03\x61ge\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1b\n\x0eisolation_pair\x18\x06 \x01(\x06H\x00\x88\x01\x01\x12\x11\n\tuser_half\x18\x07 \x01(\x08\x42\x11\n\x0f_isolation_pair\"\x85\x01\n\x19ListAddressSpacesResponse\x12)\n\x06spaces\x18\x01 \x03(\x0b\x32\x19.pagewalk.v1.AddressSpace\x12\x10\n\x08left_out\x18\x02 \x01(\x04\x12+\n\nprovenance\x18\x03 \x01(\x0b\x32\x17.pagewalk.v1.Provenance*c\n\x0cMappingLimit\x12\x1d\n\x19MAPPING_LIMIT_UNSPECIFIED\x10\x00\x12\x19\n\x15MAPPING_LIMIT_ENTRIES\x10\x01\x12\x19\n\x15MAPPING_LIMIT_EXTENTS\x10\x02\x32\xa2\x02\n\x0eMappingService\x12U\n\x0cListMappings\x12 .pagewalk.v1.ListMappingsRequest\x1a!.pagewalk.v1.ListMappingsResponse0\x01\x12U\n\x0c\x46indMappings\x12 .pagewalk.v1.FindMappingsRequest\x1a!.pagewalk.v1.FindMappingsResponse0\x01\x12\x62\n\x11ListAddressSpaces\x12%.pagewalk.v1.ListAddressSpacesRequest\x1a&.pagewalk.v1.ListAddressSpacesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pagewalk.v1.mapping_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MAPPINGLIMIT']._serialized_start=2358
-  _globals['_MAPPINGLIMIT']._serialized_end=2457
-  _globals['_GVARANGE']._serialized_start=67
-  _globals['_GVARANGE']._serialized_end=149
-  _globals['_MAPPINGFILTER']._serialized_start=152
-  _globals['_MAPPINGFILTER']._serialized_end=302
-  _globals['_MAPPINGBUDGET']._serialized_start=304
-  _globals['_MAPPINGBUDGET']._serialized_end=387
-  _globals['_EXTENT']._serialized_start=390
-  _globals['_EXTENT']._serialized_end=525
-  _globals['_TRUNCATION']._serialized_start=527
-  _globals['_TRUNCATION']._serialized_end=602
-  _globals['_MAPPINGTALLY']._serialized_start=605
-  _globals['_MAPPINGTALLY']._serialized_end=767
-  _globals['_LISTMAPPINGSREQUEST']._serialized_start=770
-  _globals['_LISTMAPPINGSREQUEST']._serialized_end=1061
-  _globals['_LISTMAPPINGSRESPONSE']._serialized_start=1064
-  _globals['_LISTMAPPINGSRESPONSE']._serialized_end=1288
-  _globals['_FINDMAPPINGSREQUEST']._serialized_start=1291
-  _globals['_FINDMAPPINGSREQUEST']._serialized_end=1629
-  _globals['_FINDMAPPINGSRESPONSE']._serialized_start=1632
-  _globals['_FINDMAPPINGSRESPONSE']._serialized_end=1856
-  _globals['_TRANSLATERANGEREQUEST']._serialized_start=1859
-  _globals['_TRANSLATERANGEREQUEST']._serialized_end=2127
-  _globals['_TRANSLATERANGERESPONSE']._serialized_start=2130
-  _globals['_TRANSLATERANGERESPONSE']._serialized_end=2356
-  _globals['_MAPPINGSERVICE']._serialized_start=2460
-  _globals['_MAPPINGSERVICE']._serialized_end=2650
+  _globals['_MAPPINGLIMIT']._serialized_start=2761
+  _globals['_MAPPINGLIMIT']._serialized_end=2860
+  _globals['_GVARANGE']._serialized_start=99
+  _globals['_GVARANGE']._serialized_end=181
+  _globals['_MAPPINGFILTER']._serialized_start=184
+  _globals['_MAPPINGFILTER']._serialized_end=334
+  _globals['_MAPPINGBUDGET']._serialized_start=336
+  _globals['_MAPPINGBUDGET']._serialized_end=419
+  _globals['_EXTENT']._serialized_start=422
+  _globals['_EXTENT']._serialized_end=557
+  _globals['_TRUNCATION']._serialized_start=559
+  _globals['_TRUNCATION']._serialized_end=634
+  _globals['_MAPPINGTALLY']._serialized_start=637
+  _globals['_MAPPINGTALLY']._serialized_end=799
+  _globals['_LISTMAPPINGSREQUEST']._serialized_start=802
+  _globals['_LISTMAPPINGSREQUEST']._serialized_end=1093
+  _globals['_LISTMAPPINGSRESPONSE']._serialized_start=1096
+  _globals['_LISTMAPPINGSRESPONSE']._serialized_end=1320
+  _globals['_FINDMAPPINGSREQUEST']._serialized_start=1323
+  _globals['_FINDMAPPINGSREQUEST']._serialized_end=1661
+  _globals['_FINDMAPPINGSRESPONSE']._serialized_start=1664
+  _globals['_FINDMAPPINGSRESPONSE']._serialized_end=1888
+  _globals['_TRANSLATERANGEREQUEST']._serialized_start=1891
+  _globals['_TRANSLATERANGEREQUEST']._serialized_end=2159
+  _globals['_TRANSLATERANGERESPONSE']._serialized_start=2162
+  _globals['_TRANSLATERANGERESPONSE']._serialized_end=2388
+  _globals['_LISTADDRESSSPACESREQUEST']._serialized_start=2390
+  _globals['_LISTADDRESSSPACESREQUEST']._serialized_end=2433
+  _globals['_ADDRESSSPACE']._serialized_start=2436
+  _globals['_ADDRESSSPACE']._serialized_end=2623
+  _globals['_LISTADDRESSSPACESRESPONSE']._serialized_start=2626
+  _globals['_LISTADDRESSSPACESRESPONSE']._serialized_end=2759
+  _globals['_MAPPINGSERVICE']._serialized_start=2863
+  _globals['_MAPPINGSERVICE']._serialized_end=3153
 # @@protoc_insertion_point(module_scope)

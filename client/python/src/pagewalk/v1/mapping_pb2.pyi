@@ -6,6 +6,7 @@ isort:skip_file
 import builtins
 import collections.abc
 import google.protobuf.descriptor
+import google.protobuf.duration_pb2
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
@@ -547,3 +548,101 @@ class TranslateRangeResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["extents", b"extents", "last", b"last", "position", b"position", "provenance", b"provenance", "tally", b"tally", "truncation", b"truncation"]) -> None: ...
 
 Global___TranslateRangeResponse: typing_extensions.TypeAlias = TranslateRangeResponse
+
+@typing.final
+class ListAddressSpacesRequest(google.protobuf.message.Message):
+    """The machine whose address spaces to list."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MACHINE_FIELD_NUMBER: builtins.int
+    machine: builtins.str
+    """Id of the machine. Empty: the only one."""
+    def __init__(
+        self,
+        *,
+        machine: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["machine", b"machine"]) -> None: ...
+
+Global___ListAddressSpacesRequest: typing_extensions.TypeAlias = ListAddressSpacesRequest
+
+@typing.final
+class AddressSpace(google.protobuf.message.Message):
+    """An address space that a vCPU was seen in."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CR3_FIELD_NUMBER: builtins.int
+    SIGHTINGS_FIELD_NUMBER: builtins.int
+    VCPU_FIELD_NUMBER: builtins.int
+    GENERATION_FIELD_NUMBER: builtins.int
+    AGE_FIELD_NUMBER: builtins.int
+    ISOLATION_PAIR_FIELD_NUMBER: builtins.int
+    USER_HALF_FIELD_NUMBER: builtins.int
+    cr3: builtins.int
+    """CR3 without PCID and flags: where its tables begin, and what `WalkerOverride.cr3` takes."""
+    sightings: builtins.int
+    """How often it was seen, by all vCPUs."""
+    vcpu: builtins.int
+    """Index of the vCPU that saw it last."""
+    generation: builtins.int
+    """Generation of that vCPU's walker state then."""
+    isolation_pair: builtins.int
+    """Under page-table isolation (KPTI), CR3 of the same process's other half: the one for the kernel, or the one for user mode.
+    Present where the tables show it: both map the same user space by the same entries, and not the same kernel. With 4- and
+    5-level paging only.
+    """
+    user_half: builtins.bool
+    """This is the half for user mode, which has next to nothing of the kernel. False without `isolation_pair`."""
+    @property
+    def age(self) -> google.protobuf.duration_pb2.Duration:
+        """Time since then."""
+
+    def __init__(
+        self,
+        *,
+        cr3: builtins.int = ...,
+        sightings: builtins.int = ...,
+        vcpu: builtins.int = ...,
+        generation: builtins.int = ...,
+        age: google.protobuf.duration_pb2.Duration | None = ...,
+        isolation_pair: builtins.int | None = ...,
+        user_half: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_isolation_pair", b"_isolation_pair", "age", b"age", "isolation_pair", b"isolation_pair"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_isolation_pair", b"_isolation_pair", "age", b"age", "cr3", b"cr3", "generation", b"generation", "isolation_pair", b"isolation_pair", "sightings", b"sightings", "user_half", b"user_half", "vcpu", b"vcpu"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_isolation_pair", b"_isolation_pair"]) -> typing.Literal["isolation_pair"] | None: ...
+
+Global___AddressSpace: typing_extensions.TypeAlias = AddressSpace
+
+@typing.final
+class ListAddressSpacesResponse(google.protobuf.message.Message):
+    """Address spaces."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SPACES_FIELD_NUMBER: builtins.int
+    LEFT_OUT_FIELD_NUMBER: builtins.int
+    PROVENANCE_FIELD_NUMBER: builtins.int
+    left_out: builtins.int
+    """How many were left out, or forgotten: each vCPU remembers the last 256."""
+    @property
+    def spaces(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___AddressSpace]:
+        """The spaces, at most 1024, the most recently seen first."""
+
+    @property
+    def provenance(self) -> pagewalk.v1.types_pb2.Provenance:
+        """Where the answer comes from; about no vCPU in particular."""
+
+    def __init__(
+        self,
+        *,
+        spaces: collections.abc.Iterable[Global___AddressSpace] | None = ...,
+        left_out: builtins.int = ...,
+        provenance: pagewalk.v1.types_pb2.Provenance | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["provenance", b"provenance"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["left_out", b"left_out", "provenance", b"provenance", "spaces", b"spaces"]) -> None: ...
+
+Global___ListAddressSpacesResponse: typing_extensions.TypeAlias = ListAddressSpacesResponse

@@ -45,6 +45,11 @@ class MappingServiceStub(object):
                 request_serializer=pagewalk_dot_v1_dot_mapping__pb2.FindMappingsRequest.SerializeToString,
                 response_deserializer=pagewalk_dot_v1_dot_mapping__pb2.FindMappingsResponse.FromString,
                 _registered_method=True)
+        self.ListAddressSpaces = channel.unary_unary(
+                '/pagewalk.v1.MappingService/ListAddressSpaces',
+                request_serializer=pagewalk_dot_v1_dot_mapping__pb2.ListAddressSpacesRequest.SerializeToString,
+                response_deserializer=pagewalk_dot_v1_dot_mapping__pb2.ListAddressSpacesResponse.FromString,
+                _registered_method=True)
 
 
 class MappingServiceServicer(object):
@@ -85,6 +90,18 @@ class MappingServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListAddressSpaces(self, request, context):
+        """Lists the address spaces that the machine's vCPUs were seen in, each time one of them published its registers: after an
+        exit, by its timer, for FRESHNESS_SYNC, and for attached guests when the guest was stopped or resumed. What ran in between
+        was not seen. Spaces of an L2 are not its machine's, and are left out.
+
+        Role: `read`.
+        Errors: INVALID_ARGUMENT when no machine is named and there are several; NOT_FOUND for an unknown machine.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MappingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -97,6 +114,11 @@ def add_MappingServiceServicer_to_server(servicer, server):
                     servicer.FindMappings,
                     request_deserializer=pagewalk_dot_v1_dot_mapping__pb2.FindMappingsRequest.FromString,
                     response_serializer=pagewalk_dot_v1_dot_mapping__pb2.FindMappingsResponse.SerializeToString,
+            ),
+            'ListAddressSpaces': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAddressSpaces,
+                    request_deserializer=pagewalk_dot_v1_dot_mapping__pb2.ListAddressSpacesRequest.FromString,
+                    response_serializer=pagewalk_dot_v1_dot_mapping__pb2.ListAddressSpacesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -154,6 +176,33 @@ class MappingService(object):
             '/pagewalk.v1.MappingService/FindMappings',
             pagewalk_dot_v1_dot_mapping__pb2.FindMappingsRequest.SerializeToString,
             pagewalk_dot_v1_dot_mapping__pb2.FindMappingsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAddressSpaces(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pagewalk.v1.MappingService/ListAddressSpaces',
+            pagewalk_dot_v1_dot_mapping__pb2.ListAddressSpacesRequest.SerializeToString,
+            pagewalk_dot_v1_dot_mapping__pb2.ListAddressSpacesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,7 +57,23 @@ _MappingServiceFindMappingsType = typing_extensions.TypeVar(
     ],
 )
 
-class MappingServiceStub(typing.Generic[_MappingServiceListMappingsType, _MappingServiceFindMappingsType]):
+_MappingServiceListAddressSpacesType = typing_extensions.TypeVar(
+    '_MappingServiceListAddressSpacesType',
+    grpc.UnaryUnaryMultiCallable[
+        pagewalk.v1.mapping_pb2.ListAddressSpacesRequest,
+        pagewalk.v1.mapping_pb2.ListAddressSpacesResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        pagewalk.v1.mapping_pb2.ListAddressSpacesRequest,
+        pagewalk.v1.mapping_pb2.ListAddressSpacesResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        pagewalk.v1.mapping_pb2.ListAddressSpacesRequest,
+        pagewalk.v1.mapping_pb2.ListAddressSpacesResponse,
+    ],
+)
+
+class MappingServiceStub(typing.Generic[_MappingServiceListMappingsType, _MappingServiceFindMappingsType, _MappingServiceListAddressSpacesType]):
     """Lists what an address space maps."""
 
     @typing.overload
@@ -70,6 +86,10 @@ class MappingServiceStub(typing.Generic[_MappingServiceListMappingsType, _Mappin
             pagewalk.v1.mapping_pb2.FindMappingsRequest,
             pagewalk.v1.mapping_pb2.FindMappingsResponse,
         ],
+        grpc.UnaryUnaryMultiCallable[
+            pagewalk.v1.mapping_pb2.ListAddressSpacesRequest,
+            pagewalk.v1.mapping_pb2.ListAddressSpacesResponse,
+        ],
     ], channel: grpc.Channel) -> None: ...
 
     @typing.overload
@@ -81,6 +101,10 @@ class MappingServiceStub(typing.Generic[_MappingServiceListMappingsType, _Mappin
         grpc.aio.UnaryStreamMultiCallable[
             pagewalk.v1.mapping_pb2.FindMappingsRequest,
             pagewalk.v1.mapping_pb2.FindMappingsResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            pagewalk.v1.mapping_pb2.ListAddressSpacesRequest,
+            pagewalk.v1.mapping_pb2.ListAddressSpacesResponse,
         ],
     ], channel: grpc.aio.Channel) -> None: ...
 
@@ -112,6 +136,15 @@ class MappingServiceStub(typing.Generic[_MappingServiceListMappingsType, _Mappin
     is empty or ends above 2^64.
     """
 
+    ListAddressSpaces: _MappingServiceListAddressSpacesType
+    """Lists the address spaces that the machine's vCPUs were seen in, each time one of them published its registers: after an
+    exit, by its timer, for FRESHNESS_SYNC, and for attached guests when the guest was stopped or resumed. What ran in between
+    was not seen. Spaces of an L2 are not its machine's, and are left out.
+
+    Role: `read`.
+    Errors: INVALID_ARGUMENT when no machine is named and there are several; NOT_FOUND for an unknown machine.
+    """
+
 MappingServiceAsyncStub: typing_extensions.TypeAlias = MappingServiceStub[
     grpc.aio.UnaryStreamMultiCallable[
         pagewalk.v1.mapping_pb2.ListMappingsRequest,
@@ -120,6 +153,10 @@ MappingServiceAsyncStub: typing_extensions.TypeAlias = MappingServiceStub[
     grpc.aio.UnaryStreamMultiCallable[
         pagewalk.v1.mapping_pb2.FindMappingsRequest,
         pagewalk.v1.mapping_pb2.FindMappingsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        pagewalk.v1.mapping_pb2.ListAddressSpacesRequest,
+        pagewalk.v1.mapping_pb2.ListAddressSpacesResponse,
     ],
 ]
 
@@ -162,6 +199,20 @@ class MappingServiceServicer(metaclass=abc.ABCMeta):
         Role: `read`.
         Errors: as `ListMappings`; also INVALID_ARGUMENT for a missing address, one that does not parse, or a range of GPAs that
         is empty or ends above 2^64.
+        """
+
+    @abc.abstractmethod
+    def ListAddressSpaces(
+        self,
+        request: pagewalk.v1.mapping_pb2.ListAddressSpacesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[pagewalk.v1.mapping_pb2.ListAddressSpacesResponse, collections.abc.Awaitable[pagewalk.v1.mapping_pb2.ListAddressSpacesResponse]]:
+        """Lists the address spaces that the machine's vCPUs were seen in, each time one of them published its registers: after an
+        exit, by its timer, for FRESHNESS_SYNC, and for attached guests when the guest was stopped or resumed. What ran in between
+        was not seen. Spaces of an L2 are not its machine's, and are left out.
+
+        Role: `read`.
+        Errors: INVALID_ARGUMENT when no machine is named and there are several; NOT_FOUND for an unknown machine.
         """
 
 def add_MappingServiceServicer_to_server(servicer: MappingServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

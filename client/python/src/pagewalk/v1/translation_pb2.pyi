@@ -174,6 +174,124 @@ class TranslateResponse(google.protobuf.message.Message):
 Global___TranslateResponse: typing_extensions.TypeAlias = TranslateResponse
 
 @typing.final
+class TranslateAcrossRequest(google.protobuf.message.Message):
+    """Which address to translate, and in which address spaces."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VCPU_FIELD_NUMBER: builtins.int
+    ADDRESS_FIELD_NUMBER: builtins.int
+    ACCESS_FIELD_NUMBER: builtins.int
+    FRESHNESS_FIELD_NUMBER: builtins.int
+    OVERRIDE_FIELD_NUMBER: builtins.int
+    CR3S_FIELD_NUMBER: builtins.int
+    freshness: pagewalk.v1.types_pb2.Freshness.ValueType
+    """How recent the registers must be. Default: FRESHNESS_LATEST."""
+    @property
+    def vcpu(self) -> pagewalk.v1.types_pb2.VcpuRef:
+        """The vCPU whose registers and memory to use, but for CR3. Default: the only machine, vCPU 0."""
+
+    @property
+    def address(self) -> pagewalk.v1.types_pb2.Address:
+        """The guest virtual address, as in `Translate`. Required."""
+
+    @property
+    def access(self) -> pagewalk.v1.types_pb2.Access:
+        """The access. Required, for its kind."""
+
+    @property
+    def override(self) -> pagewalk.v1.types_pb2.WalkerOverride:
+        """The caller's own walker state, without `cr3`. Default: the vCPU's."""
+
+    @property
+    def cr3s(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The address spaces, by their CR3s, at most 1024. Default: those that `ListAddressSpaces` lists."""
+
+    def __init__(
+        self,
+        *,
+        vcpu: pagewalk.v1.types_pb2.VcpuRef | None = ...,
+        address: pagewalk.v1.types_pb2.Address | None = ...,
+        access: pagewalk.v1.types_pb2.Access | None = ...,
+        freshness: pagewalk.v1.types_pb2.Freshness.ValueType = ...,
+        override: pagewalk.v1.types_pb2.WalkerOverride | None = ...,
+        cr3s: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["access", b"access", "address", b"address", "override", b"override", "vcpu", b"vcpu"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["access", b"access", "address", b"address", "cr3s", b"cr3s", "freshness", b"freshness", "override", b"override", "vcpu", b"vcpu"]) -> None: ...
+
+Global___TranslateAcrossRequest: typing_extensions.TypeAlias = TranslateAcrossRequest
+
+@typing.final
+class SpaceTranslation(google.protobuf.message.Message):
+    """What the address means in one address space."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CR3_FIELD_NUMBER: builtins.int
+    TRANSLATION_FIELD_NUMBER: builtins.int
+    FAULT_FIELD_NUMBER: builtins.int
+    cr3: builtins.int
+    """The address space."""
+    @property
+    def translation(self) -> pagewalk.v1.types_pb2.Translation:
+        """The address is mapped, and the access allowed."""
+
+    @property
+    def fault(self) -> pagewalk.v1.types_pb2.Fault:
+        """The access is refused, or the walk cannot end."""
+
+    def __init__(
+        self,
+        *,
+        cr3: builtins.int = ...,
+        translation: pagewalk.v1.types_pb2.Translation | None = ...,
+        fault: pagewalk.v1.types_pb2.Fault | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["fault", b"fault", "outcome", b"outcome", "translation", b"translation"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cr3", b"cr3", "fault", b"fault", "outcome", b"outcome", "translation", b"translation"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["outcome", b"outcome"]) -> typing.Literal["translation", "fault"] | None: ...
+
+Global___SpaceTranslation: typing_extensions.TypeAlias = SpaceTranslation
+
+@typing.final
+class TranslateAcrossResponse(google.protobuf.message.Message):
+    """What the address means in each address space."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: builtins.int
+    SYMBOL_FIELD_NUMBER: builtins.int
+    SPACES_FIELD_NUMBER: builtins.int
+    PROVENANCE_FIELD_NUMBER: builtins.int
+    address: builtins.int
+    """The address that was asked about, as a number."""
+    @property
+    def symbol(self) -> pagewalk.v1.types_pb2.Symbol:
+        """Its nearest symbol, as in `TranslateResponse.symbol`."""
+
+    @property
+    def spaces(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___SpaceTranslation]:
+        """The address spaces, in the order of the request. May be empty where the request names none: none was seen."""
+
+    @property
+    def provenance(self) -> pagewalk.v1.types_pb2.Provenance:
+        """Where the answer comes from."""
+
+    def __init__(
+        self,
+        *,
+        address: builtins.int = ...,
+        symbol: pagewalk.v1.types_pb2.Symbol | None = ...,
+        spaces: collections.abc.Iterable[Global___SpaceTranslation] | None = ...,
+        provenance: pagewalk.v1.types_pb2.Provenance | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["provenance", b"provenance", "symbol", b"symbol"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "provenance", b"provenance", "spaces", b"spaces", "symbol", b"symbol"]) -> None: ...
+
+Global___TranslateAcrossResponse: typing_extensions.TypeAlias = TranslateAcrossResponse
+
+@typing.final
 class BatchTranslateRequest(google.protobuf.message.Message):
     """Which addresses to translate, and how. Every one is translated by the same registers, for the same access, and nothing in
     the guest changes.

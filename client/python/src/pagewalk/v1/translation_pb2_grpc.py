@@ -41,6 +41,11 @@ class TranslationServiceStub(object):
                 request_serializer=pagewalk_dot_v1_dot_translation__pb2.TranslateRequest.SerializeToString,
                 response_deserializer=pagewalk_dot_v1_dot_translation__pb2.TranslateResponse.FromString,
                 _registered_method=True)
+        self.TranslateAcross = channel.unary_unary(
+                '/pagewalk.v1.TranslationService/TranslateAcross',
+                request_serializer=pagewalk_dot_v1_dot_translation__pb2.TranslateAcrossRequest.SerializeToString,
+                response_deserializer=pagewalk_dot_v1_dot_translation__pb2.TranslateAcrossResponse.FromString,
+                _registered_method=True)
         self.BatchTranslate = channel.unary_unary(
                 '/pagewalk.v1.TranslationService/BatchTranslate',
                 request_serializer=pagewalk_dot_v1_dot_translation__pb2.BatchTranslateRequest.SerializeToString,
@@ -80,6 +85,17 @@ class TranslationServiceServicer(object):
         Errors: INVALID_ARGUMENT for a missing address or access kind, an address that does not parse, or registers that no
         CPU accepts; NOT_FOUND for an unknown machine or vCPU; FAILED_PRECONDITION for AD_POLICY_SET where the source does
         not allow it; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the vCPU does not come out in time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TranslateAcross(self, request, context):
+        """Translates one guest virtual address in many address spaces, for the same access: in which processes is it mapped, and
+        where to. Faults are answers. Nothing in the guest changes.
+
+        Role: `read`.
+        Errors: as `Translate`; also INVALID_ARGUMENT for more than 1024 address spaces, and for `override.cr3`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -166,6 +182,11 @@ def add_TranslationServiceServicer_to_server(servicer, server):
                     request_deserializer=pagewalk_dot_v1_dot_translation__pb2.TranslateRequest.FromString,
                     response_serializer=pagewalk_dot_v1_dot_translation__pb2.TranslateResponse.SerializeToString,
             ),
+            'TranslateAcross': grpc.unary_unary_rpc_method_handler(
+                    servicer.TranslateAcross,
+                    request_deserializer=pagewalk_dot_v1_dot_translation__pb2.TranslateAcrossRequest.FromString,
+                    response_serializer=pagewalk_dot_v1_dot_translation__pb2.TranslateAcrossResponse.SerializeToString,
+            ),
             'BatchTranslate': grpc.unary_unary_rpc_method_handler(
                     servicer.BatchTranslate,
                     request_deserializer=pagewalk_dot_v1_dot_translation__pb2.BatchTranslateRequest.FromString,
@@ -220,6 +241,33 @@ class TranslationService(object):
             '/pagewalk.v1.TranslationService/Translate',
             pagewalk_dot_v1_dot_translation__pb2.TranslateRequest.SerializeToString,
             pagewalk_dot_v1_dot_translation__pb2.TranslateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TranslateAcross(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pagewalk.v1.TranslationService/TranslateAcross',
+            pagewalk_dot_v1_dot_translation__pb2.TranslateAcrossRequest.SerializeToString,
+            pagewalk_dot_v1_dot_translation__pb2.TranslateAcrossResponse.FromString,
             options,
             channel_credentials,
             insecure,

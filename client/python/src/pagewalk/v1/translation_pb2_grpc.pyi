@@ -42,6 +42,22 @@ _TranslationServiceTranslateType = typing_extensions.TypeVar(
     ],
 )
 
+_TranslationServiceTranslateAcrossType = typing_extensions.TypeVar(
+    '_TranslationServiceTranslateAcrossType',
+    grpc.UnaryUnaryMultiCallable[
+        pagewalk.v1.translation_pb2.TranslateAcrossRequest,
+        pagewalk.v1.translation_pb2.TranslateAcrossResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        pagewalk.v1.translation_pb2.TranslateAcrossRequest,
+        pagewalk.v1.translation_pb2.TranslateAcrossResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        pagewalk.v1.translation_pb2.TranslateAcrossRequest,
+        pagewalk.v1.translation_pb2.TranslateAcrossResponse,
+    ],
+)
+
 _TranslationServiceBatchTranslateType = typing_extensions.TypeVar(
     '_TranslationServiceBatchTranslateType',
     grpc.UnaryUnaryMultiCallable[
@@ -122,7 +138,7 @@ _TranslationServiceExplainFaultType = typing_extensions.TypeVar(
     ],
 )
 
-class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _TranslationServiceBatchTranslateType, _TranslationServiceStreamTranslateType, _TranslationServiceTranslateRangeType, _TranslationServiceTranslateNestedGpaType, _TranslationServiceExplainFaultType]):
+class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _TranslationServiceTranslateAcrossType, _TranslationServiceBatchTranslateType, _TranslationServiceStreamTranslateType, _TranslationServiceTranslateRangeType, _TranslationServiceTranslateNestedGpaType, _TranslationServiceExplainFaultType]):
     """Answers what guest virtual addresses mean, and why they mean nothing."""
 
     @typing.overload
@@ -130,6 +146,10 @@ class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _T
         grpc.UnaryUnaryMultiCallable[
             pagewalk.v1.translation_pb2.TranslateRequest,
             pagewalk.v1.translation_pb2.TranslateResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            pagewalk.v1.translation_pb2.TranslateAcrossRequest,
+            pagewalk.v1.translation_pb2.TranslateAcrossResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             pagewalk.v1.translation_pb2.BatchTranslateRequest,
@@ -158,6 +178,10 @@ class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _T
         grpc.aio.UnaryUnaryMultiCallable[
             pagewalk.v1.translation_pb2.TranslateRequest,
             pagewalk.v1.translation_pb2.TranslateResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            pagewalk.v1.translation_pb2.TranslateAcrossRequest,
+            pagewalk.v1.translation_pb2.TranslateAcrossResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
             pagewalk.v1.translation_pb2.BatchTranslateRequest,
@@ -189,6 +213,14 @@ class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _T
     Errors: INVALID_ARGUMENT for a missing address or access kind, an address that does not parse, or registers that no
     CPU accepts; NOT_FOUND for an unknown machine or vCPU; FAILED_PRECONDITION for AD_POLICY_SET where the source does
     not allow it; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the vCPU does not come out in time.
+    """
+
+    TranslateAcross: _TranslationServiceTranslateAcrossType
+    """Translates one guest virtual address in many address spaces, for the same access: in which processes is it mapped, and
+    where to. Faults are answers. Nothing in the guest changes.
+
+    Role: `read`.
+    Errors: as `Translate`; also INVALID_ARGUMENT for more than 1024 address spaces, and for `override.cr3`.
     """
 
     BatchTranslate: _TranslationServiceBatchTranslateType
@@ -255,6 +287,10 @@ TranslationServiceAsyncStub: typing_extensions.TypeAlias = TranslationServiceStu
         pagewalk.v1.translation_pb2.TranslateResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
+        pagewalk.v1.translation_pb2.TranslateAcrossRequest,
+        pagewalk.v1.translation_pb2.TranslateAcrossResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
         pagewalk.v1.translation_pb2.BatchTranslateRequest,
         pagewalk.v1.translation_pb2.BatchTranslateResponse,
     ],
@@ -292,6 +328,19 @@ class TranslationServiceServicer(metaclass=abc.ABCMeta):
         Errors: INVALID_ARGUMENT for a missing address or access kind, an address that does not parse, or registers that no
         CPU accepts; NOT_FOUND for an unknown machine or vCPU; FAILED_PRECONDITION for AD_POLICY_SET where the source does
         not allow it; DEADLINE_EXCEEDED with FRESHNESS_SYNC when the vCPU does not come out in time.
+        """
+
+    @abc.abstractmethod
+    def TranslateAcross(
+        self,
+        request: pagewalk.v1.translation_pb2.TranslateAcrossRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[pagewalk.v1.translation_pb2.TranslateAcrossResponse, collections.abc.Awaitable[pagewalk.v1.translation_pb2.TranslateAcrossResponse]]:
+        """Translates one guest virtual address in many address spaces, for the same access: in which processes is it mapped, and
+        where to. Faults are answers. Nothing in the guest changes.
+
+        Role: `read`.
+        Errors: as `Translate`; also INVALID_ARGUMENT for more than 1024 address spaces, and for `override.cr3`.
         """
 
     @abc.abstractmethod

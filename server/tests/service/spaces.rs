@@ -1,0 +1,92 @@
+//! Address spaces: those that were seen, and one address in many of them. The demo machine has two processes, whose top tables lie
+//! next to each other as the two halves of one process would under page-table isolation, and are not.
+
+use pagewalk_proto::v1;
+use pagewalk_proto::v1::mapping_service_client::MappingServiceClient;
+use pagewalk_proto::v1::space_translation::Outcome;
+use pagewalk_proto::v1::translate_response::Outcome as One;
+use tonic::Code;
+
+use crate::bed::{Bed, access, number, refusal, text};
+
+const ROOTS: [u64; 2] = [0x2_0000, 0x2_1000];
+
+fn across(address: Option<v1::Address>, cr3s: &[u64]) -> v1::TranslateAcrossRequest {
+    v1::TranslateAcrossRequest {
+        address,
+        access: access(v1::AccessKind::Read, v1::Privilege::User),
+        cr3s: cr3s.to_vec(),
+        ..Default::default()
+    }
+}
+
+#[tokio::test]
+async fn each_is_what_translate_says_of_it() {
+    let bed = Bed::plain().await;
+    for gva in
+        [bed.landmark("user-text"), bed.landmark("user-read-only"), bed.landmark("kernel-text"), 0, 1 << 47]
+    {
+        let cr3s = [ROOTS[0], ROOTS[1], 0x1_0000, ROOTS[0]];
+        let answer =
+            bed.translation().translate_across(across(number(gva), &cr3s)).await.unwrap().into_inner();
+        assert_eq!(answer.address, gva);
+        assert_eq!(answer.spaces.iter().map(|space| space.cr3).collect::<Vec<_>>(), cr3s);
+        for space in answer.spaces {
+            let alone = v1::TranslateRequest {
+                address: number(gva),
+                access: access(v1::AccessKind::Read, v1::Privilege::User),
+                r#override: Some(v1::WalkerOverride { cr3: Some(space.cr3), ..Default::default() }),
+                ..Default::default()
+            };
+            let expected = match bed.translate(alone).await.unwrap().outcome.unwrap() {
+                One::Translation(page) => Outcome::Translation(page),
+                One::Fault(fault) => Outcome::Fault(fault),
+            };
+            assert_eq!(space.outcome, Some(expected), "{gva:#x} {:#x}", space.cr3);
+        }
+    }
+    bed.stop().await;
+}
+
+#[tokio::test]
+async fn what_was_seen_is_listed_and_is_the_default() {
+    let bed = Bed::plain().await;
+    let mut mapping = MappingServiceClient::new(bed.channel.clone());
+    let list =
+        mapping.list_address_spaces(v1::ListAddressSpacesRequest::default()).await.unwrap().into_inner();
+    assert_eq!(list.left_out, 0);
+    let [space] = &list.spaces[..] else { panic!("{list:?}") };
+    assert!(ROOTS.contains(&space.cr3) && space.sightings >= 1 && space.vcpu == 0, "{space:?}");
+    assert_eq!((space.isolation_pair, space.user_half), (None, false));
+    let user = bed.landmark("user-text");
+    let answer = bed.translation().translate_across(across(number(user), &[])).await.unwrap().into_inner();
+    assert_eq!(answer.spaces.iter().map(|it| it.cr3).collect::<Vec<_>>(), [space.cr3]);
+    bed.stop().await;
+}
+
+#[tokio::test]
+async fn bad_requests_are_refused() {
+    let bed = Bed::plain().await;
+    let state = v1::WalkerOverride { cr3: Some(ROOTS[0]), ..Default::default() };
+    let many: Vec<u64> = (0..1025).map(|number| number << 12).collect();
+    let access = access(v1::AccessKind::Unspecified, v1::Privilege::User);
+    for (request, reason) in [
+        (across(None, &ROOTS), "INVALID_FIELD"),
+        (across(text("no_symbol"), &ROOTS), "INVALID_FIELD"),
+        (across(number(0), &many), "INVALID_FIELD"),
+        (across(number(0), &[u64::MAX]), "INVALID_WALKER_STATE"),
+        (
+            v1::TranslateAcrossRequest { r#override: Some(state), ..across(number(0), &ROOTS) },
+            "INVALID_FIELD",
+        ),
+        (v1::TranslateAcrossRequest { access, ..across(number(0), &ROOTS) }, "INVALID_FIELD"),
+    ] {
+        let refused = bed.translation().translate_across(request).await;
+        assert_eq!(refusal(refused), (Code::InvalidArgument, reason.to_owned()));
+    }
+    let mut mapping = MappingServiceClient::new(bed.channel.clone());
+    let refused =
+        mapping.list_address_spaces(v1::ListAddressSpacesRequest { machine: "nobody".into() }).await;
+    assert_eq!(refusal(refused), (Code::NotFound, "MACHINE_NOT_FOUND".to_owned()));
+    bed.stop().await;
+}

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use bzimage::bzimage;
 use kvm_bed::{block_on, soon};
 use libtest_mimic::Failed;
+use pagewalk::{Access, AccessKind, Gpa, Gva, Privilege};
 use pagewalkd::machine::{Machine, MachineSpec};
 use pagewalkd::vcpu::{RunState, VcpuError};
 
@@ -55,11 +56,14 @@ const ANSWERS: &[u8] = &[
     0xeb, 0xfd, // jmp
 ];
 const SLEEPS: &[u8] = &[0xf4, 0xeb, 0xfd]; // hlt; jmp -3
+/// Goes on where no memory is, which no hypervisor can execute.
+const STRAYS: &[u8] = &[0xb8, 0x00, 0x00, 0x00, 0xf0, 0xff, 0xe0]; // mov eax, 0xf0000000; jmp rax
 
 fn main() -> ExitCode {
     kvm_bed::main(&[
         ("is_told_its_parameters_and_answers_on_the_console", answers),
         ("vcpus_that_sleep_in_the_kernel_come_out", sleeps),
+        ("a_kernel_that_cannot_be_emulated_stops_with_its_reason", strays),
     ])
 }
 
@@ -122,6 +126,27 @@ fn answers() -> Result<(), Failed> {
     assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
     assert!(!socket.exists(), "the socket goes with the machine");
     assert_eq!(second.read(&mut [0])?, 0, "and so does the connection");
+    Ok(())
+}
+
+fn strays() -> Result<(), Failed> {
+    let folder = tempfile::tempdir()?;
+    let machine = open(folder.path(), STRAYS, "mem=32M,cpus=2");
+    let vcpus = machine.source().vcpus();
+    let patience = soon();
+    while vcpus[0].latest().run_state != RunState::InternalError {
+        assert!(Instant::now() < patience, "{:?}", vcpus[0].latest());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let reason = vcpus[0].latest().run_state_reason.clone();
+    assert!(reason.contains("emulated") && reason.contains("0xf0000000"), "{reason}");
+    assert_eq!(block_on(vcpus[1].sync(soon())).unwrap().run_state, RunState::Running);
+    let fetched = vcpus[0].latest().walker.as_ref().unwrap().translate(
+        &*machine.source().memory(),
+        Gva(0x10_0200),
+        &Access::new(AccessKind::Fetch, Privilege::Supervisor),
+    );
+    assert_eq!(fetched.unwrap().gpa, Gpa(0x10_0200), "its memory can be asked about all the same");
     Ok(())
 }
 

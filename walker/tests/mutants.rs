@@ -7,7 +7,8 @@
 //!
 //! The kernel's walker on this backend has no 5-level, 32-bit or PAE paging, no PKRU and no second dimension. The mutants of
 //! those are put before `properties`, `legacy_modes` and `access_checks`, whose tests say what the manual does, and before
-//! `judge_oracle`. So are those of EPT, a few of them before `ept`, its worked examples.
+//! `judge_oracle`. So are those of EPT, a few of them before `ept`, its worked examples. Batches and maps are put before the
+//! single walk, which the other judges have judged: by `batch` and `map`.
 //!
 //! What an L1 sees of its L2 under EPT is put before kvm_intel, in its bed: these mutants are built for it one by one, and run
 //! one after the other in one guest. Without that bed they are skipped.
@@ -18,6 +19,8 @@
 
 #[path = "mutants/access_checks.rs"]
 mod access_checks;
+#[path = "mutants/batch.rs"]
+mod batch;
 mod bed;
 #[path = "mutants/ept.rs"]
 mod ept;
@@ -27,6 +30,8 @@ mod exits;
 mod kernel;
 #[path = "mutants/keys.rs"]
 mod keys;
+#[path = "mutants/map.rs"]
+mod map;
 #[path = "mutants/modes.rs"]
 mod modes;
 #[path = "mutants/npt.rs"]
@@ -55,6 +60,8 @@ const KERNEL: &[&str] = &["judge_translate", "judge_execution"];
 const RULES: &[&str] = &["properties", "legacy_modes", "access_checks", "judge_oracle"];
 const CHECKS: &[&str] = &["access_checks"];
 const EPT: &[&str] = &["ept"];
+const BATCH: &[&str] = &["batch"];
+const MAP: &[&str] = &["map"];
 const ORACLE: &[&str] = &["judge_oracle"];
 /// Runs in a guest.
 const KVM_INTEL: &[&str] = &["judge_nested_intel"];
@@ -100,6 +107,8 @@ const TABLES: &[&[Mutant]] = &[
     second_dimension::MUTANTS,
     exits::MUTANTS,
     race::MUTANTS,
+    batch::MUTANTS,
+    map::MUTANTS,
 ];
 
 fn main() {
@@ -147,13 +156,15 @@ fn places() -> Result<(), Failed> {
 }
 
 /// The table: a judge, and what it is called there.
-const COLUMNS: [(&str, &str); 8] = [
+const COLUMNS: [(&str, &str); 10] = [
     ("judge_translate", "kvm-translate"),
     ("judge_execution", "kvm-execution"),
     ("properties", "properties"),
     ("legacy_modes", "legacy modes"),
     ("access_checks", "checks"),
     ("ept", "EPT"),
+    ("batch", "batch"),
+    ("map", "map"),
     ("judge_oracle", "oracle"),
     ("judge_nested_intel", "kvm_intel"),
 ];
@@ -183,7 +194,7 @@ fn judge() -> Result<(), Failed> {
 
 /// What each mutant's judges say, from one copy of the walker for each CPU. The walker itself has to pass first.
 fn verdicts(mutants: &[&Mutant], seed: u64) -> Result<Vec<Vec<Verdict>>, Failed> {
-    let all: Vec<_> = [KERNEL, RULES, EPT]
+    let all: Vec<_> = [KERNEL, RULES, EPT, BATCH, MAP]
         .concat()
         .into_iter()
         .filter(|it| mutants.iter().any(|of| of.judges.contains(it)))
@@ -303,16 +314,16 @@ impl Copy {
     fn new(number: usize) -> Result<Copy, Failed> {
         let copy = Copy { root: Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("mutants-{number}")) };
         let walker = Path::new(env!("CARGO_MANIFEST_DIR"));
-        for folder in ["src", "tests"] {
+        for folder in ["src", "tests", "fuzz"] {
             let folder_in_copy = copy.root.join(folder);
             if folder_in_copy.exists() {
                 fs::remove_dir_all(&folder_in_copy)?;
             }
         }
-        for folder in ["src", "tests/bed", "tests/execution", "tests/nested", "tests/oracle"] {
+        for folder in ["src", "fuzz/src", "tests/bed", "tests/execution", "tests/nested", "tests/oracle"] {
             copy_folder(&walker.join(folder), &copy.root.join(folder))?;
         }
-        for judge in KERNEL.iter().chain(RULES).chain(EPT).chain(KVM_INTEL) {
+        for judge in KERNEL.iter().chain(RULES).chain(EPT).chain(BATCH).chain(MAP).chain(KVM_INTEL) {
             let file = format!("tests/{judge}.rs");
             fs::copy(walker.join(&file), copy.root.join(&file))?;
         }

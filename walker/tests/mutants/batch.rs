@@ -1,0 +1,105 @@
+//! Batches, put before the single walk.
+
+use crate::{BATCH, Mutant};
+
+const fn mutant(
+    slip: &'static str,
+    changes: &'static [(&'static str, &'static str, &'static str)],
+) -> Mutant {
+    Mutant { slip, judges: BATCH, changes }
+}
+
+pub(crate) const MUTANTS: &[Mutant] = &[
+    mutant(
+        "a lane's rights are those of its PTE alone",
+        &[(
+            "batch/admission.rs",
+            "(entry ^ GRANTING | state) & WITHHOLDING",
+            "(entry ^ GRANTING | state & 0) & WITHHOLDING",
+        )],
+    ),
+    mutant(
+        "a lane minds no reserved bit of a table's entry",
+        &[(
+            "batch/admission.rs",
+            "LongMode::PRESENT | LongMode::PAGE_SIZE | format.reserved_table_at(level)",
+            "LongMode::PRESENT | LongMode::PAGE_SIZE",
+        )],
+    ),
+    mutant(
+        "a lane minds no reserved bit of a leaf",
+        &[(
+            "batch/admission.rs",
+            "LongMode::PRESENT | decided | format.reserved_leaf_at(level)",
+            "LongMode::PRESENT | decided",
+        )],
+    ),
+    mutant(
+        "a lane takes a large page's PAT bit for its size",
+        &[("batch/admission.rs", " | entry >> 5 & LongMode::PAGE_SIZE;", ";")],
+    ),
+    mutant(
+        "a lane that met a large page goes on to a PTE",
+        &[("batch/pipeline.rs", "block.done |= 1 << lane;", "block.done |= 0;")],
+    ),
+    mutant(
+        "a lane takes addresses between the canonical halves",
+        &[(
+            "batch/pipeline.rs",
+            "block.alone = mask(gvas.iter().map(|gva| !is_canonical(*gva, self.width)));",
+            "block.alone = 0;",
+        )],
+    ),
+    mutant(
+        "a lane takes every frame for RAM",
+        &[(
+            "batch/pipeline.rs",
+            "(frame.wrapping_sub(lowest) | highest.wrapping_sub(frame)) & 1 << 63",
+            "(frame.wrapping_sub(lowest) | highest.wrapping_sub(frame)) & 0",
+        )],
+    ),
+    mutant(
+        "what one address of a block shares, all share",
+        &[("batch/column.rs", "differing | (address ^ first)", "differing & (address ^ first)")],
+    ),
+    mutant(
+        "a nested page is writable where the second dimension alone lets it be",
+        &[(
+            "batch/word.rs",
+            "(word >> SIZE & 7) << NESTED_SIZE",
+            "(word >> SIZE & 7) << NESTED_SIZE | word & WRITE",
+        )],
+    ),
+    mutant(
+        "a nested lane executes where the second dimension does not",
+        &[("batch/nested.rs", "| nested & (PageWord::FRAME | NO_EXECUTE)", "| nested & PageWord::FRAME")],
+    ),
+    mutant(
+        "a nested lane walks any nGPA",
+        &[(
+            "batch/nested.rs",
+            "refused = mask(ngpas.iter().map(|ngpa| ngpa >> self.width != 0));",
+            "refused = 0;",
+        )],
+    ),
+    mutant(
+        "a nested lane takes every memory type of EPT",
+        &[(
+            "batch/nested.rs",
+            "no_execute: NO_EXECUTE, memory_type: 0x18",
+            "no_execute: NO_EXECUTE, memory_type: 0",
+        )],
+    ),
+    mutant(
+        "a nested lane finds the guest's entries by reads",
+        &[("batch/nested.rs", "Some([by(AccessKind::Write)?,", "Some([by(AccessKind::Read)?,")],
+    ),
+    mutant(
+        "a nested lane has one more address bit of its page",
+        &[(
+            "batch/nested.rs",
+            "*home & PageWord::FRAME | ngpa & 0xfff",
+            "*home & PageWord::FRAME | ngpa & 0x1fff",
+        )],
+    ),
+];

@@ -85,7 +85,7 @@ fn page_fault(
     seen: v1::PageFault,
 ) -> Result<Again, Error> {
     let code = seen.error_code;
-    let gva = target.gva_in(memory, seen.cr2, "page_fault.cr2")?;
+    let gva = convert::address::number(seen.cr2, "page_fault.cr2")?;
     check_width(walker, gva, "page_fault.cr2")?;
     let access = access(code, snapshot)?;
     let mut trace = Trace::new();

@@ -103,7 +103,8 @@ impl Target {
         })
     }
 
-    /// The guest virtual address that a client wrote in `field`. Only a symbol's takes memory to be read.
+    /// The guest virtual address that a client wrote in `field`. A symbol is looked up on a thread that holds up nobody: memory is
+    /// read for it, and names that are close to one that is not there take their time to be found.
     pub(super) async fn gva(
         &self,
         daemon: &Daemon,
@@ -111,45 +112,20 @@ impl Target {
         address: Option<v1::Address>,
         field: &'static str,
     ) -> Result<u64, Error> {
-        match written(address, field)? {
-            Written::Number(number) => Ok(number),
-            Written::Symbol(symbol) => {
-                self.read(daemon, deadline, |memory| self.symbol(memory, &symbol, field)).await?
-            }
-        }
-    }
-
-    /// The same, for those who have the memory at hand.
-    pub(super) fn gva_in(
-        &self,
-        memory: &GuestRam,
-        address: Option<v1::Address>,
-        field: &'static str,
-    ) -> Result<u64, Error> {
-        match written(address, field)? {
-            Written::Number(number) => Ok(number),
-            Written::Symbol(symbol) => self.symbol(memory, &symbol, field),
-        }
-    }
-
-    fn symbol(&self, memory: &GuestRam, symbol: &SymbolOffset, field: &'static str) -> Result<u64, Error> {
-        let SymbolOffset { name, offset } = symbol;
-        let Some(symbols) = self.machine.symbols() else {
-            let id = self.machine.id();
-            return Err(Error::invalid(
-                field,
-                format!(
-                    "`{name}` is no number, and machine `{id}` has no symbols: attach it with symbols=FILE, or write 0x and hex digits"
-                ),
-            ));
+        let symbol = match written(address, field)? {
+            Written::Number(number) => return Ok(number),
+            Written::Symbol(symbol) => symbol,
         };
-        let address = symbols.resolve(&self.machine, memory, name).map_err(|why| match why {
-            Unresolved::Name(problem) => Error::invalid(field, problem),
-            Unresolved::Placement(problem) => Error::Precondition(format!("{field}: {problem}")),
-        })?;
-        u64::try_from(i128::from(address) + offset).map_err(|_| {
-            Error::invalid(field, format!("`{name}` is {address:#x}, and the offset reaches beyond 64 bits"))
-        })
+        let place = timeout_at(deadline.into(), Arc::clone(&daemon.blocking).acquire_owned()).await;
+        let place = place.map_err(|_| Error::Deadline)?;
+        let machine = Arc::clone(&self.machine);
+        let looked_up = tokio::task::spawn_blocking(move || {
+            let found = address_of(&machine, &symbol, field);
+            // A lookup whose client has left holds its place until it ends.
+            drop(place);
+            found
+        });
+        looked_up.await.map_err(|panicked| Error::Failed(panicked.to_string()))?
     }
 
     /// A range of guest virtual addresses, with both ends as numbers.
@@ -180,6 +156,26 @@ impl Target {
             Err(_) => Err(Error::invalid("freshness", format!("{freshness} is no freshness"))),
         }
     }
+}
+
+fn address_of(machine: &Machine, symbol: &SymbolOffset, field: &'static str) -> Result<u64, Error> {
+    let SymbolOffset { name, offset } = symbol;
+    let Some(symbols) = machine.symbols() else {
+        let id = machine.id();
+        return Err(Error::invalid(
+            field,
+            format!(
+                "`{name}` is no number, and machine `{id}` has no symbols: attach it with symbols=FILE, or write 0x and hex digits"
+            ),
+        ));
+    };
+    let address = symbols.resolve(machine, &machine.source().memory(), name).map_err(|why| match why {
+        Unresolved::Name(problem) => Error::invalid(field, problem),
+        Unresolved::Placement(problem) => Error::Precondition(format!("{field}: {problem}")),
+    })?;
+    u64::try_from(i128::from(address) + offset).map_err(|_| {
+        Error::invalid(field, format!("`{name}` is {address:#x}, and the offset reaches beyond 64 bits"))
+    })
 }
 
 /// When a call has to be answered.

@@ -6,6 +6,7 @@ use pagewalk::{
     Access, AdPolicy, Fault, Gva, NgpaWalk, NoTrace, PagingMode, Step, Trace, Translation, Walker,
 };
 use pagewalk_proto::v1;
+use pagewalk_proto::v1::explain_fault_request::Seen;
 use pagewalk_proto::v1::translate_response::Outcome;
 use pagewalk_proto::v1::translation_service_server::TranslationService;
 use tonic::{Request, Response, Status, Streaming};
@@ -134,9 +135,13 @@ impl TranslationService for Daemon {
         request: Request<v1::ExplainFaultRequest>,
     ) -> Result<Response<v1::ExplainFaultResponse>, Status> {
         let deadline = deadline(&request);
-        let request = request.into_inner();
+        let mut request = request.into_inner();
         let target = self.target(request.vcpu.clone())?;
         let snapshot = target.snapshot(request.freshness, deadline).await?;
+        if let Some(Seen::PageFault(seen)) = &mut request.seen {
+            let cr2 = target.gva(self, deadline, seen.cr2.take(), "page_fault.cr2").await?;
+            seen.cr2 = Some(v1::Address { value: Some(v1::address::Value::Number(cr2)) });
+        }
         let walk = |memory: &GuestRam| explain::fault(self, &target, &snapshot, memory, request);
         Ok(Response::new(target.read(self, deadline, walk).await??))
     }

@@ -312,12 +312,46 @@ pub(crate) fn observed(name: &'static str, maker: Maker) -> Result<(), Failed> {
     }
     daemon.resume()?;
     counts_on(&daemon)?;
+    // Between its L2's runs, L1 can be given another, and goes on with its own afterwards.
+    while daemon.pause()?.nested.unwrap_or_default().kind() != v1::NestedModeKind::Off {
+        daemon.resume()?;
+    }
+    let exits = daemon.read_u64(EXITS)?;
+    for request in [on(maker, L2_COUNTS, None), off()] {
+        let given = matches!(request.mode, Some(Mode::Npt(_) | Mode::Ept(_)));
+        let effect = daemon.set_nested(request)?.effect.unwrap_or_default();
+        daemon.resume()?;
+        counts_on(&daemon)?;
+        let goes_on = daemon.read_u64(EXITS)? != exits;
+        judge.case();
+        judge.count_if("another L2 between L1's own", given && !goes_on);
+        if effect.kind() != v1::NestedEffectKind::RealVcpu {
+            judge.disagree(|| format!("between L1's own entries: {effect:?}"));
+        }
+        if !given {
+            wait_for_exit(&daemon, exits)?;
+        }
+        daemon.pause()?;
+    }
     judge.finish(&[
+        ("another L2 between L1's own", None, 1),
         ("Translate: in L1", None, 4_000),
         ("Translate: in L2", None, 4_000),
         ("GetWalkerState: in L1", None, 4_000),
         ("GetWalkerState: in L2", None, 4_000),
     ])
+}
+
+/// Waits until L1 has counted more than these exits of its own L2.
+fn wait_for_exit(daemon: &Daemon, exits: u64) -> Result<(), Failed> {
+    let started = Instant::now();
+    while daemon.read_u64(EXITS)? == exits {
+        if started.elapsed() > PATIENCE {
+            return Err(format!("L1 does not go on: {:?}", daemon.state()?).into());
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
 }
 
 /// The same as a person at grpcurl sees it, where the bed was given that program.

@@ -164,14 +164,20 @@ pub(super) fn set_nested(vcpu: &VcpuFd, state: &KvmNestedStateBuffer) -> Result<
 /// Back to L1; its registers are anything.
 fn leave(vcpu: &VcpuFd) -> Result<(), Failure> {
     let now = nested(vcpu)?;
+    let in_guest_mode = u32::from(now.flags) & KVM_STATE_NESTED_GUEST_MODE != 0;
     if u32::from(now.format) == KVM_STATE_NESTED_FORMAT_VMX {
         // Also out of VMX operation, which an entry that failed leaves behind, and which would bind CR0 and CR4.
-        return set_nested(vcpu, &vmx::outside());
-    }
-    if u32::from(now.flags) & KVM_STATE_NESTED_GUEST_MODE == 0 {
+        set_nested(vcpu, &vmx::outside())?;
+        if in_guest_mode {
+            // KVM still means to complete the VMCS12 of the L2 that has left, would do so to L1's next one, and forgets it
+            // when the state is read.
+            set_nested(vcpu, &vmx::blank())?;
+            nested(vcpu)?;
+            set_nested(vcpu, &vmx::outside())?;
+        }
         return Ok(());
     }
-    set_nested(vcpu, &svm::outside())
+    if in_guest_mode { set_nested(vcpu, &svm::outside()) } else { Ok(()) }
 }
 
 pub(super) fn sregs(vcpu: &VcpuFd) -> Result<kvm_sregs2, Failure> {

@@ -274,6 +274,14 @@ fn in_guest_mode(vmxon_pa: u64, vmcs12_pa: u64, vmcs12: &Vmcs12) -> Box<KvmNeste
     state
 }
 
+/// The nested state of a vCPU in VMX operation whose current VMCS12 holds nothing. KVM looks at neither page.
+pub(super) fn blank() -> Box<KvmNestedStateBuffer> {
+    const PAGES: (u64, u64) = (0x1000, 0x2000);
+    let mut state = in_guest_mode(PAGES.0, PAGES.1, &Vmcs12::new());
+    state.flags = 0;
+    state
+}
+
 /// The nested state of a vCPU that is not in VMX operation.
 pub(super) fn outside() -> Box<KvmNestedStateBuffer> {
     let mut state = Box::new(KvmNestedStateBuffer::empty());

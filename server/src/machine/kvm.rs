@@ -14,8 +14,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, Msrs,
-    kvm_msr_entry, kvm_pit_config, kvm_regs, kvm_userspace_memory_region,
+    CpuId, KVM_API_VERSION, KVM_CAP_SET_GUEST_DEBUG2, KVM_GUESTDBG_BLOCKIRQ, KVM_MAX_CPUID_ENTRIES,
+    KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_msr_entry, kvm_pit_config, kvm_regs,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use pagewalk::{CpuProfile, Gpa, Vendor};
@@ -147,10 +148,13 @@ impl Vm {
         let cpuid =
             kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
         let sync_regs = kvm.check_extension_int(Cap::SyncRegs) & 0b11 == 0b11;
+        // 0 where the kernel does not know the question.
+        let debug_flags = kvm.check_extension_raw(KVM_CAP_SET_GUEST_DEBUG2.into()).cast_unsigned();
         let features = Features {
             sync_regs,
             guest_debug: kvm.check_extension(Cap::SetGuestDebug),
             irqchip,
+            block_interrupts: debug_flags & KVM_GUESTDBG_BLOCKIRQ != 0,
             protection_keys: register(&cpuid, 7, |e| e.ecx) & (1 << 3) != 0,
             supervisor_keys: register(&cpuid, 7, |e| e.ecx) & (1 << 31) != 0,
         };

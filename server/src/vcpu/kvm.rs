@@ -9,8 +9,8 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, Msrs,
-    kvm_guest_debug, kvm_msr_entry, kvm_regs, kvm_sregs,
+    KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_MP_STATE_HALTED,
+    KVM_MP_STATE_RUNNABLE, Msrs, kvm_guest_debug, kvm_msr_entry, kvm_regs, kvm_sregs,
 };
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 
@@ -48,6 +48,8 @@ pub(crate) struct KvmBackend<K> {
     can_step: bool,
     /// KVM emulates the interrupt controllers, and lets the vCPU sleep.
     irqchip: bool,
+    /// What KVM_SET_GUEST_DEBUG is asked for to make a step.
+    step: u32,
     /// Offset of PKRU in the XSAVE area, where the vCPU has protection keys.
     pkru_offset: Option<usize>,
     has_pkrs: bool,
@@ -63,6 +65,8 @@ pub(crate) struct Features {
     pub(crate) guest_debug: bool,
     /// Interrupt controllers in the kernel.
     pub(crate) irqchip: bool,
+    /// A single step can have interrupts wait until it is over.
+    pub(crate) block_interrupts: bool,
     pub(crate) protection_keys: bool,
     /// Keys of supervisor pages, and with them IA32_PKRS.
     pub(crate) supervisor_keys: bool,
@@ -92,6 +96,10 @@ impl<K: Send + Sync + 'static> KvmBackend<K> {
             sync_available: features.sync_regs,
             can_step: features.guest_debug,
             irqchip: features.irqchip,
+            // An interrupt would have its handler run before the instruction, and whatever that switches to.
+            step: KVM_GUESTDBG_ENABLE
+                | KVM_GUESTDBG_SINGLESTEP
+                | if features.block_interrupts { KVM_GUESTDBG_BLOCKIRQ } else { 0 },
             pkru_offset,
             has_pkrs: features.supervisor_keys,
             nesting,
@@ -306,7 +314,7 @@ impl<K: Send + Sync + 'static> Backend for KvmBackend<K> {
             return Err(VcpuError::Unsupported(reason.to_owned()));
         }
         let refused = |e: kvm_ioctls::Error| VcpuError::Hypervisor(format!("KVM_SET_GUEST_DEBUG: {e}"));
-        let control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP;
+        let control = self.step;
         self.vcpu.set_guest_debug(&kvm_guest_debug { control, ..Default::default() }).map_err(refused)?;
         let stepped = self.single_step();
         self.vcpu.set_guest_debug(&kvm_guest_debug::default()).map_err(refused)?;

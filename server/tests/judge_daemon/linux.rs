@@ -17,6 +17,7 @@ use libtest_mimic::Failed;
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::memory_service_client::MemoryServiceClient;
 use pagewalk_proto::v1::translate_response::Outcome;
+use pagewalk_proto::v1::translation_service_client::TranslationServiceClient;
 use pagewalk_proto::v1::vcpu_service_client::VcpuServiceClient;
 use tonic::Code;
 
@@ -36,6 +37,8 @@ const CONSOLE: &str = "/tmp/console";
 const COMMAND_LINE: &str =
     "console=ttyS0 quiet loglevel=3 nokaslr no_timer_check tsc=reliable hugepages=8 panic=-1";
 const BOOT: Duration = Duration::from_secs(120);
+/// Two busy vCPUs share one CPU with whoever asks.
+const PATIENCE: Duration = Duration::from_secs(30);
 const ECHO: Duration = Duration::from_secs(20);
 const PAUSES: u64 = 3;
 const STEPS: u32 = 12;
@@ -274,7 +277,7 @@ impl Guest<'_> {
         for _ in 0..STEPS {
             let request = v1::StepVcpuRequest { vcpu: which(index) };
             let mut client = VcpuServiceClient::new(self.daemon.channel.clone());
-            let answer = match self.daemon.block_on(client.step_vcpu(request)) {
+            let answer = match self.daemon.block_on(client.step_vcpu(patient(request))) {
                 Ok(answer) => answer.into_inner(),
                 Err(status)
                     if status.code() == Code::FailedPrecondition && status.message().contains("HLT") =>
@@ -381,7 +384,7 @@ impl Guest<'_> {
             ..Default::default()
         };
         let mut client = MemoryServiceClient::new(self.daemon.channel.clone());
-        let read = self.daemon.block_on(client.read_memory(request))?.into_inner();
+        let read = self.daemon.block_on(client.read_memory(patient(request)))?.into_inner();
         self.judge.case();
         let agreed = if mapping.rights.is_some() {
             self.judge.count("running: a word that was announced", 0);
@@ -404,13 +407,15 @@ impl Guest<'_> {
         access: v1::Access,
         freshness: v1::Freshness,
     ) -> Result<Option<u64>, Failed> {
-        let answer = self.daemon.translate(v1::TranslateRequest {
+        let request = v1::TranslateRequest {
             vcpu: which(index),
             address: Some(number_of(gva)),
             access: Some(access),
             freshness: freshness.into(),
             ..Default::default()
-        })?;
+        };
+        let mut client = TranslationServiceClient::new(self.daemon.channel.clone());
+        let answer = self.daemon.block_on(client.translate(patient(request)))?.into_inner();
         let provenance = answer.provenance.unwrap_or_default();
         let age = provenance.snapshot_age.unwrap_or_default();
         let running = provenance.run_state() == v1::RunState::Running;
@@ -455,10 +460,17 @@ fn number_of(address: u64) -> v1::Address {
     v1::Address { value: Some(v1::address::Value::Number(address)) }
 }
 
+fn patient<T>(message: T) -> tonic::Request<T> {
+    let mut request = tonic::Request::new(message);
+    request.set_timeout(PATIENCE);
+    request
+}
+
 fn pause(daemon: &Daemon, index: u32) -> Result<(), Failed> {
     let mut client = VcpuServiceClient::new(daemon.channel.clone());
-    let paused =
-        daemon.block_on(client.pause_vcpu(v1::PauseVcpuRequest { vcpu: which(index) }))?.into_inner();
+    let paused = daemon
+        .block_on(client.pause_vcpu(patient(v1::PauseVcpuRequest { vcpu: which(index) })))?
+        .into_inner();
     match paused.vcpu.unwrap_or_default() {
         vcpu if vcpu.run_state() == v1::RunState::Paused => Ok(()),
         vcpu => Err(format!("vCPU {index} is not paused: {vcpu:?}").into()),
@@ -467,11 +479,13 @@ fn pause(daemon: &Daemon, index: u32) -> Result<(), Failed> {
 
 fn resume(daemon: &Daemon, index: u32) -> Result<(), Failed> {
     let mut client = VcpuServiceClient::new(daemon.channel.clone());
-    Ok(daemon.block_on(client.resume_vcpu(v1::ResumeVcpuRequest { vcpu: which(index) })).map(drop)?)
+    Ok(daemon
+        .block_on(client.resume_vcpu(patient(v1::ResumeVcpuRequest { vcpu: which(index) })))
+        .map(drop)?)
 }
 
 fn registers(daemon: &Daemon, index: u32) -> Result<v1::Registers, Failed> {
     let request = v1::GetRegistersRequest { vcpu: which(index), freshness: v1::Freshness::Sync.into() };
     let mut client = VcpuServiceClient::new(daemon.channel.clone());
-    Ok(daemon.block_on(client.get_registers(request))?.into_inner().registers.unwrap_or_default())
+    Ok(daemon.block_on(client.get_registers(patient(request)))?.into_inner().registers.unwrap_or_default())
 }

@@ -105,7 +105,7 @@ impl Machine {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LookupError {
     /// No machine was named, and there is not exactly one.
-    #[error("name a machine: {}", list(.ids))]
+    #[error("name a machine{}: {}", hint(.ids), list(.ids))]
     Unnamed {
         /// The ids there are.
         ids: Vec<String>,
@@ -132,6 +132,11 @@ pub enum LookupError {
 
 fn list(ids: &[String]) -> String {
     if ids.is_empty() { "there is none".to_owned() } else { format!("there are `{}`", ids.join("`, `")) }
+}
+
+/// How the command line names one.
+fn hint(ids: &[String]) -> String {
+    ids.first().map(|id| format!(" (`--machine {id}`)")).unwrap_or_default()
 }
 
 /// Why a machine is not taken into the registry.

@@ -35,10 +35,9 @@ async fn a_machine_is_attached_asked_and_detached() {
     let gva = bed.landmark("kernel-text");
     assert_eq!(page(&bed.translate(of("b", read(gva))).await.unwrap()).gpa, 0x1_0000);
     // Now that there are two, they have to be named.
-    assert_eq!(
-        refusal(bed.translate(read(gva)).await),
-        (Code::InvalidArgument, "MACHINE_NOT_NAMED".to_owned())
-    );
+    let unnamed = bed.translate(read(gva)).await;
+    assert!(unnamed.as_ref().unwrap_err().message().contains("--machine"), "{unnamed:?}");
+    assert_eq!(refusal(unnamed), (Code::InvalidArgument, "MACHINE_NOT_NAMED".to_owned()));
     let refused = machines.detach_machine(detach("b", false)).await;
     assert_eq!(refusal(refused), (Code::FailedPrecondition, "GUEST_WOULD_END".to_owned()));
     machines.detach_machine(detach("b", true)).await.unwrap();
@@ -60,6 +59,12 @@ async fn attaching_what_cannot_be_is_refused_with_what_to_do() {
         ("x=nothing:y", Code::InvalidArgument, "INVALID_FIELD", "nothing"),
         (&"x".repeat(9000), Code::InvalidArgument, "INVALID_FIELD", "8192"),
         ("demo:plain", Code::AlreadyExists, "MACHINE_EXISTS", "already"),
+        (
+            "x=qemu:qmp=/nonexistent/vm.qmp",
+            Code::FailedPrecondition,
+            "CANNOT_ATTACH",
+            "start QEMU with -qmp unix:PATH",
+        ),
         ("x=kvm:elf=/nonexistent/kernel", Code::FailedPrecondition, "CANNOT_ATTACH", "/nonexistent/kernel"),
     ] {
         let status = machines.attach_machine(attach(spec)).await.unwrap_err();

@@ -34,7 +34,7 @@ const UNASKED: usize = 8;
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum MonitorError {
     /// The socket cannot be connected to.
-    #[error("cannot connect to the QMP socket {path}: {problem}")]
+    #[error("cannot connect to the QMP socket {path}: {problem}; {}", advice(.problem))]
     Connect {
         /// The socket.
         path: PathBuf,
@@ -57,6 +57,15 @@ pub enum MonitorError {
         /// What it says.
         problem: String,
     },
+}
+
+fn advice(problem: &io::Error) -> &'static str {
+    match problem.kind() {
+        io::ErrorKind::PermissionDenied => {
+            "run the daemon as QEMU's user or as root, or let its user write to the socket"
+        }
+        _ => "start QEMU with -qmp unix:PATH,server=on,wait=off",
+    }
 }
 
 impl MonitorError {

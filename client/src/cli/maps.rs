@@ -148,7 +148,7 @@ pub(super) struct MapsArgs {
 #[derive(Debug, clap::Args)]
 pub(super) struct FindArgs {
     /// Guest physical address, of the machine's memory: 0x and hex digits, or decimal; `_` may separate digits
-    #[arg(value_name = "GPA", value_parser = number::u64)]
+    #[arg(value_name = "GPA", value_parser = number::gpa)]
     gpa: u64,
     /// Length of the memory to look for
     #[arg(long, value_name = "SIZE", value_parser = number::u64, default_value = "1")]

@@ -24,6 +24,17 @@ pub(super) fn u64(text: &str) -> Result<u64, String> {
         .map_err(|_| "it does not fit 64 bits; the largest is 0xffff_ffff_ffff_ffff".into())
 }
 
+/// An address that memory may have. What is beyond is most likely a virtual one.
+pub(super) fn gpa(text: &str) -> Result<u64, String> {
+    u64(text).and_then(|gpa| {
+        if gpa >> 52 == 0 {
+            Ok(gpa)
+        } else {
+            Err("no physical address has more than 52 bits; `translate` takes virtual ones".into())
+        }
+    })
+}
+
 /// A 32-bit register.
 pub(super) fn u32(text: &str) -> Result<u32, String> {
     u32::try_from(u64(text)?).map_err(|_| "it does not fit 32 bits; the largest is 0xffff_ffff".into())

@@ -85,7 +85,12 @@ impl Error {
             return ConnectionError::from_transport(endpoint, source).into();
         }
         let info = status.get_details_error_info();
-        let message = if status.message().is_empty() {
+        let message = if info.is_none() && status.code() == Code::Unimplemented {
+            // A daemon gives a reason even for calls that it does not know.
+            format!(
+                "what listens at {endpoint} speaks gRPC and does not know this call: check the address, it may be another service"
+            )
+        } else if status.message().is_empty() {
             format!("the daemon at {endpoint} answered {:?} and gave no reason", status.code())
         } else {
             status.message().to_owned()

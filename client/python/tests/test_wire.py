@@ -311,6 +311,11 @@ def test_failure_carries_reason_and_advice(local: pagewalk.Client, scripted: Scr
     assert isinstance(raised.value, pagewalk.Error)
 
 
+def test_another_service_is_taken_for_one(local: pagewalk.Client) -> None:
+    with pytest.raises(pagewalk.UnimplementedError, match="another service"):
+        local.read_memory(0, 1)
+
+
 def test_failure_of_a_stream_is_ours_too(local: pagewalk.Client, scripted: Scripted) -> None:
     scripted.failure = (grpc.StatusCode.FAILED_PRECONDITION, "not here", None)
     with pytest.raises(pagewalk.FailedPreconditionError, match="not here"):

@@ -92,6 +92,9 @@ def from_rpc(failure: grpc.RpcError, target: str, *, tls: bool) -> Error:
         return ConnectError(_unreachable(target, message, tls=tls), code=code.name)
     if info is None and code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceededError(f"no answer from {target} in time: {message}", code=code.name)
+    if info is None and code is grpc.StatusCode.UNIMPLEMENTED:
+        # A daemon gives a reason even for calls that it does not know.
+        message = f"what listens at {target} speaks gRPC and does not know this call: is it another service?"
     if info is None:
         return _CLASSES.get(code, Error)(message, code=code.name)
     details = MappingProxyType(dict(info.metadata))

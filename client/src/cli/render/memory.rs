@@ -37,6 +37,7 @@ pub(in crate::cli) fn dump(first: u64, answer: &ReadMemoryResponse, last: bool) 
 
 pub(in crate::cli) fn written(answer: &WriteMemoryResponse) -> String {
     let what = match &answer.stop {
+        None if answer.written == 1 => "1 byte written".to_owned(),
         None => format!("{} bytes written", answer.written),
         Some(early) => format!("nothing written: {}", stop(early)),
     };

@@ -15,7 +15,7 @@ use object::{Endianness, ReadRef};
 
 use super::SymbolsProblem;
 use super::placement::BANNER;
-use super::table::SymbolTable;
+use super::table::{NAME_MAX, SymbolTable};
 
 /// Sections that are looked at.
 const SECTIONS_MAX: usize = 1 << 16;
@@ -81,8 +81,9 @@ fn symbols<'a, E: FileHeader<Endian = Endianness>, R: ReadRef<'a>>(
         if unwanted || symbol.st_shndx(endian) == SHN_UNDEF {
             continue;
         }
+        // Looked at no further than a name can reach: the file decides how far it is to the next zero.
         let name = strings.get(symbol.st_name(endian) as usize..).unwrap_or_default();
-        let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
+        let name = name.get(..=NAME_MAX).unwrap_or(name).split(|byte| *byte == 0).next().unwrap_or_default();
         // A name that is no text is none that anybody could write.
         if let Ok(name) = std::str::from_utf8(name) {
             table.push(symbol.st_value(endian).into(), name, symbol.st_bind() != STB_LOCAL)?;
@@ -110,6 +111,8 @@ fn symbols<'a, E: FileHeader<Endian = Endianness>, R: ReadRef<'a>>(
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test")]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use proptest::prelude::*;
 
     use super::*;
@@ -154,6 +157,29 @@ mod tests {
             }
             let _ = parse(&bytes[..]);
         }
+    }
+
+    /// Each symbol's name would be all that follows.
+    #[test]
+    fn names_without_end_take_no_longer() {
+        const SYMBOLS: usize = 1 << 16;
+        const NAMES: usize = 16 << 20;
+        let mut bytes = small();
+        let (symbols, names) = (bytes.len(), bytes.len() + SYMBOLS * 24);
+        for (header, offset, size) in [(1, symbols, SYMBOLS * 24), (2, names, NAMES)] {
+            let at = 64 + header * 64 + 24;
+            bytes[at..at + 8].copy_from_slice(&(offset as u64).to_le_bytes());
+            bytes[at + 8..at + 16].copy_from_slice(&(size as u64).to_le_bytes());
+        }
+        for _ in 0..SYMBOLS {
+            bytes.extend([1, 0, 0, 0, 0x11, 0, 3, 0]);
+            bytes.extend(0x1004u64.to_le_bytes());
+            bytes.extend(0u64.to_le_bytes());
+        }
+        bytes.resize(names + NAMES, b'x');
+        let begin = Instant::now();
+        assert!(matches!(parse(&bytes[..]), Err(SymbolsProblem::Empty)));
+        assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
     }
 
     /// An ELF64 executable of a symbol table, its names and a section with a banner.

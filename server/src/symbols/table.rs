@@ -7,7 +7,7 @@ const SYMBOLS_MAX: usize = 1 << 21;
 /// Bytes of all their names.
 const NAMES_MAX: usize = 128 << 20;
 /// Longest name: the kernel's own limit.
-const NAME_MAX: usize = 511;
+pub(super) const NAME_MAX: usize = 511;
 
 /// Symbols, complete and in order. Addresses are the file's.
 #[derive(Debug, Default)]

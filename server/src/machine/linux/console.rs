@@ -43,6 +43,8 @@ struct Shared {
 struct State {
     unread: VecDeque<u8>,
     client: Option<UnixStream>,
+    /// Clients so far: the number of this one.
+    turn: u64,
     over: bool,
 }
 
@@ -52,8 +54,11 @@ impl Shared {
     }
 
     /// Ends the connection, if it is still this one's turn.
-    fn hang_up(&self) {
-        if let Some(client) = self.lock().client.take() {
+    fn hang_up(&self, turn: u64) {
+        let mut state = self.lock();
+        if state.turn == turn
+            && let Some(client) = state.client.take()
+        {
             // It may have gone by itself.
             let _ = client.shutdown(Shutdown::Both);
         }
@@ -180,9 +185,13 @@ pub(super) fn serve(machine: &str, pending: Pending, port: &SerialPort) -> io::R
 
 impl Drop for Console {
     fn drop(&mut self) {
-        self.shared.lock().over = true;
+        let turn = {
+            let mut state = self.shared.lock();
+            state.over = true;
+            state.turn
+        };
         self.shared.changed.notify_all();
-        self.shared.hang_up();
+        self.shared.hang_up(turn);
         if self.stop.write(1).is_err() {
             // One thread is not woken, and is better left behind than waited for.
             return;
@@ -226,9 +235,10 @@ fn write_out(shared: &Shared) {
         match state.client.as_ref().map(UnixStream::try_clone) {
             Some(Ok(mut client)) if !state.unread.is_empty() => {
                 let bytes = Vec::from(std::mem::take(&mut state.unread));
+                let turn = state.turn;
                 drop(state);
                 if client.write_all(&bytes).is_err() {
-                    shared.hang_up();
+                    shared.hang_up(turn);
                 }
                 state = shared.lock();
             }
@@ -252,6 +262,8 @@ fn read_in(shared: &Shared, callers: &Callers, port: &SerialPort) {
             continue;
         };
         state.client = Some(for_output);
+        state.turn += 1;
+        let turn = state.turn;
         shared.changed.notify_all();
         drop(state);
         let mut bytes = [0; 256];
@@ -260,7 +272,7 @@ fn read_in(shared: &Shared, callers: &Callers, port: &SerialPort) {
                 break;
             }
         }
-        shared.hang_up();
+        shared.hang_up(turn);
     }
 }
 
@@ -277,4 +289,25 @@ fn type_in(shared: &Shared, port: &SerialPort, mut bytes: &[u8]) -> bool {
         }
     }
     true
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// Whoever stops taking what the guest says is noticed late, when the next one may be there already.
+    #[test]
+    fn the_end_of_one_client_is_not_that_of_the_next() {
+        let shared = Shared::default();
+        let (client, mut other_end) = UnixStream::pair().unwrap();
+        *shared.lock() = State { client: Some(client), turn: 2, ..State::default() };
+        shared.hang_up(1);
+        other_end.set_nonblocking(true).unwrap();
+        assert!(shared.lock().client.is_some());
+        assert_eq!(other_end.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        shared.hang_up(2);
+        assert!(shared.lock().client.is_none());
+        assert_eq!(other_end.read(&mut [0]).unwrap(), 0);
+    }
 }

@@ -10,12 +10,12 @@ pub(crate) fn symbol(near: Near) -> v1::Symbol {
 
 /// Where a machine's symbols come from, and what is known of its kernel.
 pub(crate) fn symbols(symbols: &Symbols) -> v1::Symbols {
-    let (placement, slide, reason) = match &*symbols.last_placed() {
+    let (placement, slide, reason) = match symbols.last_placed() {
         Ok(placed) => match placed.slide() {
             Some(slide) => (v1::SymbolPlacement::Found, Some(slide), placed.reason()),
             None => (v1::SymbolPlacement::AsWritten, None, placed.reason()),
         },
-        Err(why) => (v1::SymbolPlacement::NotFound, None, why.clone()),
+        Err(why) => (v1::SymbolPlacement::NotFound, None, why),
     };
     v1::Symbols {
         file: symbols.file().display().to_string(),

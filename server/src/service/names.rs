@@ -30,7 +30,7 @@ impl Target {
     ) -> Names {
         let of_l2 = walker.ngpa_walk().is_some() || matches!(snapshot.nested, NestedMode::Guest(_));
         let Some(symbols) = self.machine.symbols().filter(|_| !of_l2) else { return Names::default() };
-        let Ok(placed) = symbols.place(&self.machine, memory) else { return Names::default() };
+        let Some(placed) = symbols.place_if_quick(&self.machine, memory) else { return Names::default() };
         Names {
             gva: symbols.nearest(&placed, gva),
             entries: steps.iter().map(|step| symbols.nearest_physical(&placed, step.entry_gpa.0)).collect(),

@@ -14,6 +14,7 @@ mod text;
 use std::io::{self, Read as _, Seek as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 
@@ -25,6 +26,8 @@ use table::SymbolTable;
 const NEAR: u64 = 1 << 20;
 /// Addresses of one name that an error lists.
 const LISTED: usize = 4;
+/// Once the kernel was looked for in vain, names that nobody asked for do without it for so long.
+const IN_VAIN: Duration = Duration::from_millis(250);
 
 /// What is wrong with a file of symbols.
 #[derive(Debug, thiserror::Error)]
@@ -106,8 +109,16 @@ impl std::fmt::Display for Near {
 pub struct Symbols {
     file: PathBuf,
     table: SymbolTable,
-    /// Where the kernel was last found, or why it was not.
-    last: ArcSwap<Result<Arc<Placed>, String>>,
+    last: ArcSwap<Looked>,
+}
+
+/// The last time that the kernel was looked for.
+#[derive(Debug)]
+struct Looked {
+    /// Where it was found, or why it was not.
+    placed: Result<Arc<Placed>, String>,
+    /// When; `None` before the first time.
+    at: Option<Instant>,
 }
 
 impl Symbols {
@@ -117,8 +128,8 @@ impl Symbols {
     /// Names what is wrong with the file, by line where it has lines.
     pub fn read(path: &Path) -> Result<Self, SymbolsError> {
         let table = read(path).map_err(|problem| SymbolsError { file: path.to_owned(), problem })?;
-        let last = ArcSwap::from_pointee(Err("it has not been looked for yet".to_owned()));
-        Ok(Self { file: path.to_owned(), table, last })
+        let placed = Err("it has not been looked for yet".to_owned());
+        Ok(Self { file: path.to_owned(), table, last: ArcSwap::from_pointee(Looked { placed, at: None }) })
     }
 
     /// The file that they come from.
@@ -134,23 +145,30 @@ impl Symbols {
     }
 
     /// Where the kernel was when it was last looked for, or why it was not found.
-    pub(crate) fn last_placed(&self) -> Arc<Result<Arc<Placed>, String>> {
-        self.last.load_full()
+    pub(crate) fn last_placed(&self) -> Result<Arc<Placed>, String> {
+        self.last.load().placed.clone()
     }
 
-    /// Where the kernel is now.
+    /// Where the kernel is now. Looking for it takes milliseconds, and as many as the guest likes to make of them.
     pub(crate) fn place(&self, machine: &Machine, memory: &GuestRam) -> Result<Arc<Placed>, String> {
-        if let Ok(placed) = &**self.last.load()
+        if let Ok(placed) = &self.last.load().placed
             && placed.holds(&self.table, memory)
         {
             return Ok(Arc::clone(placed));
         }
         let placed = placement::find(&self.table, &placement::states(machine), memory).map(Arc::new);
-        self.last.store(Arc::new(placed.clone()));
+        self.last.store(Arc::new(Looked { placed: placed.clone(), at: Some(Instant::now()) }));
         placed
     }
 
-    /// The address of `name`.
+    /// The same, for those who can do without: a kernel that was not there a moment ago is not looked for.
+    pub(crate) fn place_if_quick(&self, machine: &Machine, memory: &GuestRam) -> Option<Arc<Placed>> {
+        let last = self.last.load();
+        let in_vain = last.placed.is_err() && last.at.is_some_and(|at| at.elapsed() < IN_VAIN);
+        if in_vain { None } else { self.place(machine, memory).ok() }
+    }
+
+    /// The address of `name`. Looks through all names where there is none like it.
     pub(crate) fn resolve(
         &self,
         machine: &Machine,
@@ -168,8 +186,8 @@ impl Symbols {
         if addresses.len() == 1 {
             return placed.address(*first).map_err(|why| Unresolved::Name(format!("`{name}` {why}")));
         }
-        let places: Vec<String> =
-            addresses.iter().filter_map(|a| placed.address(*a).ok()).map(|a| format!("{a:#x}")).collect();
+        let places = addresses.iter().filter_map(|a| placed.address(*a).ok()).take(LISTED + 1);
+        let places: Vec<String> = places.map(|a| format!("{a:#x}")).collect();
         let more = if places.len() > LISTED { ", ..." } else { "" };
         let listed = places[..places.len().min(LISTED)].join(", ");
         let count = addresses.len();
@@ -230,4 +248,32 @@ fn read(path: &Path) -> Result<SymbolTable, SymbolsProblem> {
     let mut bytes = Vec::new();
     file.take(text::BYTES_MAX + 1).read_to_end(&mut bytes)?;
     text::read(&bytes)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test")]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+    use crate::machine::MachineSpec;
+
+    /// Whatever a guest has in its memory, calls that want no more than names do not look for its kernel each time.
+    #[test]
+    fn names_do_without_a_kernel_that_was_not_there_a_moment_ago() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(b"ffffffff81000000 T _text\nffffffff81001000 R linux_banner\n").unwrap();
+        let machine = "demo:plain".parse::<MachineSpec>().unwrap().open().unwrap();
+        let memory = machine.source().memory();
+        let symbols = Symbols::read(file.path()).unwrap();
+        assert!(symbols.place_if_quick(&machine, &memory).is_none());
+        let first = symbols.last.load().at;
+        assert!(first.is_some());
+        assert!(symbols.place_if_quick(&machine, &memory).is_none());
+        let second = symbols.last.load().at;
+        assert!(second == first || second > first.map(|at| at + IN_VAIN));
+        // Whoever cannot do without has it looked for.
+        assert!(symbols.place(&machine, &memory).is_err());
+        assert!(symbols.last.load().at > second);
+    }
 }

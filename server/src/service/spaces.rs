@@ -13,7 +13,7 @@ use super::translation::{check_width, walker};
 use crate::convert;
 use crate::machine::{GuestRam, Machine};
 use crate::status::Error;
-use crate::vcpu::{SeenSpace, Snapshot};
+use crate::vcpu::{NestedMode, SeenSpace, Snapshot};
 
 /// Spaces in one answer, and in one request.
 const MOST: usize = 1024;
@@ -107,6 +107,11 @@ fn is_isolated(memory: &GuestRam, root: u64) -> bool {
     users().all(same) && users().any(|(entry, _)| entry & PRESENT != 0) && !kernels().all(same)
 }
 
+fn brings_second_dimension(state: &v1::WalkerOverride) -> bool {
+    use v1::walker_override::SecondDimension::{Ept, Npt};
+    matches!(state.second_dimension, Some(Npt(_) | Ept(_)))
+}
+
 pub(super) async fn across(
     daemon: &Daemon,
     target: &Target,
@@ -125,11 +130,17 @@ pub(super) async fn across(
     }
     let gva = target.gva(daemon, deadline, request.address, "address").await?;
     let access = convert::access::access(request.access, &snapshot.registers)?;
+    let state = request.r#override.unwrap_or_default();
     let cr3s = match request.cr3s {
         cr3s if !cr3s.is_empty() => cr3s,
+        _ if snapshot.nested != NestedMode::Off || brings_second_dimension(&state) => {
+            return Err(Error::Precondition(
+                "the address spaces that were seen are the machine's own, and this walk is an L2's: name the L2's in `cr3s`"
+                    .to_owned(),
+            ));
+        }
         _ => seen(&target.machine).0.iter().map(|seen| seen.space.root).collect(),
     };
-    let state = request.r#override.unwrap_or_default();
     let mut walkers = Vec::with_capacity(cr3s.len());
     for cr3 in cr3s {
         let state = v1::WalkerOverride { cr3: Some(cr3), ..state.clone() };

@@ -7,7 +7,7 @@ use pagewalk_proto::v1::space_translation::Outcome;
 use pagewalk_proto::v1::translate_response::Outcome as One;
 use tonic::Code;
 
-use crate::bed::{Bed, access, number, refusal, text};
+use crate::bed::{Bed, access, nested_off, nested_on, number, refusal, text};
 
 const ROOTS: [u64; 2] = [0x2_0000, 0x2_1000];
 
@@ -61,6 +61,24 @@ async fn what_was_seen_is_listed_and_is_the_default() {
     let user = bed.landmark("user-text");
     let answer = bed.translation().translate_across(across(number(user), &[])).await.unwrap().into_inner();
     assert_eq!(answer.spaces.iter().map(|it| it.cr3).collect::<Vec<_>>(), [space.cr3]);
+    bed.stop().await;
+}
+
+/// The CR3s that were seen are not those of an L2.
+#[tokio::test]
+async fn an_l2s_are_to_be_named() {
+    let bed = Bed::plain().await;
+    bed.walker().set_nested_mode(nested_on()).await.unwrap();
+    let unnamed = bed.translation().translate_across(across(number(0), &[])).await;
+    assert_eq!(refusal(unnamed), (Code::FailedPrecondition, "PRECONDITION".to_owned()));
+    let named = bed.translation().translate_across(across(number(0), &ROOTS)).await.unwrap().into_inner();
+    assert_eq!(named.spaces.len(), ROOTS.len());
+    bed.walker().set_nested_mode(nested_off()).await.unwrap();
+    let npt = v1::walker_override::SecondDimension::Npt(v1::Npt::default());
+    let state = Some(v1::WalkerOverride { second_dimension: Some(npt), ..Default::default() });
+    let request = v1::TranslateAcrossRequest { r#override: state, ..across(number(0), &[]) };
+    let unnamed = bed.translation().translate_across(request).await;
+    assert_eq!(refusal(unnamed), (Code::FailedPrecondition, "PRECONDITION".to_owned()));
     bed.stop().await;
 }
 

@@ -205,7 +205,9 @@ class TranslateAcrossRequest(google.protobuf.message.Message):
 
     @property
     def cr3s(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """The address spaces, by their CR3s, at most 1024. Default: those that `ListAddressSpaces` lists."""
+        """The address spaces, by their CR3s, at most 1024. Default: those that `ListAddressSpaces` lists. Required for an L2's
+        walk: none of those is an L2's.
+        """
 
     def __init__(
         self,

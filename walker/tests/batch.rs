@@ -131,13 +131,15 @@ fn column(rng: &mut fastrand::Rng) -> Vec<u64> {
 fn entry(rng: &mut fastrand::Rng) -> u64 {
     let word = rng.u64(..);
     let table = word & 0x0000_ffff_0000_ffff;
-    match rng.u32(..8) {
+    match rng.u32(..9) {
         0 | 1 => table & 0xffff & !0x38 | 0x7,
         2 => table & 0xf700 | 0x7,
         3 => table & 0xffff & !0x38 | 0x37,
         4 => table | 7 << 32 | 7,
         5 => table & 0xffff & !0x1000 | 0x87,
         6 => table & 0xffff | word & 0xfff0_0000_0000_0000 | 1,
+        // Wider than what 4 levels translate.
+        7 => table & 0xf000 | 1 << (48 + word % 4) | 0x37,
         _ => word,
     }
 }

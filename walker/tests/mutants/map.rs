@@ -35,10 +35,6 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         &[("map/filter.rs", "&& page.rights().and(self.forbidden) == Rights::NONE", "")],
     ),
     mutant(
-        "a map's filter ends one byte early",
-        &[("map/filter.rs", "(last.0 - gpa.0).saturating_add(1)", "(last.0 - gpa.0).max(1)")],
-    ),
-    mutant(
         "a map's access is not asked of each page",
         &[("map/scan.rs", "let own = if self.page_by_page {", "let own = if false {")],
     ),

@@ -109,10 +109,15 @@ impl Log {
             .mode(0o640)
             .custom_flags(libc::O_NONBLOCK)
             .open(path)?;
-        if !file.metadata()?.is_file() {
+        let metadata = file.metadata()?;
+        if !metadata.is_file() {
             return Err(io::Error::other("is not a regular file"));
         }
-        Ok(Self { file, left: LOG_MAX })
+        // What earlier machines said counts as well: else each attach would add as much again.
+        match LOG_MAX.saturating_sub(metadata.len()) {
+            0 => Err(io::Error::other(format!("has {LOG_MAX} bytes already: move it away, or name another"))),
+            left => Ok(Self { file, left }),
+        }
     }
 
     fn write(&mut self, bytes: &[u8]) {
@@ -295,6 +300,19 @@ fn type_in(shared: &Shared, port: &SerialPort, mut bytes: &[u8]) -> bool {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn a_log_grows_no_further_with_another_machine() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(LOG_MAX - 2).unwrap();
+        let mut log = Log::open(file.path()).unwrap();
+        for byte in b"abc" {
+            log.write(&[*byte]);
+        }
+        assert_eq!(file.as_file().metadata().unwrap().len(), LOG_MAX);
+        let full = Log::open(file.path()).err().unwrap();
+        assert!(full.to_string().contains("move it away"), "{full}");
+    }
 
     /// Whoever stops taking what the guest says is noticed late, when the next one may be there already.
     #[test]

@@ -7,8 +7,11 @@ mod daemon;
 #[allow(dead_code, reason = "each test uses its part")]
 mod scripted;
 
+use std::io::Read as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use daemon::Daemon;
 use pagewalk_client::{Client, Endpoint, SaveError, SavedImage};
@@ -50,6 +53,31 @@ async fn what_is_no_whole_image_leaves_nothing_behind() {
     assert!(error.to_string().contains("exists already"), "{error}");
     let error = save(&address, "whole", &folder.path().join("guest.mem")).await.unwrap_err();
     assert!(error.to_string().contains("no name for a description"), "{error}");
+}
+
+#[test]
+fn interrupted_it_leaves_nothing_behind() {
+    let address = scripted::start(None).to_string();
+    let folder = tempfile::tempdir().unwrap();
+    let mut saving = Command::new(env!("CARGO_BIN_EXE_pagewalk"))
+        .args(["--addr", &address, "--machine", "stuck", "--timeout", "30", "save", "guest.toml"])
+        .current_dir(folder.path())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let start = Instant::now();
+    // The description's text is there: the daemon has begun.
+    while std::fs::read(folder.path().join("guest.toml.part")).unwrap_or_default().is_empty() {
+        assert!(start.elapsed() < Duration::from_secs(20), "it does not begin");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let signal = Command::new("sh").args(["-c", &format!("kill -INT {}", saving.id())]).status().unwrap();
+    assert!(signal.success());
+    assert_eq!(saving.wait().unwrap().code(), Some(3));
+    let mut said = String::new();
+    saving.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert!(said.contains("interrupted"), "{said}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 
 fn json(daemon: &Daemon, arguments: &[&str]) -> Value {
@@ -136,7 +164,7 @@ fn a_guest_is_left_as_it_was() {
 fn the_example_of_the_help_works() {
     let daemon = Daemon::start();
     let folder = tempfile::tempdir().unwrap();
-    let output = std::process::Command::new(env!("CARGO_BIN_EXE_pagewalk"))
+    let output = Command::new(env!("CARGO_BIN_EXE_pagewalk"))
         .args(["--json", "save", "demo.toml"])
         .current_dir(folder.path())
         .env("PAGEWALK_ADDR", &daemon.address)

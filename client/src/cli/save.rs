@@ -37,12 +37,22 @@ pub(super) async fn run(context: &Context, args: &Args) -> Result<ExitCode, Fail
         ProgressBar::hidden()
     };
     let client = context.client().await?;
-    let saved = client
-        .save_image(&machine, &args.file, |done, all| {
-            bar.set_length(all);
-            bar.set_position(done);
-        })
-        .await;
+    let saving = client.save_image(&machine, &args.file, |done, all| {
+        bar.set_length(all);
+        bar.set_position(done);
+    });
+    // Ctrl-C drops what was begun, and with it the unfinished files.
+    let saved = tokio::select! {
+        biased;
+        interrupted = tokio::signal::ctrl_c() => {
+            bar.finish_and_clear();
+            return Err(Failure::Own(match interrupted {
+                Ok(()) => "interrupted: nothing is saved".to_owned(),
+                Err(problem) => format!("cannot wait for Ctrl-C: {problem}"),
+            }));
+        }
+        saved = saving => saved,
+    };
     bar.finish_and_clear();
     let saved = saved?;
     context.output.answer("ImageEnd", &ImageEnd { contents_bytes: saved.contents_bytes }, |_| {

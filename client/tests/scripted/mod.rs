@@ -10,7 +10,7 @@ use pagewalk_client::v1::{
 };
 use tokio::net::{TcpListener, UnixListener};
 use tokio_stream::{
-    Stream,
+    Stream, StreamExt as _,
     wrappers::{TcpListenerStream, UnixListenerStream},
 };
 use tonic::{
@@ -558,9 +558,10 @@ impl machine::MachineService for Scripted {
         }))
     }
 
-    type SaveImageStream = tokio_stream::Iter<std::vec::IntoIter<Result<v1::SaveImageResponse, Status>>>;
+    type SaveImageStream = Parts<v1::SaveImageResponse>;
 
-    /// An image of two pages, the second of which is set. Of machine `torn` it has no end; of `wide`, a piece too many.
+    /// An image of two pages, the second of which is set. Of machine `torn` it has no end; of `wide`, a piece too many; of
+    /// `stuck`, nothing after the start.
     async fn save_image(
         &self,
         request: Request<v1::SaveImageRequest>,
@@ -576,10 +577,16 @@ impl machine::MachineService for Scripted {
         let parts = match request.machine.as_str() {
             "torn" => vec![Part::Start(start), piece(0x1000)],
             "wide" => vec![Part::Start(start), piece(0x2000)],
+            "stuck" => vec![Part::Start(start)],
             _ => vec![Part::Start(start), piece(0x1000), Part::End(v1::ImageEnd { contents_bytes: 0x1000 })],
         };
         let part = |part| Ok(v1::SaveImageResponse { part: Some(part) });
-        Ok(Response::new(tokio_stream::iter(parts.into_iter().map(part).collect::<Vec<_>>())))
+        let parts = tokio_stream::iter(parts.into_iter().map(part).collect::<Vec<_>>());
+        Ok(Response::new(if request.machine == "stuck" {
+            Box::pin(parts.chain(tokio_stream::pending()))
+        } else {
+            Box::pin(parts)
+        }))
     }
 
     async fn detach_machine(

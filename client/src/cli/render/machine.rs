@@ -40,7 +40,7 @@ fn machine(machine: &Machine) -> String {
     }
     if let Some(symbols) = &machine.symbols {
         let place = match (symbols.placement(), symbols.slide) {
-            (SymbolPlacement::Found, Some(slide)) => format!("slide {slide:#x}"),
+            (SymbolPlacement::Found, Some(slide)) => format!("slide {}", displacement(slide)),
             (SymbolPlacement::NotFound, _) => paint::bad("kernel not found"),
             _ => "as written".into(),
         };
@@ -104,9 +104,22 @@ fn size(bytes: u64) -> String {
     }
 }
 
+/// What is added to addresses modulo 2^64, with its sign.
+fn displacement(slide: u64) -> String {
+    let sign = if slide.cast_signed() < 0 { "-" } else { "" };
+    format!("{sign}{:#x}", slide.cast_signed().unsigned_abs())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_slide_goes_up_or_down() {
+        for (slide, text) in [(0, "0x0"), (0x20_0000, "0x200000"), (0xffff_ffff_e1a0_0000, "-0x1e600000")] {
+            assert_eq!(displacement(slide), text);
+        }
+    }
 
     #[test]
     fn sizes_in_their_largest_whole_unit() {

@@ -131,7 +131,11 @@ pub enum LookupError {
 }
 
 fn list(ids: &[String]) -> String {
-    if ids.is_empty() { "there is none".to_owned() } else { format!("there are `{}`", ids.join("`, `")) }
+    if ids.is_empty() {
+        "there is none, attach one (`pagewalk attach demo`)".to_owned()
+    } else {
+        format!("there are `{}`", ids.join("`, `"))
+    }
 }
 
 /// How the command line names one.

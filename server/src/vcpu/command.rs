@@ -42,7 +42,7 @@ pub(super) struct Command {
 pub enum VcpuError {
     /// It did not answer before the deadline.
     #[error(
-        "vCPU {vcpu} did not come out of the guest within {waited:?}: retry with a longer deadline, or ask for the latest state"
+        "vCPU {vcpu} did not come out of the guest within {waited:.1?}: retry with a longer deadline, or ask for the latest state"
     )]
     Timeout {
         /// Name of the vCPU, such as `demo/vcpu0`.

@@ -82,6 +82,17 @@ async fn attaching_what_cannot_be_is_refused_with_what_to_do() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn without_a_machine_one_is_to_be_attached() {
+    let bed = Bed::plain().await;
+    let gva = bed.landmark("kernel-text");
+    bed.machines().detach_machine(detach("demo", true)).await.unwrap();
+    let status = bed.translate(read(gva)).await.unwrap_err();
+    assert!(status.message().contains("pagewalk attach"), "{status:?}");
+    assert_eq!(refusal(Err::<(), _>(status)), (Code::InvalidArgument, "MACHINE_NOT_NAMED".to_owned()));
+    bed.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn streams_end_when_their_machine_goes() {
     let bed = Bed::with(config(), &["a=demo:plain", "b=demo:plain"]).await;
     let watch = |machine: &str| v1::WatchWalkerStateRequest {

@@ -21,6 +21,7 @@ use crate::batch::nested::NestedLanes;
 use crate::batch::pipeline::Lanes;
 use crate::fault::Fault;
 use crate::memory::Memory;
+use crate::nested::NgpaWalk;
 use crate::trace::NoTrace;
 use crate::walker::Walker;
 
@@ -90,8 +91,13 @@ impl Walker {
                     return dispatch::run(instructions, &lanes, gvas, words, &mut alone);
                 }
             }
-            Some(second) => {
-                if let Some(lanes) = NestedLanes::new(walk, second, memory, access) {
+            Some(second @ NgpaWalk::Npt(_)) => {
+                if let Some(lanes) = NestedLanes::<M, false>::new(walk, second, memory, access) {
+                    return dispatch::run(instructions, &lanes, gvas, words, &mut alone);
+                }
+            }
+            Some(second @ NgpaWalk::Ept(_)) => {
+                if let Some(lanes) = NestedLanes::<M, true>::new(walk, second, memory, access) {
                     return dispatch::run(instructions, &lanes, gvas, words, &mut alone);
                 }
             }

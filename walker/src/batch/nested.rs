@@ -19,7 +19,7 @@ use crate::nested::NgpaWalk;
 use crate::walk::PageWalk;
 
 /// What is the same for all walks of a batch.
-pub(super) struct NestedLanes<'a, M> {
+pub(super) struct NestedLanes<'a, M, const EPT: bool> {
     memory: &'a M,
     guest: Admission,
     /// An nGPA.
@@ -28,70 +28,41 @@ pub(super) struct NestedLanes<'a, M> {
     /// Addresses that are canonical by this width are walked as they are, whatever pointer bits a CPU ignores.
     width: u32,
     /// Finds the guest's entries.
-    tables: Second,
+    tables: Second<EPT>,
     /// Finds the page.
-    page: Second,
+    page: Second<EPT>,
     /// Frames from here on, and up to here, are RAM.
     ram: (u64, u64),
 }
 
-/// The second dimension, for one purpose.
-struct Second {
+/// The second dimension, for one purpose. Entries of EPT are turned into entries of long mode that mean the same: X into NX, and
+/// all are user pages.
+struct Second<const EPT: bool> {
     admission: Admission,
-    form: Form,
     root: u64,
     levels: u32,
     /// Bits of an nGPA.
     width: u32,
 }
 
-/// Turns entries of EPT into entries of long mode that mean the same: X into NX, and all are user pages.
-#[derive(Clone, Copy)]
-struct Form {
-    user: u64,
-    no_execute: u64,
-    /// Where 0 says that a leaf's memory type is WB or UC, once [`Self::memory_type`] has folded it.
-    memory_type: u64,
-}
-
-impl Form {
-    const LONG_MODE: Self = Self { user: 0, no_execute: 0, memory_type: 0 };
-    const EPT: Self = Self { user: USER, no_execute: NO_EXECUTE, memory_type: 0x18 };
-
-    #[inline(always)]
-    const fn long_mode(self, entry: u64) -> u64 {
-        let no_execute = !entry << 61 & self.no_execute;
-        entry & !self.no_execute | self.user | no_execute
-    }
-
-    /// 0 for a leaf of memory type 0 (UC) or 6 (WB): bit 3 is clear, and bits 4 and 5 are equal.
-    #[inline(always)]
-    const fn unusual_type(self, entry: u64) -> u64 {
-        (entry & 1 << 3 | (entry ^ entry >> 1) & 1 << 4) & self.memory_type
-    }
-}
-
-impl Second {
-    fn new(walk: &PageWalk, form: Form, admission: Admission) -> Self {
-        let format = walk.format();
-        Self { admission, form, root: walk.root(), levels: format.levels(), width: format.linear_width() }
-    }
-
+impl<const EPT: bool> Second<EPT> {
     /// What the guest's entries, and what the access's page are found by; `None` where lanes do not know this dimension, or
     /// the access.
     fn both(second: &NgpaWalk, access: &Access) -> Option<[Self; 2]> {
         let walk = second.page_walk();
         let format = walk.format();
-        let by = |kind| match second {
-            NgpaWalk::Npt(npt) if !npt.controls().guest_mode_execute_trap => {
-                let privilege = if access.is_exempt() { Privilege::Exempt } else { Privilege::User };
-                let admission = Admission::new(format, &Access::new(kind, privilege))?;
-                Some(Self::new(walk, Form::LONG_MODE, admission))
-            }
-            NgpaWalk::Ept(ept) if !ept.controls().mode_based_execute => {
-                Some(Self::new(walk, Form::EPT, Admission::of_ept(format, kind)))
-            }
-            _ => None,
+        let by = |kind| {
+            let admission = match second {
+                NgpaWalk::Npt(npt) if !EPT && !npt.controls().guest_mode_execute_trap => {
+                    let privilege = if access.is_exempt() { Privilege::Exempt } else { Privilege::User };
+                    Admission::new(format, &Access::new(kind, privilege))?
+                }
+                NgpaWalk::Ept(ept) if EPT && !ept.controls().mode_based_execute => {
+                    Admission::of_ept(format, kind)
+                }
+                _ => return None,
+            };
+            Some(Self { admission, root: walk.root(), levels: format.levels(), width: format.linear_width() })
         };
         Some([by(AccessKind::Write)?, by(access.kind())?])
     }
@@ -205,22 +176,30 @@ impl Second {
     }
 
     fn large_page(&self, level: u32, state: State, entry: u64, ngpa: u64) -> Option<u64> {
-        match self.form.unusual_type(entry) {
-            0 => self.admission.large_page(level, state, entry, ngpa),
-            _ => None,
+        if Self::unusual_type(entry) == 0 {
+            self.admission.large_page(level, state, entry, ngpa)
+        } else {
+            None
         }
     }
 
     /// The bits that keep a PTE from mapping a page that the access may use.
     #[inline(always)]
     fn wrong(&self, state: State, entry: u64) -> u64 {
-        self.admission.pages().wrong(state, entry) | self.form.unusual_type(entry)
+        self.admission.pages().wrong(state, entry) | Self::unusual_type(entry)
     }
 
     /// The next entry. One outside memory is absent.
     #[inline(always)]
     fn load<M: Memory>(&self, memory: &M, state: State) -> u64 {
-        self.form.long_mode(memory.load_u64(Gpa(state & ADDRESS)).unwrap_or(0))
+        let entry = memory.load_u64(Gpa(state & ADDRESS)).unwrap_or(0);
+        if EPT { entry & !NO_EXECUTE | USER | !entry << 61 & NO_EXECUTE } else { entry }
+    }
+
+    /// 0 for a leaf of memory type 0 (UC) or 6 (WB): bit 3 is clear, and bits 4 and 5 are equal.
+    #[inline(always)]
+    const fn unusual_type(entry: u64) -> u64 {
+        if EPT { entry & 1 << 3 | (entry ^ entry >> 1) & 1 << 4 } else { 0 }
     }
 }
 
@@ -245,7 +224,7 @@ impl Block {
     }
 }
 
-impl<'a, M: Memory> NestedLanes<'a, M> {
+impl<'a, M: Memory, const EPT: bool> NestedLanes<'a, M, EPT> {
     /// `None` where lanes do not know one of the dimensions, or the access.
     pub(super) fn new(walk: &PageWalk, second: &NgpaWalk, memory: &'a M, access: &Access) -> Option<Self> {
         if access.is_shadow_stack() {
@@ -420,7 +399,7 @@ const fn live(walks: usize) -> u64 {
     if walks >= BLOCK { u64::MAX } else { (1 << walks) - 1 }
 }
 
-impl<M: Memory> Walks for NestedLanes<'_, M> {
+impl<M: Memory, const EPT: bool> Walks for NestedLanes<'_, M, EPT> {
     #[inline(always)]
     fn run(&self, gvas: &[u64], words: &mut [u64], alone: &mut dyn FnMut(usize, u64) -> u64) {
         let none = [0; BLOCK];
@@ -516,6 +495,19 @@ mod tests {
         npt.chain(ept).map(|second| second.expect("these registers are valid"))
     }
 
+    fn resolve<const EPT: bool>(
+        second: &NgpaWalk,
+        access: &Access,
+        phase: NestedPhase,
+        path: &Path,
+        column: &[u64],
+        words: &mut Column,
+    ) -> u64 {
+        let [tables, page] = Second::<EPT>::both(second, access).expect("lanes know these");
+        let by = if phase == NestedPhase::Table { tables } else { page };
+        by.resolve(path, column, words)
+    }
+
     /// For every format, level and combination of the bits that matter: what lanes accept is what the second dimension answers, and
     /// what they leave of that are pages of EPT with rights or a memory type that are unusual.
     #[test]
@@ -543,14 +535,18 @@ mod tests {
                     let privilege =
                         [Privilege::User, Privilege::Supervisor, Privilege::Exempt][rng.usize(..3)];
                     let access = Access::new(kind, privilege);
-                    let [tables, page] = Second::both(&second, &access).expect("lanes know these");
                     let ngpa = rng.u64(..) & 0xffff_ffff_f000;
                     // Alone, and beside one that shares no entry with it.
                     let column = [ngpa, ngpa ^ 1 << 47];
                     let column = if rng.bool() { &column[..1] } else { &column[..] };
-                    for (by, phase) in [(tables, NestedPhase::Table), (page, NestedPhase::Final)] {
+                    for phase in [NestedPhase::Table, NestedPhase::Final] {
                         let mut words = [0; BLOCK];
-                        let without = by.resolve(&path, column, &mut words) & 1 != 0;
+                        let refused_lanes = if ept {
+                            resolve::<true>(&second, &access, phase, &path, column, &mut words)
+                        } else {
+                            resolve::<false>(&second, &access, phase, &path, column, &mut words)
+                        };
+                        let without = refused_lanes & 1 != 0;
                         let general = second.translate(&path, NestedGpa(ngpa), &access, phase, &mut NoTrace);
                         let word = PageWord::from_bits(words[0]);
                         match general {

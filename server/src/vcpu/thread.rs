@@ -171,7 +171,9 @@ impl<B: Backend> Driver<'_, B> {
                 let _ = command.reply.send(reply);
             }
         }
-        if ticket > self.shared.published.latest().ticket {
+        let published = self.shared.published.latest();
+        // A command that failed may have ended the vCPU, after its ticket was served.
+        if ticket > published.ticket || self.run_state != published.run_state {
             self.publish(ticket);
         }
         match self.activity {

@@ -48,6 +48,7 @@ fn grpcurl_lists_and_describes() -> Result<(), Failed> {
             "pagewalk.v1.TranslationService.ExplainFault",
             "pagewalk.v1.TranslationService.StreamTranslate",
             "pagewalk.v1.TranslationService.Translate",
+            "pagewalk.v1.TranslationService.TranslateAcross",
             "pagewalk.v1.TranslationService.TranslateNestedGpa",
             "pagewalk.v1.TranslationService.TranslateRange",
         ]
@@ -113,7 +114,8 @@ def document(found):
 with pagewalk.connect(sys.argv[1]) as client:
     for question in json.load(sys.stdin):
         found = client.translate(question["address"], question["access"], explain=True)
-        print(json.dumps(document(found) | {"explanation": found.explanation}))
+        address = {"address": str(found.gva if found.ok else found.address)}
+        print(json.dumps(document(found) | address | {"explanation": found.explanation}))
 "#;
 
 fn give_equal_answers() -> Result<(), Failed> {

@@ -11,6 +11,8 @@
 //! - KVM takes 4 MiB pages to have 36-bit addresses, and these vCPUs have more: bits 20:17 of such entries stay clear.
 //! - PKRU comes with the request: it cannot be written in the daemon's vCPU.
 
+use std::sync::atomic::Ordering;
+
 use fastrand::Rng;
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use libtest_mimic::Failed;
@@ -110,6 +112,8 @@ struct Round<'a> {
     daemon: &'a Daemon,
     row: Row,
     tables: Tables,
+    /// What both memories hold.
+    words: Vec<u64>,
     sregs: kvm_sregs,
     below: Option<Root>,
 }
@@ -143,13 +147,11 @@ impl<'a> Round<'a> {
             let cr0 = CR0_PE | CR0_NE | CR0_PG | when(rng.bool(), CR0_WP);
             Root::Npt(root, pagewalk::ControlRegisters { cr0, cr4, efer, ..Default::default() })
         });
-        let mut bytes = Vec::new();
-        for word in machine.ram.words().iter().take((RAM_PAGES * PAGE / 8) as usize) {
-            bytes.extend(word.load(std::sync::atomic::Ordering::Relaxed).to_le_bytes());
-        }
-        daemon.write(0, &bytes)?;
+        let words = machine.ram.words().iter().take((RAM_PAGES * PAGE / 8) as usize);
+        let words: Vec<u64> = words.map(|word| word.load(Ordering::Relaxed)).collect();
+        daemon.write(0, &words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>())?;
 
-        let round = Round { machine, vcpu, daemon, row, tables, sregs, below };
+        let round = Round { machine, vcpu, daemon, row, tables, words, sregs, below };
         round.set_truth()?;
         round.set_daemon(rng)?;
         Ok(round)
@@ -255,6 +257,7 @@ impl<'a> Round<'a> {
             let gva = self.address(rng);
             judge.case();
             let tr = self.vcpu.fd.translate_gva(gva)?;
+            self.forget_use();
             let kernel = (tr.valid != 0).then_some(tr.physical_address);
             let ours = self.ask(gva, &access, judge)?;
             if ours != kernel {
@@ -276,6 +279,16 @@ impl<'a> Round<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Takes back the accessed bits that the kernel's walk has set, which the daemon's memory does not have: a word that is an
+    /// entry of both dimensions may mean something else with them.
+    fn forget_use(&self) {
+        for (word, was) in self.machine.ram.words().iter().zip(&self.words) {
+            if word.load(Ordering::Relaxed) != *was {
+                word.store(*was, Ordering::Relaxed);
+            }
+        }
     }
 
     fn address(&self, rng: &mut Rng) -> u64 {

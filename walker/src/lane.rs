@@ -227,37 +227,16 @@ mod tests {
     use crate::access::{AccessKind, Privilege};
     use crate::addr::is_canonical;
     use crate::masking::CR3_LAM_U48;
-    use crate::memory::ExchangeError;
     use crate::mode::{
         CR0_PE, CR0_PG, CR0_WP, CR4_CET, CR4_LA57, CR4_PAE, CR4_PKE, CR4_PKS, CR4_SMAP, CR4_SMEP,
         ControlRegisters, CpuProfile, EFER_LMA, EFER_LME, EFER_NXE, Vendor,
     };
+    use crate::single_path::{OUTSIDE, SinglePath};
     use crate::trace::NoTrace;
 
     const MAXPHYADDR: u8 = 40;
-    /// Below MAXPHYADDR, but outside memory.
-    const OUTSIDE: u64 = 1 << 39;
     /// P, W, U, PS, G, a bit that large frames reserve, an absent frame, two bits above MAXPHYADDR, NX.
     const BITS: [u64; 10] = [1, 1 << 1, 1 << 2, 1 << 7, 1 << 8, 1 << 13, OUTSIDE, 1 << 45, 1 << 47, 1 << 63];
-
-    /// One entry a level, the table of level `n` at `n` GiB, so that every entry may be a leaf of any size.
-    struct Path {
-        entries: [u64; 6],
-    }
-
-    impl Memory for Path {
-        fn load_u64(&self, gpa: Gpa) -> Option<u64> {
-            if gpa.0 >= OUTSIDE { None } else { self.entries.get((gpa.0 >> 30) as usize).copied() }
-        }
-
-        fn compare_exchange_u64(&self, _: Gpa, _: u64, _: u64) -> Result<(), ExchangeError> {
-            Err(ExchangeError::ReadOnly)
-        }
-
-        fn backing(&self, gpa: Gpa) -> Backing {
-            if gpa.0 >= OUTSIDE { Backing::None } else { Backing::Ram }
-        }
-    }
 
     fn walk(format: u32) -> PageWalk {
         let when = |bit: u32, value: u64| if format >> bit & 1 != 0 { value } else { 0 };
@@ -320,8 +299,8 @@ mod tests {
             let walk = walk(format);
             for varied in 1..=walk.format().levels() as usize {
                 for combination in 0..1_u32 << BITS.len() {
-                    let mut path = Path { entries: [0; 6] };
-                    for (level, entry) in path.entries.iter_mut().enumerate().skip(1) {
+                    let mut path = SinglePath([0; 6]);
+                    for (level, entry) in path.0.iter_mut().enumerate().skip(1) {
                         let ignored = rng.u64(..) & (0x7f << 52 | 0xf << 59 | 0xf << 9 & 0xe00 | 0x78);
                         let right = |bit: u64, rng: &mut fastrand::Rng| if rng.u8(..4) > 0 { bit } else { 0 };
                         *entry = ((level as u64 - 1) << 30) | ignored & !(1 << 63) | 1;
@@ -340,7 +319,7 @@ mod tests {
                         || walk.format().address_bits() != u64::MAX
                         || !is_canonical(gva, walk.format().unchanged_width());
                     if lane.is_some() || !general_alone {
-                        assert_eq!(lane, general, "{gva:#x} {access:?} {:x?} {walk:?}", path.entries);
+                        assert_eq!(lane, general, "{gva:#x} {access:?} {:x?} {walk:?}", path.0);
                     }
                     match lane {
                         Some(page) => accepted[page.page_size() as usize] += 1,
@@ -365,6 +344,6 @@ mod tests {
         };
         let walk = PageWalk::new(&ControlRegisters::default(), &cpu).expect("reset state");
         let access = Access::new(AccessKind::Read, Privilege::Supervisor);
-        assert_eq!(Lane::of(&walk).translate(&walk, &Path { entries: [1; 6] }, 0, &access), None);
+        assert_eq!(Lane::of(&walk).translate(&walk, &SinglePath([1; 6]), 0, &access), None);
     }
 }

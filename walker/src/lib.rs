@@ -44,6 +44,8 @@ mod reserved;
 #[doc = include_str!("../RULES.md")]
 pub mod rules {}
 mod shadow_stack;
+#[cfg(test)]
+mod single_path;
 mod trace;
 mod translation;
 mod walk;

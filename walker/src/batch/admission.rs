@@ -207,39 +207,19 @@ impl Needs {
 mod tests {
     use super::*;
     use crate::access::Privilege;
-    use crate::addr::Gpa;
     use crate::batch::word::with_backing;
-    use crate::memory::{Backing, ExchangeError, Memory};
     use crate::mode::{
         CR0_PE, CR0_PG, CR0_WP, CR4_CET, CR4_LA57, CR4_PAE, CR4_PKE, CR4_PKS, CR4_SMAP, CR4_SMEP,
         ControlRegisters, CpuProfile, EFER_LMA, EFER_LME, EFER_NXE, Vendor,
     };
+    use crate::single_path::{OUTSIDE, SinglePath};
     use crate::trace::NoTrace;
     use crate::walk::PageWalk;
 
     const MAXPHYADDR: u8 = 40;
-    /// Below MAXPHYADDR, but outside memory.
-    const OUTSIDE: u64 = 1 << 39;
     /// P, W, U, PS, G, a bit that large frames reserve, an absent frame, two bits above MAXPHYADDR, a key bit, NX.
     const BITS: [u64; 11] =
         [1, 1 << 1, 1 << 2, 1 << 7, 1 << 8, 1 << 13, OUTSIDE, 1 << 45, 1 << 47, 1 << 60, 1 << 63];
-
-    /// One entry a level, the table of level `n` at `n` GiB, so that every entry may be a leaf of any size.
-    struct Path([u64; 6]);
-
-    impl Memory for Path {
-        fn load_u64(&self, gpa: Gpa) -> Option<u64> {
-            if gpa.0 >= OUTSIDE { None } else { self.0.get((gpa.0 >> 30) as usize).copied() }
-        }
-
-        fn compare_exchange_u64(&self, _: Gpa, _: u64, _: u64) -> Result<(), ExchangeError> {
-            Err(ExchangeError::ReadOnly)
-        }
-
-        fn backing(&self, gpa: Gpa) -> Backing {
-            if gpa.0 >= OUTSIDE { Backing::None } else { Backing::Ram }
-        }
-    }
 
     fn walk(format: u32) -> PageWalk {
         let when = |bit: u32, value: u64| if format >> bit & 1 != 0 { value } else { 0 };
@@ -287,7 +267,7 @@ mod tests {
     }
 
     /// The word that a lane comes to, if it accepts all that it meets.
-    fn lane(admission: &Admission, levels: u32, path: &Path, gva: u64) -> Option<u64> {
+    fn lane(admission: &Admission, levels: u32, path: &SinglePath, gva: u64) -> Option<u64> {
         let mut state = 0;
         for level in (2..=levels).rev() {
             let entry = path.0[level as usize];
@@ -316,7 +296,7 @@ mod tests {
             for varied in 1..=levels as usize {
                 let accesses: std::vec::Vec<Access> = accesses(&mut rng).collect();
                 for combination in 0..1_u32 << BITS.len() {
-                    let mut path = Path([0; 6]);
+                    let mut path = SinglePath([0; 6]);
                     for (level, entry) in path.0.iter_mut().enumerate().skip(1) {
                         let ignored = rng.u64(..) & (0x7f << 52 | 0xe00 | 0x78);
                         let right = |bit: u64, rng: &mut fastrand::Rng| if rng.u8(..4) > 0 { bit } else { 0 };

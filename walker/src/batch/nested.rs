@@ -422,15 +422,13 @@ mod tests {
     use super::*;
     use crate::addr::NestedGpa;
     use crate::ept::{EptCapabilities, EptControls};
-    use crate::memory::{Backing, ExchangeError};
     use crate::mode::{
         CR0_PE, CR0_PG, CR4_LA57, CR4_PAE, ControlRegisters, CpuProfile, EFER_LMA, EFER_LME, EFER_NXE, Vendor,
     };
     use crate::nested::NestedPhase;
+    use crate::single_path::{OUTSIDE, SinglePath};
     use crate::trace::NoTrace;
 
-    /// Below MAXPHYADDR, but outside memory.
-    const OUTSIDE: u64 = 1 << 39;
     /// P or R, W, U or X, three of the memory type, PS, A, D, user-execute, a bit that large frames reserve, an absent frame, one
     /// above MAXPHYADDR, NX.
     const BITS: [u64; 14] = [
@@ -449,23 +447,6 @@ mod tests {
         1 << 45,
         1 << 63,
     ];
-
-    /// One entry a level, the table of level `n` at `n` GiB, so that every entry may be a leaf of any size.
-    struct Path([u64; 6]);
-
-    impl Memory for Path {
-        fn load_u64(&self, gpa: Gpa) -> Option<u64> {
-            if gpa.0 >= OUTSIDE { None } else { self.0.get((gpa.0 >> 30) as usize).copied() }
-        }
-
-        fn compare_exchange_u64(&self, _: Gpa, _: u64, _: u64) -> Result<(), ExchangeError> {
-            Err(ExchangeError::ReadOnly)
-        }
-
-        fn backing(&self, _: Gpa) -> Backing {
-            Backing::Ram
-        }
-    }
 
     /// Second dimensions of both kinds and widths, with and without what entries may be refused for.
     fn seconds() -> impl Iterator<Item = NgpaWalk> {
@@ -499,7 +480,7 @@ mod tests {
         second: &NgpaWalk,
         access: &Access,
         phase: NestedPhase,
-        path: &Path,
+        path: &SinglePath,
         column: &[u64],
         words: &mut Column,
     ) -> u64 {
@@ -519,7 +500,7 @@ mod tests {
             let ept = second.page_walk().format().is_ept();
             for varied in 1..=levels as usize {
                 for combination in 0..1_u32 << BITS.len() {
-                    let mut path = Path([0; 6]);
+                    let mut path = SinglePath([0; 6]);
                     for (level, entry) in path.0.iter_mut().enumerate().skip(1) {
                         let memory_type = if ept && level == 1 { 6 << 3 } else { 0 };
                         *entry = (level as u64 - 1) << 30 | memory_type | 1;

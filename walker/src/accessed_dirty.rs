@@ -9,7 +9,8 @@ use crate::memory::{ExchangeError, Memory};
 use crate::trace::{Held, Recorder as _, Step, Trace};
 use crate::translation::Translation;
 
-/// Walks that policy `Set` makes before it answers [`FaultKind::Contended`].
+/// Walks that are made at most where entries change underneath: by policy `Set` before it answers [`FaultKind::Contended`], and by
+/// validation before it calls a walk torn.
 pub const MAX_ATTEMPTS: usize = 8;
 
 /// Walks until the entries of a walk that was allowed still are what it decided on, and have their bits set. `trace` holds the
@@ -33,7 +34,7 @@ pub(crate) fn walk_and_set<M: Memory>(
 
 /// The address is the caller's to say.
 #[cold]
-fn contended(changed: Option<Step>) -> Fault {
+pub(crate) fn contended(changed: Option<Step>) -> Fault {
     let step = changed.unwrap_or(Trace::EMPTY_STEP);
     Fault {
         kind: FaultKind::Contended,

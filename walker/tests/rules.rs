@@ -42,7 +42,8 @@ fn judge_exists(name: &str, all: &str) -> bool {
 #[test]
 fn what_the_page_names_is_there() {
     let page = fs::read_to_string(root().join("RULES.md")).unwrap();
-    let folders = ["tests", "fuzz/fuzz_targets", "../server/tests/judge_daemon"];
+    let folders =
+        ["tests", "fuzz/fuzz_targets", "../server/tests/judge_daemon", "../server/tests/judge_validated"];
     let all = folders.map(|folder| sources(&root().join(folder))).concat();
     let mut missing = Vec::new();
 

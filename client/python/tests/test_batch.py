@@ -52,6 +52,12 @@ def test_numbers(client: pagewalk.Client, still: list[int]) -> None:
     agree(client, batch, still)
 
 
+def test_validated(client: pagewalk.Client, still: list[int]) -> None:
+    batch = client.translate_batch(still, privilege="supervisor", validate=True)
+    agree(client, batch, still)
+    assert [(source.validated, source.torn) for source in batch.provenances] == [(True, False)]
+
+
 @pytest.mark.parametrize("dtype", ["<u8", ">u8"])
 def test_arrays(client: pagewalk.Client, still: list[int], dtype: str) -> None:
     column = np.array(still, dtype=np.uint64).astype(dtype)

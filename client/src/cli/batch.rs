@@ -36,6 +36,9 @@ pub(super) struct Args {
     max_faults: u32,
     #[command(flatten)]
     freshness: FreshnessArgs,
+    /// Read the entries again at the end of the walk, and walk again if one has changed
+    #[arg(long)]
+    validate: bool,
     #[command(flatten)]
     access: AccessArgs,
     #[command(flatten)]
@@ -73,6 +76,7 @@ impl Args {
                 freshness: self.freshness.freshness().into(),
                 r#override: self.walker.message(),
                 max_faults: Some(self.max_faults),
+                validate: self.validate,
             },
             column: addresses.into(),
         }

@@ -40,6 +40,9 @@ pub(super) struct Args {
     trace: bool,
     #[command(flatten)]
     freshness: FreshnessArgs,
+    /// Read the entries again at the end of the walk, and walk again if one has changed
+    #[arg(long)]
+    validate: bool,
     /// Set the accessed and dirty bits of the second dimension that the access would set; needs the control role
     #[arg(long)]
     set: bool,
@@ -68,7 +71,7 @@ pub(super) async fn run(context: &Context, args: &Args) -> Result<ExitCode, Fail
         r#override: args.walker.message(),
         trace: args.trace,
         explain: args.explain,
-        ..TranslateNestedGpaRequest::default()
+        validate: args.validate,
     };
     let answer = context.client().await?.translate_nested_gpa(request).await?;
     let code = match answer.outcome {

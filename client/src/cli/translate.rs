@@ -29,6 +29,9 @@ pub(super) struct Args {
     trace: bool,
     #[command(flatten)]
     freshness: FreshnessArgs,
+    /// Read the entries again at the end of the walk, and walk again if one has changed
+    #[arg(long)]
+    validate: bool,
     /// Set the accessed and dirty bits that the access would set; needs the control role
     #[arg(long)]
     set: bool,
@@ -67,7 +70,7 @@ impl Args {
             r#override: self.walker.message(),
             trace: self.trace,
             explain: self.explain,
-            validate: false,
+            validate: self.validate,
         }
     }
 }

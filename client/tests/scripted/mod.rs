@@ -134,7 +134,7 @@ fn batch(request: &v1::BatchTranslateRequest) -> v1::BatchTranslateResponse {
     };
     v1::BatchTranslateResponse {
         head: v1::BatchTranslateResponseHead {
-            provenance: Some(provenance()),
+            provenance: Some(v1::Provenance { validated: request.head.validate, ..provenance() }),
             faults: refused.iter().take(told).map(fault).collect(),
             fault_count: refused.len() as u32,
         },
@@ -170,7 +170,12 @@ impl translation::TranslationService for Scripted {
         };
         let mut answer = v1::TranslateResponse {
             outcome: Some(v1::translate_response::Outcome::Translation(translation)),
-            provenance: Some(provenance()),
+            provenance: Some(v1::Provenance {
+                validated: request.validate,
+                torn: request.validate && address == 0xb000,
+                repeated_walks: if request.validate && address >= 0xb000 { 7 } else { 0 },
+                ..provenance()
+            }),
             ..v1::TranslateResponse::default()
         };
         if request.explain {

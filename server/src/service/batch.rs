@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 
-use pagewalk::{Access, Walker};
+use pagewalk::{Access, AdPolicy, Gva, PageWord, Trace, Walker};
 use pagewalk_proto::Column;
 use pagewalk_proto::v1;
 use prost::bytes::BytesMut;
@@ -25,9 +25,9 @@ const MAX_FAULTS: u32 = 1 << 16;
 const DEFAULT_FAULTS: u32 = 4096;
 /// Addresses of a slice: enough to have many walks in flight, and few enough to be over in a fraction of a millisecond.
 const SLICE: usize = 4096;
-/// Under a second dimension a walk is six times as many steps.
-const NESTED_SLICE: usize = 1024;
-/// In memory that has to be fetched entry by entry, a walk takes microseconds.
+/// Under a second dimension a walk is six times as many steps; and one that is validated is made alone.
+const LONG_SLICE: usize = 1024;
+/// Both together; and in memory that has to be fetched entry by entry, a walk takes microseconds.
 const BLOCKING_SLICE: usize = 256;
 
 pub(super) async fn translate(
@@ -52,6 +52,9 @@ pub(super) async fn translate(
         faults: Vec::new(),
         max_faults,
         fault_count: 0,
+        validate: head.validate,
+        repeated_walks: 0,
+        torn: false,
     };
     let memory = target.machine.source().memory();
     let mut start = 0;
@@ -62,7 +65,11 @@ pub(super) async fn translate(
             start += target.read(daemon, deadline, walk).await?;
         }
     } else {
-        let size = if walker.ngpa_walk().is_some() { NESTED_SLICE } else { SLICE };
+        let size = match (walker.ngpa_walk(), head.validate) {
+            (None, false) => SLICE,
+            (Some(_), true) => BLOCKING_SLICE,
+            _ => LONG_SLICE,
+        };
         let slice = || {
             start += answer.walk(&walker, &memory, &access, &column, start, size);
             if start < count { Slice::More } else { Slice::Last }
@@ -72,7 +79,12 @@ pub(super) async fn translate(
 
     Ok(v1::BatchTranslateResponse {
         head: v1::BatchTranslateResponseHead {
-            provenance: Some(daemon.provenance(&target, &snapshot)?),
+            provenance: Some(v1::Provenance {
+                validated: head.validate,
+                torn: answer.torn,
+                repeated_walks: answer.repeated_walks,
+                ..daemon.provenance(&target, &snapshot)?
+            }),
             faults: answer.faults,
             fault_count: answer.fault_count,
         },
@@ -109,6 +121,9 @@ struct Answer {
     faults: Vec<v1::BatchFault>,
     max_faults: usize,
     fault_count: u32,
+    validate: bool,
+    repeated_walks: u32,
+    torn: bool,
 }
 
 impl Answer {
@@ -126,7 +141,7 @@ impl Answer {
         let size = column.copy_to(start, &mut gvas[..size.min(SLICE)]);
         let (gvas, words) = (&gvas[..size], &mut words[..size]);
         let mut refused = Vec::new();
-        walker.translate_batch(memory, access, gvas, words, &mut |at, fault| {
+        let mut refuse = |at, fault| {
             refused.push((at, convert::fault::word(&fault)));
             self.fault_count += 1;
             if self.faults.len() < self.max_faults {
@@ -136,7 +151,22 @@ impl Answer {
                     fault: Some(convert::fault::without_reason(&fault)),
                 });
             }
-        });
+        };
+        if self.validate {
+            let mut trace = Trace::new();
+            for (at, (gva, word)) in gvas.iter().zip(&mut *words).enumerate() {
+                let gva = Gva(*gva);
+                let walked = walker.translate_validated(memory, gva, access, AdPolicy::Observe, &mut trace);
+                self.repeated_walks += walked.repeated;
+                self.torn |= walked.torn.is_some();
+                match walked.settled(gva) {
+                    Ok(page) => *word = PageWord::of(&page).bits(),
+                    Err(fault) => refuse(at, fault),
+                }
+            }
+        } else {
+            walker.translate_batch(memory, access, gvas, words, &mut refuse);
+        }
         for (at, word) in refused {
             words[at] = word;
         }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use pagewalk::{Gpa, Memory as _, NestedGpa, NoTrace, Trace};
+use pagewalk::{Gpa, Memory as _, NestedGpa, NoTrace, Trace, Validated};
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::translate_nested_gpa_response::Outcome;
 
@@ -40,9 +40,14 @@ pub(super) fn translate(
         target.machine.id(),
         snapshot.generation
     );
-    let provenance = |torn| {
+    let provenance = |torn, repeated_walks| {
         let provenance = daemon.provenance(target, snapshot)?;
-        Ok::<_, Error>(Some(v1::Provenance { validated: request.validate, torn, ..provenance }))
+        Ok::<_, Error>(Some(v1::Provenance {
+            validated: request.validate,
+            torn,
+            repeated_walks,
+            ..provenance
+        }))
     };
     let Some(walk) = walker.ngpa_walk() else {
         let backing = memory.backing(Gpa(ngpa));
@@ -54,18 +59,20 @@ pub(super) fn translate(
             outcome: Some(Outcome::Translation(convert::translation::identity(ngpa, backing))),
             steps: Vec::new(),
             explanation: if request.explain { explanation } else { String::new() },
-            provenance: provenance(false)?,
+            provenance: provenance(false, 0)?,
             identity: true,
         });
     };
 
     let mut trace = Trace::new();
-    let outcome = if request.trace || request.explain || request.validate {
-        walk.translate_with(memory, NestedGpa(ngpa), &access, phase, policy, &mut trace)
+    let ngpa = NestedGpa(ngpa);
+    let Validated { outcome, repeated, torn } = if request.validate {
+        walk.translate_validated(memory, ngpa, &access, phase, policy, &mut trace)
+    } else if request.trace || request.explain {
+        Validated::not(walk.translate_with(memory, ngpa, &access, phase, policy, &mut trace))
     } else {
-        walk.translate_with(memory, NestedGpa(ngpa), &access, phase, policy, &mut NoTrace)
+        Validated::not(walk.translate_with(memory, ngpa, &access, phase, policy, &mut NoTrace))
     };
-    let torn = request.validate && !trace.steps().iter().all(|step| step.is_current(memory));
     let explanation = if request.explain {
         let title = format!("{asked}: {} {whose}", second(walk));
         Ladder { nested_alone: true, ..ladder(&title, &walker, trace.steps(), &outcome) }.to_string()
@@ -80,7 +87,7 @@ pub(super) fn translate(
         }),
         steps: steps.iter().map(|step| convert::step::step(step, &walker, None)).collect(),
         explanation,
-        provenance: provenance(torn)?,
+        provenance: provenance(torn.is_some(), repeated)?,
         identity: false,
     })
 }

@@ -51,6 +51,7 @@ impl Daemon {
             validated: false,
             torn: false,
             host: self.host.to_string(),
+            repeated_walks: 0,
         })
     }
 

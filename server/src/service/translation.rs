@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use pagewalk::{
-    Access, AdPolicy, Fault, Gva, NgpaWalk, NoTrace, PagingMode, Step, Trace, Translation, Walker,
+    Access, AdPolicy, Fault, Gva, NgpaWalk, NoTrace, PagingMode, Step, Trace, Translation, Validated, Walker,
 };
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::explain_fault_request::Seen;
@@ -41,19 +41,23 @@ impl TranslationService for Daemon {
         may_set(policy, &target)?;
 
         let mut trace = Trace::new();
-        let recorded = request.trace || request.explain || request.validate;
         let walk = |memory: &GuestRam| {
-            let outcome = if recorded {
-                walker.translate_with(memory, Gva(gva), &access, policy, &mut trace)
+            let walked = if request.validate {
+                walker.translate_validated(memory, Gva(gva), &access, policy, &mut trace)
+            } else if request.trace || request.explain {
+                Validated::not(walker.translate_with(memory, Gva(gva), &access, policy, &mut trace))
             } else {
-                walker.translate_with(memory, Gva(gva), &access, policy, &mut NoTrace)
+                Validated::not(walker.translate_with(memory, Gva(gva), &access, policy, &mut NoTrace))
             };
-            let torn = request.validate && !trace.steps().iter().all(|step| step.is_current(memory));
-            (outcome, torn, target.names(memory, &snapshot, &walker, gva, trace.steps()))
+            (walked, target.names(memory, &snapshot, &walker, gva, trace.steps()))
         };
-        let (outcome, torn, names) = target.read(self, deadline, walk).await?;
-        let provenance = self.provenance(&target, &snapshot)?;
-        let provenance = v1::Provenance { validated: request.validate, torn, ..provenance };
+        let (Validated { outcome, repeated, torn }, names) = target.read(self, deadline, walk).await?;
+        let provenance = v1::Provenance {
+            validated: request.validate,
+            torn: torn.is_some(),
+            repeated_walks: repeated,
+            ..self.provenance(&target, &snapshot)?
+        };
         let steps = if request.trace { trace.steps() } else { &[] };
         let explanation = if request.explain {
             let title = title(&target, &snapshot, &walker, &access, gva, names.gva.as_ref());

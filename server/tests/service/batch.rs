@@ -43,6 +43,8 @@ async fn judge(bed: &Bed, request: v1::BatchTranslateRequest) -> (usize, usize) 
     let answer = bed.translation().batch_translate(request).await.unwrap().into_inner();
     let words: Vec<u64> = answer.column.iter().collect();
     assert_eq!(words.len(), addresses.len());
+    let provenance = answer.head.provenance.unwrap();
+    assert_eq!((provenance.validated, provenance.torn), (head.validate, false));
     let mut faults = answer.head.faults.iter();
     let mut refused = 0;
     for (at, (gva, word)) in addresses.iter().zip(words).enumerate() {
@@ -114,11 +116,14 @@ async fn as_single_translations() {
         for privilege in [v1::Privilege::User, v1::Privilege::Supervisor, v1::Privilege::Exempt] {
             let mut request = batch(&all);
             request.head.access = access(kind, privilege);
-            let met = judge(&bed, request).await;
-            seen = (seen.0 + met.0, seen.1 + met.1);
+            for validate in [false, true] {
+                request.head.validate = validate;
+                let met = judge(&bed, request.clone()).await;
+                seen = (seen.0 + met.0, seen.1 + met.1);
+            }
         }
     }
-    assert!(seen.0 > 50 && seen.1 > 500, "{seen:?}");
+    assert!(seen.0 > 100 && seen.1 > 1000, "{seen:?}");
     bed.stop().await;
 }
 
@@ -139,8 +144,10 @@ async fn as_single_translations_of_an_l2() {
         second_dimension: Some(SecondDimension::Ept(ept)),
         ..Default::default()
     });
-    let met = judge(&bed, request).await;
+    let met = judge(&bed, request.clone()).await;
     assert!(met.0 > 1 && met.1 > 50, "{met:?}");
+    request.head.validate = true;
+    assert_eq!(judge(&bed, request).await, met);
     bed.stop().await;
 }
 

@@ -127,6 +127,10 @@ fn check() -> Result<u8, StateError> {
         trace_is_whole(&trace) && get(0xb028) == 0x5007 | ACCESSED | DIRTY,
         gpa(walker.translate_with(&memory, Gva(0), &load, AdPolicy::Observe, &mut trace))
             == Some(Gpa(0x5000)),
+        gpa(nested
+            .translate_validated(&memory, Gva(0), &load, AdPolicy::Observe, &mut trace)
+            .settled(Gva(0)))
+            == Some(Gpa(0x5000)),
         batches_are_right(&walker, &memory, &load) && batches_are_right(&nested, &memory, &load),
         mapped(Map::new(walker)) == Some((0x20_4000, 0x1000)),
         mapped(Map::new(nested)) == Some((0x2000, 0x20_3000)),

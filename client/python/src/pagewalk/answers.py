@@ -64,6 +64,7 @@ class Provenance:
     validated: bool
     torn: bool
     host: str
+    repeated_walks: int
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,8 @@ class Client:
 
         An address given as text is read by the daemon: `"0xffffffff81000000"`, or `"schedule+0x10"` where the machine
         has symbols. `trace` fills `steps`, `explain` fills `explanation`. `ad_policy="set"` changes the guest's tables
-        and needs the role `control`.
+        and needs the role `control`. With `validate` the entries are read again at the end, and a torn walk is
+        repeated: `provenance.torn` says that it was torn every time.
         """
         request = translation_pb2.TranslateRequest(
             vcpu=convert.to_vcpu(machine, vcpu),
@@ -245,6 +246,7 @@ class Client:
         freshness: Freshness = "latest",
         override: WalkerOverride | None = None,
         max_faults: int | None = None,
+        validate: bool = False,
         vcpu: int = 0,
         machine: str = "",
     ) -> BatchTranslation:
@@ -252,7 +254,8 @@ class Client:
 
         `addresses` is a numpy array of integers, and the answer has numpy arrays; or a sequence of numbers. More than
         262144 go in several requests, of which each has its own registers and up to `max_faults` (4096) faults in full;
-        the client's timeout bounds each.
+        the client's timeout bounds each. With `validate` an address whose walks were all torn has the fault
+        `contended`.
         """
         data = columns.to_bytes(addresses)
         head = columns.BatchRequest(
@@ -268,6 +271,7 @@ class Client:
             freshness=convert.number(types_pb2.Freshness.DESCRIPTOR, freshness, "freshness"),
             override=convert.to_override(override),
             max_faults=max_faults,
+            validate=validate,
         )
         words: list[bytes] = []
         faults: list[tuple[int, Fault]] = []

@@ -162,6 +162,7 @@ def provenance(message: types_pb2.Provenance) -> answers.Provenance:
         validated=message.validated,
         torn=message.torn,
         host=message.host,
+        repeated_walks=message.repeated_walks,
     )
 
 

@@ -21,6 +21,11 @@ pub(in crate::cli) fn short(provenance: Option<&Provenance>) -> String {
     }
     if provenance.torn {
         words.push("torn: an entry changed during the walk".into());
+    } else if provenance.validated {
+        words.push("validated".into());
+    }
+    if provenance.repeated_walks > 0 {
+        words.push(format!("{} walks repeated", provenance.repeated_walks));
     }
     paint::dim(format!("({})", words.join(", ")))
 }

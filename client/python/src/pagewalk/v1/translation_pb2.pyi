@@ -76,8 +76,9 @@ class TranslateRequest(google.protobuf.message.Message):
     explain: builtins.bool
     """Fill `TranslateResponse.explanation`. Default: false."""
     validate: builtins.bool
-    """Read the entries again at the end of the walk, and report in `Provenance.torn` whether one has changed, accessed and
-    dirty bits aside. Default: false.
+    """Read the entries again at the end of the walk. Where one has changed, accessed and dirty bits aside, walk again, 8 times at
+    most, or once with AD_POLICY_SET, and report in `Provenance.torn` if one has changed under the last walk, too. Default:
+    false.
     """
     @property
     def vcpu(self) -> pagewalk.v1.types_pb2.VcpuRef:
@@ -307,10 +308,15 @@ class BatchTranslateRequest(google.protobuf.message.Message):
     OVERRIDE_FIELD_NUMBER: builtins.int
     MAX_FAULTS_FIELD_NUMBER: builtins.int
     ADDRESSES_FIELD_NUMBER: builtins.int
+    VALIDATE_FIELD_NUMBER: builtins.int
     freshness: pagewalk.v1.types_pb2.Freshness.ValueType
     """How recent the registers must be. Default: FRESHNESS_LATEST."""
     max_faults: builtins.int
     """How many entries `BatchTranslateResponse.faults` may have, 0 to 65536. Default: 4096."""
+    validate: builtins.bool
+    """Read the entries of each walk again at its end, as in `TranslateRequest.validate`. An address whose walks were all torn
+    has the fault FAULT_KIND_CONTENDED. Each address is walked alone then, which takes several times as long. Default: false.
+    """
     @property
     def vcpu(self) -> pagewalk.v1.types_pb2.VcpuRef:
         """The vCPU whose registers and memory to use. Default: the only machine, vCPU 0."""
@@ -338,9 +344,10 @@ class BatchTranslateRequest(google.protobuf.message.Message):
         override: pagewalk.v1.types_pb2.WalkerOverride | None = ...,
         max_faults: builtins.int | None = ...,
         addresses: collections.abc.Iterable[builtins.int] | None = ...,
+        validate: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_max_faults", b"_max_faults", "access", b"access", "max_faults", b"max_faults", "override", b"override", "vcpu", b"vcpu"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_max_faults", b"_max_faults", "access", b"access", "addresses", b"addresses", "freshness", b"freshness", "max_faults", b"max_faults", "override", b"override", "vcpu", b"vcpu"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_max_faults", b"_max_faults", "access", b"access", "addresses", b"addresses", "freshness", b"freshness", "max_faults", b"max_faults", "override", b"override", "validate", b"validate", "vcpu", b"vcpu"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_max_faults", b"_max_faults"]) -> typing.Literal["max_faults"] | None: ...
 
 Global___BatchTranslateRequest: typing_extensions.TypeAlias = BatchTranslateRequest
@@ -501,8 +508,9 @@ class TranslateNestedGpaRequest(google.protobuf.message.Message):
     explain: builtins.bool
     """Fill `TranslateNestedGpaResponse.explanation`. Default: false."""
     validate: builtins.bool
-    """Read the entries again at the end of the walk, and report in `Provenance.torn` whether one has changed, accessed and
-    dirty bits aside. Default: false.
+    """Read the entries again at the end of the walk. Where one has changed, accessed and dirty bits aside, walk again, 8 times at
+    most, or once with AD_POLICY_SET, and report in `Provenance.torn` if one has changed under the last walk, too. Default:
+    false.
     """
     @property
     def vcpu(self) -> pagewalk.v1.types_pb2.VcpuRef:

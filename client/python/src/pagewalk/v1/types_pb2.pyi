@@ -361,7 +361,9 @@ class _FaultKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     FAULT_KIND_UNBACKED: _FaultKind.ValueType  # 7
     """A table lies outside the machine's memory: nobody can read the entry. Hypervisors report a not-present #PF here."""
     FAULT_KIND_CONTENDED: _FaultKind.ValueType  # 8
-    """AD_POLICY_SET found an entry changed underneath, at every attempt. Ask again, or pause the vCPU."""
+    """AD_POLICY_SET, or the validation of a batch, found an entry changed underneath, at every attempt. Ask again, or pause the
+    vCPU.
+    """
 
 class FaultKind(_FaultKind, metaclass=_FaultKindEnumTypeWrapper):
     """Why an access is refused, or a walk ends without an answer."""
@@ -383,7 +385,9 @@ FAULT_KIND_NESTED_PAGE_FAULT: FaultKind.ValueType  # 6
 FAULT_KIND_UNBACKED: FaultKind.ValueType  # 7
 """A table lies outside the machine's memory: nobody can read the entry. Hypervisors report a not-present #PF here."""
 FAULT_KIND_CONTENDED: FaultKind.ValueType  # 8
-"""AD_POLICY_SET found an entry changed underneath, at every attempt. Ask again, or pause the vCPU."""
+"""AD_POLICY_SET, or the validation of a batch, found an entry changed underneath, at every attempt. Ask again, or pause the
+vCPU.
+"""
 Global___FaultKind: typing_extensions.TypeAlias = FaultKind
 
 class _Dimension:
@@ -1045,6 +1049,7 @@ class Provenance(google.protobuf.message.Message):
     VALIDATED_FIELD_NUMBER: builtins.int
     TORN_FIELD_NUMBER: builtins.int
     HOST_FIELD_NUMBER: builtins.int
+    REPEATED_WALKS_FIELD_NUMBER: builtins.int
     machine: builtins.str
     """Id of the machine that answered. Empty where the answer is about all of them."""
     vcpu: builtins.int
@@ -1056,11 +1061,19 @@ class Provenance(google.protobuf.message.Message):
     run_state: Global___RunState.ValueType
     """What the vCPU was doing when that state was published."""
     validated: builtins.bool
-    """The entries were read again at the end of the walk."""
+    """The entries were read again at the end of the walk: unless `torn`, they held what the answer is made of together, at one
+    moment of the call. Not seen is an entry that changed and changed back between the two looks at it: where a guest's
+    entries flip between the same few values all the time, only a paused guest leaves no doubt. The registers are those of
+    `generation`, and are not looked at again.
+    """
     torn: builtins.bool
-    """Validation found an entry changed: the answer mixes two moments. Only with `validated`."""
+    """Validation found an entry changed under the last of the walks, too: the answer may mix two mappings. Of a batch: some address
+    has FAULT_KIND_CONTENDED for that. Only with `validated`.
+    """
     host: builtins.str
     """Name of the host that the daemon runs on."""
+    repeated_walks: builtins.int
+    """Walks that were made again as an entry had changed; of a batch, for all its addresses together. Only with `validated`."""
     @property
     def snapshot_age(self) -> google.protobuf.duration_pb2.Duration:
         """Time since that state was published. Not how long the state has been true."""
@@ -1084,9 +1097,10 @@ class Provenance(google.protobuf.message.Message):
         validated: builtins.bool = ...,
         torn: builtins.bool = ...,
         host: builtins.str = ...,
+        repeated_walks: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["snapshot_age", b"snapshot_age"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["assumed", b"assumed", "generation", b"generation", "host", b"host", "machine", b"machine", "run_state", b"run_state", "snapshot_age", b"snapshot_age", "source", b"source", "torn", b"torn", "validated", b"validated", "vcpu", b"vcpu"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assumed", b"assumed", "generation", b"generation", "host", b"host", "machine", b"machine", "repeated_walks", b"repeated_walks", "run_state", b"run_state", "snapshot_age", b"snapshot_age", "source", b"source", "torn", b"torn", "validated", b"validated", "vcpu", b"vcpu"]) -> None: ...
 
 Global___Provenance: typing_extensions.TypeAlias = Provenance
 

@@ -7,17 +7,21 @@
 //!
 //! Memory of others (an attached guest's, a dump's) is only ever read: mapped from a file where that can be done, and walked
 //! at the same speed; fetched piece by piece where it cannot. Stretches that have to be fetched are looked for last.
-#![allow(unsafe_code)] // Atomic access to memory that the guest writes at the same time has no safe form.
+#![allow(unsafe_code)] // That a window's memory stays mapped can only be promised by who keeps it.
+
+mod walked;
+mod window;
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
-use pagewalk::{Backing, ExchangeError, Gpa, Memory};
+use pagewalk::Gpa;
 use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress,
-    VolatileSlice,
 };
+
+use window::Window;
 
 use super::mapping::{Fetch, FileMapping};
 use super::pages::HugePages;
@@ -82,55 +86,6 @@ pub enum Place {
     Mapped(Arc<FileMapping>, u64),
     /// To be fetched, from this offset on.
     Fetched(Arc<dyn Fetch>, u64),
-}
-
-/// One region as the host sees it.
-struct Window {
-    start: u64,
-    /// Size in 8-byte words.
-    words: u64,
-    /// Where guest physical address 0 would lie, so that an address is one addition away. It carries the provenance of
-    /// the mapping and points into it only after an address inside the region is added.
-    origin: *mut u8,
-    read_only: bool,
-}
-
-// SAFETY: `origin` leads into a mapping that `GuestRam::map` owns and keeps, and is only used for atomic accesses.
-unsafe impl Send for Window {}
-// SAFETY: as for `Send`; atomic accesses may come from several threads at once.
-unsafe impl Sync for Window {}
-
-impl Window {
-    /// The word at `gpa`, if it lies in this window and is 8-byte aligned.
-    #[inline]
-    fn word(&self, gpa: Gpa) -> Option<&AtomicU64> {
-        // Rotating moves the low three bits to the top: one comparison refuses what lies outside and what is unaligned.
-        if gpa.0.wrapping_sub(self.start).rotate_right(3) >= self.words {
-            return None;
-        }
-        let word = self.origin.wrapping_add(gpa.0 as usize).cast::<u64>();
-        // SAFETY: `word` lies inside the mapping, by the comparison, and is aligned, as the region is; the mapping lives
-        // as long as `self`, and everyone in this process reaches it by atomic or volatile accesses only.
-        Some(unsafe { AtomicU64::from_ptr(word) })
-    }
-
-    /// The 4 KiB table at `gpa`, if it lies in this window: windows are made of whole pages.
-    #[inline]
-    fn table(&self, gpa: Gpa) -> Option<&[AtomicU64; 512]> {
-        let gpa = Gpa(gpa.0 & !(PAGE - 1));
-        let first: *const AtomicU64 = self.word(gpa)?;
-        // SAFETY: `first` is aligned and lies inside the mapping, which is made of whole 4 KiB pages and lives as long as
-        // `self`: so do the 511 words behind it. All accesses to them are atomic or volatile.
-        Some(unsafe { &*first.cast() })
-    }
-
-    /// The bytes from `gpa` on that lie in this window, `most` at most.
-    fn bytes(&self, gpa: Gpa, most: usize) -> Option<VolatileSlice<'_>> {
-        let offset = gpa.0.checked_sub(self.start).filter(|offset| *offset < self.words * 8)?;
-        let size = usize::try_from(self.words * 8 - offset).map_or(most, |left| left.min(most));
-        // SAFETY: the range lies inside the mapping, which lives as long as `self`; it is accessed as in `word`.
-        Some(unsafe { VolatileSlice::new(self.origin.wrapping_add(gpa.0 as usize), size) })
-    }
 }
 
 /// The largest window is the one that is looked into first.
@@ -224,10 +179,11 @@ impl GuestRam {
             if !host.cast::<u64>().is_aligned() {
                 return Err(unaligned);
             }
-            let read_only = read_only.contains(&Gpa(start));
-            let origin = host.wrapping_sub(start as usize);
-            windows.push(Window { start, words: size / 8, origin, read_only });
-            regions.push(Region { start: Gpa(start), size, read_only });
+            let region = Region { start: Gpa(start), size, read_only: read_only.contains(&Gpa(start)) };
+            // SAFETY: the mapping is kept next to the window, and is accessed by windows and by vm-memory, whose accesses are
+            // volatile.
+            windows.push(unsafe { Window::new(&region, host) });
+            regions.push(region);
         }
         largest_first(&mut windows);
         let mut windows = windows.into_iter();
@@ -253,8 +209,8 @@ impl GuestRam {
                         .place(offset, size)
                         .filter(|host| host.cast::<u64>().is_aligned())
                         .ok_or(MemoryError::Outside { start, size, offset })?;
-                    let origin = host.wrapping_sub(start as usize);
-                    windows.push(Window { start, words: size / 8, origin, read_only });
+                    // SAFETY: the file's mapping is kept next to the window, and is accessed by windows alone.
+                    windows.push(unsafe { Window::new(&region, host) });
                     if !files.iter().any(|known| Arc::ptr_eq(known, &file)) {
                         files.push(file);
                     }
@@ -281,11 +237,10 @@ impl GuestRam {
         }
         largest_first(&mut windows);
         let mut windows = windows.into_iter();
-        let none = Self::none();
         Ok(Self {
-            first: windows.next().unwrap_or(none.first),
+            first: windows.next().unwrap_or(Window::NONE),
             rest: windows.collect(),
-            map: none.map,
+            map: GuestMemoryMmap::new(),
             files: files.into(),
             fetched: fetched.into(),
             regions: all.into(),
@@ -294,9 +249,8 @@ impl GuestRam {
 
     /// No memory at all, until it is known where it lies.
     pub(super) fn none() -> Self {
-        let first = Window { start: 0, words: 0, origin: std::ptr::null_mut(), read_only: false };
         let (rest, files, fetched, regions) = Default::default();
-        Self { first, rest, map: GuestMemoryMmap::new(), files, fetched, regions }
+        Self { first: Window::NONE, rest, map: GuestMemoryMmap::new(), files, fetched, regions }
     }
 
     /// The regions, by address.
@@ -407,185 +361,15 @@ impl GuestRam {
             .iter()
             .find_map(|stretch| stretch.find(gpa).map(|(offset, left)| (stretch.from.as_ref(), offset, left)))
     }
-
-    #[cold]
-    fn load_rest(&self, gpa: Gpa) -> Option<u64> {
-        if let Some(word) = self.rest.iter().find_map(|w| w.word(gpa)) {
-            return Some(u64::from_le(word.load(Ordering::Relaxed)));
-        }
-        // Stretches are whole pages, so that an aligned word lies in one.
-        let (from, offset, _) = self.fetched_at(gpa).filter(|_| gpa.0.is_multiple_of(8))?;
-        let mut word = [0; 8];
-        from.fetch(offset, &mut word).ok()?;
-        Some(u64::from_le_bytes(word))
-    }
-
-    /// A table by one fetch: the guest may change it meanwhile, but no entry is half of one value and half of another unless the
-    /// host copies less than a word at a time.
-    #[cold]
-    fn fetch_table(&self, table: Gpa, entries: &mut [u64; 512]) -> bool {
-        let mut bytes = [0; PAGE as usize];
-        let Some((from, offset, _)) = self.fetched_at(Gpa(table.0 & !(PAGE - 1))) else { return false };
-        if from.fetch(offset, &mut bytes).is_err() {
-            return false;
-        }
-        let (words, _) = bytes.as_chunks::<8>();
-        for (entry, word) in entries.iter_mut().zip(words) {
-            *entry = u64::from_le_bytes(*word);
-        }
-        true
-    }
-}
-
-impl Memory for GuestRam {
-    #[inline]
-    fn load_u64(&self, gpa: Gpa) -> Option<u64> {
-        match self.first.word(gpa) {
-            Some(word) => Some(u64::from_le(word.load(Ordering::Relaxed))),
-            None => self.load_rest(gpa),
-        }
-    }
-
-    #[inline(always)]
-    fn load_in_table(&self, table: Gpa, offset: u64) -> Option<u64> {
-        let (table, offset) = (table.0 & !(PAGE - 1), offset & (PAGE - 8));
-        if table.wrapping_sub(self.first.start) >> 3 >= self.first.words {
-            return self.load_rest(Gpa(table | offset));
-        }
-        // The offset comes first, so that the load waits for nothing but the table's address.
-        let word = self.first.origin.wrapping_add(offset as usize).wrapping_add(table as usize).cast::<u64>();
-        // SAFETY: regions are made of whole pages, and one begins at `table`, by the comparison: the word lies in it, and is
-        // accessed as in `Window::word`.
-        let word = unsafe { AtomicU64::from_ptr(word) };
-        Some(u64::from_le(word.load(Ordering::Relaxed)))
-    }
-
-    #[inline]
-    fn ram(&self) -> (Gpa, u64) {
-        let Window { start, words, read_only, .. } = self.first;
-        (Gpa(start), if read_only { 0 } else { words * 8 })
-    }
-
-    #[inline]
-    fn prefetch(&self, gpa: Gpa) {
-        if let Some(window) = self.window(gpa) {
-            prefetch(window.origin.wrapping_add(gpa.0 as usize));
-        }
-    }
-
-    #[inline]
-    fn table(&self, table: Gpa) -> Option<&[AtomicU64; 512]> {
-        self.window(table)?.table(table)
-    }
-
-    #[inline]
-    fn load_table(&self, table: Gpa, entries: &mut [u64; 512]) -> bool {
-        match self.table(table) {
-            Some(words) => {
-                for (entry, word) in entries.iter_mut().zip(words) {
-                    *entry = u64::from_le(word.load(Ordering::Relaxed));
-                }
-                true
-            }
-            None => self.fetch_table(table, entries),
-        }
-    }
-
-    fn compare_exchange_u64(&self, gpa: Gpa, current: u64, new: u64) -> Result<(), ExchangeError> {
-        let window = self.window(gpa).ok_or(ExchangeError::Unbacked)?;
-        // Memory of others is mapped without the right to write.
-        if window.read_only || !self.is_ours() {
-            return Err(ExchangeError::ReadOnly);
-        }
-        let word = window.word(gpa).ok_or(ExchangeError::Unbacked)?;
-        word.compare_exchange(current.to_le(), new.to_le(), Ordering::AcqRel, Ordering::Relaxed)
-            .map(drop)
-            .map_err(|found| ExchangeError::Changed(u64::from_le(found)))
-    }
-
-    #[inline]
-    fn backing(&self, gpa: Gpa) -> Backing {
-        let read_only = self.window(gpa).map(|window| window.read_only).or_else(|| {
-            self.fetched.iter().find(|stretch| stretch.find(gpa).is_some()).map(|stretch| stretch.read_only)
-        });
-        match read_only {
-            None => Backing::None,
-            Some(true) => Backing::ReadOnly,
-            Some(false) => Backing::Ram,
-        }
-    }
-
-    fn backing_run(&self, gpa: Gpa) -> (Backing, u64) {
-        let above = |region: &Region| region.start.0.checked_sub(gpa.0).filter(|bytes| *bytes > 0);
-        let within =
-            |region: &Region| gpa.0.checked_sub(region.start.0).filter(|offset| *offset < region.size);
-        let left = self.regions.iter().find_map(|region| Some(region.size - within(region)?));
-        let gap = || self.regions.iter().filter_map(above).min().unwrap_or(u64::MAX - gpa.0);
-        (self.backing(gpa), left.unwrap_or_else(gap))
-    }
-}
-
-/// Asks for a cache line, wherever that is.
-#[inline(always)]
-fn prefetch(byte: *const u8) {
-    #[cfg(all(target_arch = "x86_64", not(miri)))]
-    {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a hint that reads nothing the program can see, and faults nowhere.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(byte.cast()) };
-    }
-    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
-    let _ = byte;
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use pagewalk::{Backing, ExchangeError, Memory as _};
+
+    use super::walked::tests::two_regions;
     use super::*;
-
-    fn two_regions() -> GuestRam {
-        GuestRam::allocate(&[
-            Region { start: Gpa(0x1000), size: 0x2000, read_only: false },
-            Region { start: Gpa(0x10_0000), size: 0x1000, read_only: true },
-        ])
-        .unwrap()
-    }
-
-    /// However many regions there are, whichever is the largest, and wherever one looks.
-    #[test]
-    fn every_way_to_load_finds_the_same() {
-        let region =
-            |start, pages| Region { start: Gpa(start), size: pages * PAGE, read_only: start == 0x9000 };
-        let sets: [&[Region]; 4] = [
-            &[region(0, 4)],
-            &[region(0x1000, 1), region(0x4000, 3)],
-            &[region(0x2000, 3), region(0x5000, 1), region(0x9000, 5)],
-            &[region(0x1000, 2), region(0x8000, 1), region(0x9000, 1), region(0xb000, 2)],
-        ];
-        for regions in sets {
-            let ram = GuestRam::allocate(regions).unwrap();
-            for at in (0..0x1_0000).step_by(8).map(Gpa) {
-                let inside = regions.iter().find(|r| at.0.wrapping_sub(r.start.0) < r.size);
-                if inside.is_some() {
-                    ram.write_u64(at, at.0 | 1).unwrap();
-                }
-                let expected = inside.map(|_| at.0 | 1);
-                let (table, offset) = (Gpa(at.0 & !0xfff), at.0 & 0xfff);
-                ram.prefetch(at);
-                assert_eq!(ram.load_u64(at), expected, "{at}");
-                assert_eq!(ram.load_in_table(table, offset), expected, "{at}");
-                assert_eq!(ram.load_in_table(Gpa(table.0 | 0xff8), offset | !0xfff), expected, "{at}");
-                let (first, size) = ram.ram();
-                if at.0.wrapping_sub(first.0) < size {
-                    assert_eq!(ram.backing(at), Backing::Ram, "{at}");
-                }
-            }
-            for outside in [1 << 51, 1 << 63, !0xfff] {
-                ram.prefetch(Gpa(outside));
-                assert_eq!(ram.load_in_table(Gpa(outside), 8), None);
-            }
-        }
-    }
 
     #[test]
     fn memory_in_huge_pages_is_theirs_or_says_how_to_get_some() {
@@ -601,72 +385,6 @@ mod tests {
                 Err(error) => assert!(error.to_string().contains("nr_hugepages"), "{error}"),
             }
         }
-    }
-
-    #[test]
-    fn loads_inside_and_nowhere_else() {
-        let ram = two_regions();
-        ram.write_u64(Gpa(0x1000), 11).unwrap();
-        ram.write_u64(Gpa(0x2ff8), 12).unwrap();
-        ram.write_u64(Gpa(0x10_0ff8), 13).unwrap();
-        assert_eq!(ram.load_u64(Gpa(0x1000)), Some(11));
-        assert_eq!(ram.load_u64(Gpa(0x2ff8)), Some(12));
-        assert_eq!(ram.load_u64(Gpa(0x10_0ff8)), Some(13));
-        for outside in [0, 0xff8, 0x3000, 0xf_fff8, 0x10_1000, u64::MAX, u64::MAX - 7, 1 << 63] {
-            assert_eq!(ram.load_u64(Gpa(outside)), None, "{outside:#x}");
-            assert_eq!(ram.backing(Gpa(outside)), Backing::None, "{outside:#x}");
-        }
-        for unaligned in 0x1001..0x1008 {
-            assert_eq!(ram.load_u64(Gpa(unaligned)), None, "{unaligned:#x}");
-        }
-    }
-
-    #[test]
-    fn backing_is_by_byte() {
-        let ram = two_regions();
-        assert_eq!(ram.backing(Gpa(0x2fff)), Backing::Ram);
-        assert_eq!(ram.backing(Gpa(0x3000)), Backing::None);
-        assert_eq!(ram.backing(Gpa(0x10_0fff)), Backing::ReadOnly);
-    }
-
-    #[test]
-    fn runs_of_backing_end_with_their_regions() {
-        let ram = two_regions();
-        for (gpa, run) in [
-            (0, (Backing::None, 0x1000)),
-            (0xfff, (Backing::None, 1)),
-            (0x1000, (Backing::Ram, 0x2000)),
-            (0x2fff, (Backing::Ram, 1)),
-            (0x3000, (Backing::None, 0xf_d000)),
-            (0x10_0800, (Backing::ReadOnly, 0x800)),
-            (0x10_1000, (Backing::None, u64::MAX - 0x10_1000)),
-        ] {
-            assert_eq!(ram.backing_run(Gpa(gpa)), run, "{gpa:#x}");
-        }
-    }
-
-    #[test]
-    fn loads_a_table_whole_or_not_at_all() {
-        let ram = two_regions();
-        let mut entries = [1; 512];
-        ram.write_u64(Gpa(0x2000), 7).unwrap();
-        ram.write_u64(Gpa(0x2ff8), 8).unwrap();
-        assert!(ram.load_table(Gpa(0x2fff), &mut entries));
-        assert_eq!((entries[0], entries[1], entries[511]), (7, 0, 8));
-        assert!(ram.load_table(Gpa(0x10_0000), &mut entries));
-        for outside in [0, 0x3000, 0xf_f000, u64::MAX] {
-            assert!(!ram.load_table(Gpa(outside), &mut entries), "{outside:#x}");
-        }
-    }
-
-    #[test]
-    fn exchanges_only_what_it_expected_and_never_in_a_rom() {
-        let ram = two_regions();
-        assert_eq!(ram.compare_exchange_u64(Gpa(0x1008), 0, 5), Ok(()));
-        assert_eq!(ram.compare_exchange_u64(Gpa(0x1008), 0, 6), Err(ExchangeError::Changed(5)));
-        assert_eq!(ram.compare_exchange_u64(Gpa(0x10_0000), 0, 6), Err(ExchangeError::ReadOnly));
-        assert_eq!(ram.compare_exchange_u64(Gpa(0x3000), 0, 6), Err(ExchangeError::Unbacked));
-        assert_eq!(ram.load_u64(Gpa(0x1008)), Some(5));
     }
 
     /// Two pages of a file above one that is fetched, with each byte its page's number.

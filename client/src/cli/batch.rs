@@ -22,7 +22,7 @@ const ADDRESSES: usize = 1 << 18;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Guest virtual addresses: 0x and hex digits, or decimal; `_` may separate digits
+    /// Guest virtual addresses, as numbers alone, no symbols: 0x and hex digits, or decimal; `_` may separate digits
     #[arg(value_name = "ADDRESS", value_parser = number::u64, required_unless_present = "file", conflicts_with = "file")]
     addresses: Vec<u64>,
     /// Take the addresses from a file, `-` for standard input: text, separated by blanks or lines, `#` begins a comment

@@ -49,7 +49,7 @@ impl Failure {
     fn message(&self) -> String {
         match self {
             Self::Usage(message) | Self::Own(message) => message.clone(),
-            Self::Client(error) => error.to_string(),
+            Self::Client(error) => spelled(error),
             Self::Output(error) => format!("cannot write the answer: {error}"),
         }
     }
@@ -68,6 +68,16 @@ impl Failure {
             Self::Output(_) => json_error("INTERNAL", None, &self.message()),
             Self::Client(error) => client_json(error),
         }
+    }
+}
+
+/// What the daemon says, with the fields that it asks for as they are spelled here.
+fn spelled(error: &Error) -> String {
+    let message = error.to_string();
+    match error.reason() {
+        Some("MACHINE_NOT_NAMED") => message.replace("in `machine`", "with --machine"),
+        Some("GUEST_WOULD_END") => message.replace("set `end_guest`", "pass --end-guest"),
+        _ => message,
     }
 }
 
@@ -136,5 +146,41 @@ fn code_name(code: tonic::Code) -> &'static str {
         tonic::Code::Unavailable => "UNAVAILABLE",
         tonic::Code::DataLoss => "DATA_LOSS",
         tonic::Code::Unauthenticated => "UNAUTHENTICATED",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::Refusal;
+
+    #[test]
+    fn fields_are_spelled_as_flags() {
+        let told = |reason: &str, message: &str| {
+            spelled(&Error::Refused(Box::new(Refusal {
+                code: tonic::Code::InvalidArgument,
+                message: message.into(),
+                reason: Some(reason.into()),
+                domain: None,
+                metadata: BTreeMap::new(),
+            })))
+        };
+        for (reason, message, expected) in [
+            (
+                "MACHINE_NOT_NAMED",
+                "name a machine in `machine`: there are `a`, `b`",
+                "name a machine with --machine: there are `a`, `b`",
+            ),
+            (
+                "GUEST_WOULD_END",
+                "it would end: set `end_guest` if it may",
+                "it would end: pass --end-guest if it may",
+            ),
+            ("INVALID_FIELD", "in `machine`", "in `machine`"),
+        ] {
+            assert_eq!(told(reason, message), expected);
+        }
     }
 }

@@ -18,9 +18,9 @@ use super::{
 };
 use crate::Answers;
 use crate::v1::{
-    Address, Extent, FindMappingsRequest, FindMappingsResponse, GvaRange, ListMappingsRequest,
-    ListMappingsResponse, MappingBudget, MappingFilter, MappingTally, PageSize, Provenance, Truncation,
-    address::Value,
+    Address, Extent, FindMappingsRequest, FindMappingsResponse, GetWalkerStateRequest, GvaRange,
+    ListMappingsRequest, ListMappingsResponse, MappingBudget, MappingFilter, MappingTally, PageSize,
+    PagingMode, Provenance, Truncation, address::Value,
 };
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -37,6 +37,8 @@ enum SizeArg {
     #[value(name = "unpaged")]
     Unpaged,
 }
+
+const CR0_PG: u64 = 1 << 31;
 
 /// A range as it is written: either end may be left out.
 #[derive(Clone, Debug)]
@@ -170,6 +172,7 @@ pub(super) async fn maps(context: &Context, args: &MapsArgs) -> Result<ExitCode,
     };
     let parts = context.client().await?.list_mappings(request).await?;
     let found = print(context, parts, "continue with --range").await?;
+    why_nothing(context, which, &found).await?;
     Ok(if found.truncated { ExitCode::from(NEGATIVE) } else { ExitCode::SUCCESS })
 }
 
@@ -187,8 +190,34 @@ pub(super) async fn find(context: &Context, args: &FindArgs) -> Result<ExitCode,
     };
     let parts = context.client().await?.find_mappings(request).await?;
     let found = print(context, parts, "continue with --range").await?;
+    why_nothing(context, which, &found).await?;
     let complete = found.extents > 0 && !found.truncated;
     Ok(if complete { ExitCode::SUCCESS } else { ExitCode::from(NEGATIVE) })
+}
+
+/// Says why no page is the supervisor's where there are no pages at all.
+async fn why_nothing(context: &Context, which: &WhichArgs, found: &Found) -> Result<(), Failure> {
+    if !which.kernel || found.extents > 0 || found.truncated || context.output.is_json() {
+        return Ok(());
+    }
+    let paging = match which.walker.message().and_then(|state| state.cr0) {
+        Some(cr0) => cr0 & CR0_PG != 0,
+        None => {
+            let request = GetWalkerStateRequest {
+                vcpu: context.vcpu.reference(),
+                freshness: which.freshness.freshness().into(),
+            };
+            let state = context.client().await?.get_walker_state(request).await?;
+            let format = state.gva_walk.and_then(|walk| walk.format);
+            format.is_none_or(|format| format.mode() != PagingMode::None)
+        }
+    };
+    if !paging {
+        context
+            .output
+            .print("paging is off: addresses are physical ones, and none is the supervisor's alone")?;
+    }
+    Ok(())
 }
 
 /// One part of an answer, of either RPC.

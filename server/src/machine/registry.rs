@@ -105,7 +105,7 @@ impl Machine {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LookupError {
     /// No machine was named, and there is not exactly one.
-    #[error("name a machine{}: {}", hint(.ids), list(.ids))]
+    #[error("{}", unnamed(.ids))]
     Unnamed {
         /// The ids there are.
         ids: Vec<String>,
@@ -130,17 +130,20 @@ pub enum LookupError {
     },
 }
 
-fn list(ids: &[String]) -> String {
+fn unnamed(ids: &[String]) -> String {
     if ids.is_empty() {
-        "there is none, attach one (`pagewalk attach demo`)".to_owned()
+        "there is no machine: attach one, such as `demo`".to_owned()
     } else {
-        format!("there are `{}`", ids.join("`, `"))
+        format!("name a machine in `machine`: {}", list(ids))
     }
 }
 
-/// How the command line names one.
-fn hint(ids: &[String]) -> String {
-    ids.first().map(|id| format!(" (`--machine {id}`)")).unwrap_or_default()
+fn list(ids: &[String]) -> String {
+    if ids.is_empty() {
+        "there is none, attach one, such as `demo`".to_owned()
+    } else {
+        format!("there are `{}`", ids.join("`, `"))
+    }
 }
 
 /// Why a machine is not taken into the registry.
@@ -174,9 +177,7 @@ pub enum DetachError {
     #[error(transparent)]
     Lookup(#[from] LookupError),
     /// Its guest would end.
-    #[error(
-        "the guest of machine `{id}` runs in the daemon and would end: set `end_guest` if it may (`pagewalk detach {id} --end-guest`)"
-    )]
+    #[error("the guest of machine `{id}` runs in the daemon and would end: set `end_guest` if it may")]
     WouldEnd {
         /// The machine.
         id: String,

@@ -109,20 +109,14 @@ impl Sending {
             let place = parts.reserve().await.ok()?;
             let begun = Instant::now();
             let (extents, progress) = loop {
-                let memory = target.machine.source().memory();
-                // Memory that may block has places of its own: it would keep others from theirs.
-                let places = if memory.blocks() { &daemon.blocking } else { &daemon.slices };
-                let turn = Arc::clone(places).acquire_owned().await.ok()?;
-                let slice = tokio::task::spawn_blocking(move || {
-                    let sliced = slice(&mut map, memory.as_ref());
-                    // A slice whose client has left holds its turn until it ends.
-                    drop(turn);
+                let (extents, progress);
+                let slice = target.read_at_length(&daemon, move |memory| {
+                    let sliced = slice(&mut map, memory);
                     (map, sliced)
                 });
-                let (extents, progress);
                 (map, (extents, progress)) = match slice.await {
                     Ok(sliced) => sliced,
-                    Err(panicked) => return Some(Error::Failed(panicked.to_string())),
+                    Err(error) => return Some(error),
                 };
                 if !extents.is_empty() || progress != Progress::Going || begun.elapsed() >= SILENCE {
                     break (extents, progress);

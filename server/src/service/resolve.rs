@@ -104,6 +104,26 @@ impl Target {
         })
     }
 
+    /// Has `work` read the machine's memory for longer than others should wait for this thread: on one that holds up nobody, where
+    /// a few at a time have a place.
+    pub(super) async fn read_at_length<T: Send + 'static>(
+        &self,
+        daemon: &Daemon,
+        work: impl FnOnce(&GuestRam) -> T + Send + 'static,
+    ) -> Result<T, Error> {
+        let memory = self.machine.source().memory();
+        // Memory that may block has places of its own: it would keep others from theirs.
+        let places = if memory.blocks() { &daemon.blocking } else { &daemon.slices };
+        let place = Arc::clone(places).acquire_owned().await.map_err(|_| Error::ShuttingDown)?;
+        let read = tokio::task::spawn_blocking(move || {
+            let read = work(&memory);
+            // Work whose client has left holds its place until it ends.
+            drop(place);
+            read
+        });
+        read.await.map_err(|panicked| Error::Failed(panicked.to_string()))
+    }
+
     /// The guest virtual address that a client wrote in `field`. A symbol is looked up on a thread that holds up nobody: memory is
     /// read for it, and names that are close to one that is not there take their time to be found.
     pub(super) async fn gva(

@@ -6,6 +6,7 @@ use std::time::Instant;
 use pagewalk::{Gpa, Gva, PagingMode, Walker};
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::space_translation::Outcome;
+use tokio::time::timeout_at;
 
 use super::Daemon;
 use super::resolve::Target;
@@ -67,10 +68,11 @@ pub(super) async fn list(
     let snapshot = target.vcpu.latest();
     let mode = snapshot.walker.as_ref().map(|walker| walker.gva_walk().format().mode());
     let four_or_five = matches!(mode, Ok(PagingMode::FourLevel | PagingMode::FiveLevel));
-    let isolated = |memory: &GuestRam| -> Vec<bool> {
-        spaces.iter().map(|seen| four_or_five && is_isolated(memory, seen.space.root)).collect()
-    };
-    let isolated = target.read(daemon, deadline, isolated).await?;
+    let roots: Vec<u64> = spaces.iter().map(|seen| seen.space.root).collect();
+    let isolated = target.read_at_length(daemon, move |memory| -> Vec<bool> {
+        roots.iter().map(|root| four_or_five && is_isolated(memory, *root)).collect()
+    });
+    let isolated = timeout_at(deadline.into(), isolated).await.map_err(|_| Error::Deadline)??;
     // The machine has to be there still, for what was read of it to be worth anything.
     daemon.provenance(target, &snapshot)?;
     let spaces = spaces.iter().zip(isolated).map(|(Seen { vcpu, space }, isolated)| v1::AddressSpace {

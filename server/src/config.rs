@@ -51,7 +51,7 @@ pub enum Command {
 /// file.
 #[derive(Args, Clone, Debug, Default)]
 pub struct Options {
-    /// A TOML file with the same options: listen, uds, machines, log, log-format, grace-seconds, max-calls, and a table tls
+    /// A TOML file with the same options: listen, uds, machines, client-files, log, log-format, grace-seconds, max-calls, and a table tls
     #[arg(long, value_name = "FILE", env = "PAGEWALK_CONFIG")]
     pub config: Option<PathBuf>,
     /// Address to listen on; may be repeated. Not loopback: only with the three TLS options [default: 127.0.0.1:50051]
@@ -60,6 +60,9 @@ pub struct Options {
     /// Unix socket to listen on as well [default: $XDG_RUNTIME_DIR/pagewalk.sock, none without that variable]
     #[arg(long, value_name = "PATH", env = "PAGEWALK_UDS")]
     pub uds: Option<PathBuf>,
+    /// Folder of files that clients may have the daemon make: the sockets and logs of consoles of machines that they attach [default: none, but for the daemon's own user over the Unix socket]
+    #[arg(long, value_name = "FOLDER", env = "PAGEWALK_CLIENT_FILES")]
+    pub client_files: Option<PathBuf>,
     /// The daemon's certificate, PEM
     #[arg(long, value_name = "FILE", env = "PAGEWALK_TLS_CERT")]
     pub tls_cert: Option<PathBuf>,
@@ -103,6 +106,7 @@ struct File {
     uds: Option<PathBuf>,
     #[serde(default)]
     machines: Vec<String>,
+    client_files: Option<PathBuf>,
     log: Option<String>,
     log_format: Option<LogFormat>,
     grace_seconds: Option<u64>,
@@ -129,6 +133,8 @@ pub struct Config {
     pub tls: Option<Tls>,
     /// The machines.
     pub machines: Vec<MachineSpec>,
+    /// Folder of files that clients may have made.
+    pub client_files: Option<PathBuf>,
     /// What to log.
     pub log: String,
     /// How to log.
@@ -165,6 +171,14 @@ pub enum ConfigError {
         spec: String,
         /// What is wrong.
         problem: SpecError,
+    },
+    /// The folder for clients' files.
+    #[error("--client-files {path}: {problem}; name a folder that exists")]
+    ClientFiles {
+        /// The folder.
+        path: PathBuf,
+        /// What the system says.
+        problem: std::io::Error,
     },
     /// TLS options.
     #[error(transparent)]
@@ -204,6 +218,7 @@ impl Config {
                 options.client_ca.or(tls.client_ca),
             )?,
             machines,
+            client_files: options.client_files.or(file.client_files).map(folder).transpose()?,
             log: options.log.or(file.log).unwrap_or_else(|| "info".to_owned()),
             log_format: options.log_format.or(file.log_format).unwrap_or_default(),
             grace: Duration::from_secs(grace),
@@ -237,6 +252,14 @@ fn read(path: &Path) -> Result<File, ConfigError> {
         )));
     }
     toml::from_str(&text).map_err(|problem| ConfigError::File { path: path.to_owned(), problem })
+}
+
+/// Where a folder is, wherever its name leads later.
+fn folder(path: PathBuf) -> Result<PathBuf, ConfigError> {
+    let found = path.canonicalize().and_then(|found| {
+        if found.is_dir() { Ok(found) } else { Err(std::io::ErrorKind::NotADirectory.into()) }
+    });
+    found.map_err(|problem| ConfigError::ClientFiles { path, problem })
 }
 
 fn default_uds() -> Option<PathBuf> {
@@ -290,6 +313,8 @@ mod tests {
             ("[tls]\ncert = 'x'", "--tls-key"),
             ("grace-seconds = 99999", "--grace-seconds"),
             ("max-calls = 0", "--max-calls"),
+            ("client-files = '/nonexistent'", "--client-files /nonexistent"),
+            ("client-files = '/dev/null'", "--client-files /dev/null"),
             ("log = 1", "log"),
             ("= =", "1"),
         ] {

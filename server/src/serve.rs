@@ -26,7 +26,7 @@ use crate::config::Config;
 use crate::layer::{DeadlineLayer, LimitLayer, ReasonLayer, TraceLayer};
 use crate::listen::{Incoming, ListenError, TlsError, UdsListener, bind_tcp};
 use crate::machine::Machines;
-use crate::service::{BLOCKING, Daemon, Turns, add_to, slices};
+use crate::service::{ATTACHING, BLOCKING, ClientFiles, Daemon, Turns, add_to, slices};
 
 /// Streams that one connection may have open.
 const STREAMS: u32 = 256;
@@ -99,6 +99,8 @@ impl Server {
             slices: slices(),
             blocking: Arc::new(Semaphore::new(BLOCKING)),
             turns: Arc::new(Turns::new()),
+            attaching: Arc::new(Semaphore::new(ATTACHING)),
+            client_files: Arc::new(ClientFiles::new(config.client_files.clone())),
         };
         let (health, health_service) = health_reporter();
         let reflection = || {

@@ -50,6 +50,11 @@ pub(crate) enum Error {
     Detached { machine: String },
     #[error(transparent)]
     Attach(#[from] AttachError),
+    /// A client names a file for the daemon to make.
+    #[error(
+        "spec: {file} is a file for the daemon to make, and it makes none for clients, but for its own user over its Unix socket: have it started with --client-files FOLDER, or with this machine"
+    )]
+    FileNotAllowed { file: String },
     #[error(transparent)]
     Detach(#[from] DetachError),
     /// Somebody resumed the guest while its image was saved.
@@ -100,7 +105,7 @@ impl Error {
     fn code(&self) -> (Code, &'static str) {
         use Code::{
             Aborted, AlreadyExists, DeadlineExceeded, FailedPrecondition, Internal, InvalidArgument,
-            NotFound, ResourceExhausted, Unavailable, Unimplemented,
+            NotFound, PermissionDenied, ResourceExhausted, Unavailable, Unimplemented,
         };
         match self {
             Self::Invalid { .. } => (InvalidArgument, "INVALID_FIELD"),
@@ -123,6 +128,7 @@ impl Error {
                 (AlreadyExists, "MACHINE_EXISTS")
             }
             Self::Attach(AttachError::Open(_)) => (FailedPrecondition, "CANNOT_ATTACH"),
+            Self::FileNotAllowed { .. } => (PermissionDenied, "FILE_NOT_ALLOWED"),
             Self::Detach(DetachError::WouldEnd { .. }) => (FailedPrecondition, "GUEST_WOULD_END"),
             Self::Vcpu(VcpuError::Timeout { .. }) => (DeadlineExceeded, "VCPU_UNRESPONSIVE"),
             Self::Vcpu(VcpuError::Gone { .. }) => (Unavailable, "VCPU_GONE"),

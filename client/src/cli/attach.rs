@@ -7,7 +7,7 @@ use crate::v1::{AttachMachineRequest, DetachMachineRequest};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct AttachArgs {
-    /// The machine: demo, demo:plain, kvm:elf=FILE,mem=64M,cpus=1, kvm:kernel=FILE,initrd=FILE, qemu:qmp=SOCKET, dump:FILE or image:FILE.toml; optionally with symbols=FILE as one more option, and as ID=SPEC
+    /// The machine: demo, demo:plain, kvm:elf=FILE,mem=64M,cpus=1, kvm:kernel=FILE,initrd=FILE, qemu:qmp=SOCKET, dump:FILE or image:FILE.toml; optionally with symbols=FILE as one more option, and as ID=SPEC. Files are the daemon's; console= and log= name files in the folder of its --client-files, unless its own user asks over its Unix socket
     #[arg(value_name = "SPEC")]
     spec: String,
 }

@@ -70,6 +70,7 @@ async fn start(directory: &Path, machines: Vec<Machine>) -> Vec<String> {
         uds: Some(socket(directory, Who::Daemon)),
         tls: None,
         machines: Vec::new(),
+        client_files: None,
         log: "info".to_owned(),
         log_format: LogFormat::Human,
         grace: Duration::from_secs(1),

@@ -52,6 +52,7 @@ impl Bed {
                 uds: None,
                 tls: None,
                 machines: Vec::new(),
+                client_files: None,
                 log: "off".into(),
                 log_format: LogFormat::Human,
                 grace: std::time::Duration::from_secs(1),

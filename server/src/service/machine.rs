@@ -52,9 +52,16 @@ impl MachineService for Daemon {
         request: Request<v1::AttachMachineRequest>,
     ) -> Result<Response<v1::AttachMachineResponse>, Status> {
         let deadline = client_deadline(&request).unwrap_or_else(|| Instant::now() + ATTACH);
-        let spec = spec(&request.into_inner().spec)?;
+        let mut spec = spec(&request.get_ref().spec)?;
+        self.client_files.confine(&mut spec, &request)?;
+        let place = timeout_at(deadline.into(), Arc::clone(&self.attaching).acquire_owned()).await;
+        let place = place.map_err(|_| Error::Deadline)?;
         let machines = Arc::clone(&self.machines);
-        let opened = tokio::task::spawn_blocking(move || machines.open(&spec));
+        let opened = tokio::task::spawn_blocking(move || {
+            let opened = machines.open(&spec);
+            drop(place);
+            opened
+        });
         // Whoever stops waiting leaves an attach behind that ends by itself, one way or the other.
         let machine = match timeout_at(deadline.into(), opened).await {
             Ok(Ok(opened)) => opened.map_err(Error::from)?,

@@ -1,6 +1,7 @@
 //! The services. Each call resolves what it names, calls the vCPU or the walker, and converts the answer.
 
 mod batch;
+mod client_files;
 mod explain;
 mod machine;
 mod mapping;
@@ -18,6 +19,7 @@ mod turns;
 mod vcpu;
 mod walker;
 
+pub(crate) use client_files::ClientFiles;
 pub(crate) use parts::slices;
 
 use std::sync::Arc;
@@ -48,10 +50,17 @@ pub(crate) struct Daemon {
     pub(crate) turns: Arc<Turns>,
     /// Places for slices of maps.
     pub(crate) slices: Arc<Semaphore>,
+    /// Places for machines that are being attached.
+    pub(crate) attaching: Arc<Semaphore>,
+    /// Where clients may have files made.
+    pub(crate) client_files: Arc<ClientFiles>,
 }
 
 /// Calls that may wait for the host to give them memory, at once. More wait for a place, up to their deadlines.
 pub(crate) const BLOCKING: usize = 16;
+/// Machines that are attached at once: each may read a file of symbols, and wait for a QEMU that says nothing. More wait for a
+/// place, up to their deadlines.
+pub(crate) const ATTACHING: usize = 4;
 
 /// Largest request that is decoded. No request of this contract, but for batches, needs a tenth of it.
 const REQUEST_BYTES: usize = 64 << 10;

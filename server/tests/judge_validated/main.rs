@@ -202,6 +202,7 @@ impl Daemon {
             uds: None,
             tls: None,
             machines: Vec::new(),
+            client_files: None,
             log: "info".into(),
             log_format: LogFormat::Human,
             grace: Duration::from_secs(5),

@@ -36,7 +36,7 @@ async fn a_machine_is_attached_asked_and_detached() {
     assert_eq!(page(&bed.translate(of("b", read(gva))).await.unwrap()).gpa, 0x1_0000);
     // Now that there are two, they have to be named.
     let unnamed = bed.translate(read(gva)).await;
-    assert!(unnamed.as_ref().unwrap_err().message().contains("--machine"), "{unnamed:?}");
+    assert!(unnamed.as_ref().unwrap_err().message().contains("in `machine`"), "{unnamed:?}");
     assert_eq!(refusal(unnamed), (Code::InvalidArgument, "MACHINE_NOT_NAMED".to_owned()));
     let refused = machines.detach_machine(detach("b", false)).await;
     assert_eq!(refusal(refused), (Code::FailedPrecondition, "GUEST_WOULD_END".to_owned()));
@@ -81,13 +81,52 @@ async fn attaching_what_cannot_be_is_refused_with_what_to_do() {
     bed.stop().await;
 }
 
+/// As many as are attached at once wait for QEMUs that say nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn attaches_wait_for_a_place_and_one_whose_client_leaves_takes_none() {
+    const PLACES: usize = 4;
+    let bed = Bed::plain().await;
+    let folder = tempfile::tempdir().unwrap();
+    let mut silent = Vec::new();
+    for at in 0..PLACES {
+        let socket = folder.path().join(at.to_string());
+        let listener = tokio::net::UnixListener::bind(&socket).unwrap();
+        let (mut client, spec) = (bed.machines(), format!("q{at}=qemu:qmp={}", socket.display()));
+        let asked = tokio::spawn(async move { client.attach_machine(attach(&spec)).await });
+        let (connection, _) = tokio::time::timeout(SOON, listener.accept()).await.unwrap().unwrap();
+        silent.push((asked, connection));
+    }
+    let mut late = tonic::Request::new(attach("late=demo:plain"));
+    late.set_timeout(std::time::Duration::from_millis(100));
+    let late = bed.machines().attach_machine(late).await.unwrap_err();
+    assert!(matches!(late.code(), Code::DeadlineExceeded | Code::Cancelled), "{late:?}");
+    let start = |spec: &'static str| {
+        let mut client = bed.machines();
+        tokio::spawn(async move { client.attach_machine(attach(spec)).await })
+    };
+    let (left, waits) = (start("left=demo:plain"), start("waits=demo:plain"));
+    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    left.abort();
+    assert!(!waits.is_finished());
+    for (asked, connection) in silent {
+        let refused = tokio::time::timeout(SOON, asked).await.unwrap().unwrap();
+        assert_eq!(refusal(refused), (Code::FailedPrecondition, "CANNOT_ATTACH".to_owned()));
+        drop(connection);
+    }
+    tokio::time::timeout(SOON, waits).await.unwrap().unwrap().unwrap();
+    for spec in ["left=demo:plain", "late=demo:plain"] {
+        bed.machines().attach_machine(attach(spec)).await.unwrap();
+    }
+    bed.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_machine_one_is_to_be_attached() {
     let bed = Bed::plain().await;
     let gva = bed.landmark("kernel-text");
     bed.machines().detach_machine(detach("demo", true)).await.unwrap();
     let status = bed.translate(read(gva)).await.unwrap_err();
-    assert!(status.message().contains("pagewalk attach"), "{status:?}");
+    assert!(status.message().contains("attach one"), "{status:?}");
     assert_eq!(refusal(Err::<(), _>(status)), (Code::InvalidArgument, "MACHINE_NOT_NAMED".to_owned()));
     bed.stop().await;
 }

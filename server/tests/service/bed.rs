@@ -26,6 +26,7 @@ pub(crate) fn config() -> Config {
         uds: None,
         tls: None,
         machines: Vec::new(),
+        client_files: None,
         log: "info".into(),
         log_format: LogFormat::Human,
         grace: Duration::from_secs(5),

@@ -7,6 +7,9 @@ mod bad_input;
 mod batch;
 #[allow(dead_code, reason = "each test target uses its part")]
 mod bed;
+#[path = "../bzimage/mod.rs"]
+mod bzimage;
+mod client_files;
 #[allow(dead_code, reason = "each test target uses its part")]
 #[path = "../demo_landmarks/mod.rs"]
 mod demo_landmarks;

@@ -721,7 +721,11 @@ class Client:
         return convert.memory_stop(answer.stop) if answer.HasField("stop") else None
 
     def attach(self, spec: str) -> Machine:
-        """Have the daemon take in a machine, described as `pagewalkd --machine` takes it. Needs the role `control`."""
+        """Have the daemon take in a machine, described as `pagewalkd --machine` takes it. Needs the role `control`.
+
+        Files are the daemon's. Those that it makes (`console=`, `log=`) are named without a folder, and lie in that of
+        its flag `--client-files`, unless its own user asks over its Unix socket.
+        """
         request = machine_pb2.AttachMachineRequest(spec=spec)
         return convert.machine(self._call(self._machine.AttachMachine, request).machine)
 

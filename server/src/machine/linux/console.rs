@@ -102,13 +102,17 @@ struct Log {
 
 impl Log {
     fn open(path: &Path) -> io::Result<Self> {
-        // Opening a pipe would wait for its other end.
+        // Opening a pipe would wait for its other end, and a link leads to a file that nobody has named.
         let file = OpenOptions::new()
             .append(true)
             .create(true)
             .mode(0o640)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(path)?;
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW)
+            .open(path)
+            .map_err(|error| match error.raw_os_error() {
+                Some(libc::ELOOP) => io::Error::other("is a symbolic link: name the file that it leads to"),
+                _ => error,
+            })?;
         let metadata = file.metadata()?;
         if !metadata.is_file() {
             return Err(io::Error::other("is not a regular file"));
@@ -312,6 +316,23 @@ mod tests {
         assert_eq!(file.as_file().metadata().unwrap().len(), LOG_MAX);
         let full = Log::open(file.path()).err().unwrap();
         assert!(full.to_string().contains("move it away"), "{full}");
+    }
+
+    #[test]
+    fn a_link_is_no_log() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, link) = (folder.path().join("file"), folder.path().join("link"));
+        for there in [false, true] {
+            if there {
+                std::fs::write(&file, "precious").unwrap();
+            }
+            let _ = std::fs::remove_file(&link);
+            std::os::unix::fs::symlink(&file, &link).unwrap();
+            let error = Log::open(&link).err().unwrap().to_string();
+            assert!(error.contains("symbolic link"), "{error}");
+            assert_eq!(file.exists(), there);
+        }
+        assert_eq!(std::fs::read(&file).unwrap(), b"precious");
     }
 
     /// Whoever stops taking what the guest says is noticed late, when the next one may be there already.

@@ -384,7 +384,9 @@ class AttachMachineRequest(google.protobuf.message.Message):
     SPEC_FIELD_NUMBER: builtins.int
     spec: builtins.str
     """What the daemon's flag `--machine` takes, at most 8192 bytes: `demo`, `kvm:elf=FILE,mem=64M,cpus=1`,
-    `qemu:qmp=SOCKET`, `dump:FILE,symbols=FILE`, optionally as `ID=SPEC`. Files and sockets are the daemon's, not the client's. Required.
+    `qemu:qmp=SOCKET`, `dump:FILE,symbols=FILE`, optionally as `ID=SPEC`. Files and sockets are the daemon's, not the client's. Those that it
+    makes, a console's `console=` and `log=`, are named without a folder and lie in that of the daemon's flag
+    `--client-files`, unless its own user asks over its Unix socket. Required.
     """
     def __init__(
         self,

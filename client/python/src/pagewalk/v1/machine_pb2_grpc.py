@@ -91,8 +91,9 @@ class MachineServiceServicer(object):
 
         Role: `control`.
         Errors: INVALID_ARGUMENT for a specification that says nothing; ALREADY_EXISTS when there is a machine of that id, or
-        the same guest is attached already; FAILED_PRECONDITION, with what to do, when the guest cannot be had;
-        DEADLINE_EXCEEDED when it cannot be had in time.
+        the same guest is attached already; PERMISSION_DENIED (reason FILE_NOT_ALLOWED) when it names a file for the daemon to
+        make, which this daemon does not do for this client; FAILED_PRECONDITION, with what to do, when the guest cannot be had;
+        DEADLINE_EXCEEDED when it cannot be had in time, or too many others are being attached.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

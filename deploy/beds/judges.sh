@@ -37,6 +37,7 @@ attached-symbols|Such guests' kernels by their symbols, KASLR on and off: kallsy
 attached-spaces|Their address spaces, active or not, and the halves under page-table isolation|qemu|500|0|0|attached-spaces
 validated|A page remapped without pause: validated answers over gRPC mix no two mappings||10000000|0|0|validated
 validated-kvm|The same on a vCPU of KVM's, whose guest remaps a page of its own|kvm|1000000|0|0|validated-kvm
+attached-tasks|The processes that have them, by the kernel's BTF: what each said of itself, halves included|qemu|10|0|0|attached-tasks-4-level attached-tasks-5-level
 oracle|The independent oracle, odometer and soup||5000000|0|0|oracle
 exhaustive|Loop-free rules, every input: reserved bits, canonicality, rights, keys||30000000|0|0|exhaustive
 fuzz|Fuzzing the walker: panics, step bound, hangs, contradictions||100000|0|SECONDS|fuzz-walk fuzz-registers

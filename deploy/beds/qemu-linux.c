@@ -6,10 +6,12 @@
  *
  *   cpu VENDOR MAXPHYADDR GIB-PAGES
  *   kallsyms ADDRESS BYTES
+ *   task WORKER PID NAME
  *   map WORKER ADDRESS BYTES PAGE-BYTES RIGHTS SALT KEY STEP
  *   ready
  *
- * All numbers are hexadecimal. RIGHTS is what the tables have to grant to user space: r, w and x, or '-' for
+ * All numbers are hexadecimal, and NAME is bytes, two digits each. A worker's task has the worker's address space; another process
+ * shares that of worker 0, and a thread, which is not told, that of worker 1. RIGHTS is what the tables have to grant to user space: r, w and x, or '-' for
  * each that is missing; '---' means that nothing is mapped. At each STEP from the start of the mapping lie eight bytes:
  * the address times GOLDEN, exclusive-or SALT; with SALT 0 they are zero. Every worker also has a page at IDENTITY
  * whose first eight bytes are MAGIC plus its number. With `kallsyms` as an argument, every worker has the kernel's symbols in
@@ -33,6 +35,13 @@ typedef unsigned long long u64;
 #define PAGE 0x1000ul
 #define WORKERS 4
 
+#define PR_SET_NAME 15
+#define PR_GET_NAME 16
+#define SIGCHLD 17
+#define CLONE_VM 0x100
+#define CLONE_SIGHAND 0x800
+#define CLONE_THREAD 0x10000
+
 #define PROT_READ 1
 #define PROT_WRITE 2
 #define PROT_EXEC 4
@@ -44,8 +53,8 @@ typedef unsigned long long u64;
 #define MAP_1GIB (30 << 26)
 
 #ifdef __x86_64__
-enum { READ = 0, WRITE = 1, OPEN = 2, MMAP = 9, MPROTECT = 10, MUNMAP = 11, PIPE = 22, SCHED_YIELD = 24, NANOSLEEP = 35, FORK = 57,
-       MOUNT = 165, PKEY_MPROTECT = 329, PKEY_ALLOC = 330 };
+enum { READ = 0, WRITE = 1, OPEN = 2, MMAP = 9, MPROTECT = 10, MUNMAP = 11, PIPE = 22, SCHED_YIELD = 24, NANOSLEEP = 35,
+       GETPID = 39, CLONE = 56, FORK = 57, PRCTL = 157, MOUNT = 165, PKEY_MPROTECT = 329, PKEY_ALLOC = 330 };
 
 static long call5(long number, word a, word b, word c, word d, word e)
 {
@@ -57,8 +66,8 @@ static long call5(long number, word a, word b, word c, word d, word e)
 	return result;
 }
 #else
-enum { FORK = 2, READ = 3, WRITE = 4, OPEN = 5, MOUNT = 21, PIPE = 42, MMAP = 90, MUNMAP = 91, MPROTECT = 125, SCHED_YIELD = 158, NANOSLEEP = 162,
-       PKEY_MPROTECT = 380, PKEY_ALLOC = 381 };
+enum { FORK = 2, READ = 3, WRITE = 4, OPEN = 5, GETPID = 20, MOUNT = 21, PIPE = 42, MMAP = 90, MUNMAP = 91, CLONE = 120, MPROTECT = 125,
+       SCHED_YIELD = 158, NANOSLEEP = 162, PRCTL = 172, PKEY_MPROTECT = 380, PKEY_ALLOC = 381 };
 
 static long call5(long number, word a, word b, word c, word d, word e)
 {
@@ -122,6 +131,49 @@ static void __attribute__((noreturn)) die(const char *what)
 	say(&line);
 	for (;;)
 		sleep_ms(1000);
+}
+
+/* Gives this task a name, and says what the kernel makes of it, and which number it has. */
+static void introduce_task(int worker, const char *name)
+{
+	struct line line = { .length = 0 };
+	char given[17] = { 0 };
+
+	if (call(PRCTL, PR_SET_NAME, (word)name, 0, 0) || call(PRCTL, PR_GET_NAME, (word)given, 0, 0))
+		die("prctl");
+	put(&line, "task");
+	put_hex(&line, worker);
+	put_hex(&line, call(GETPID, 0, 0, 0, 0));
+	put(&line, " ");
+	for (const char *at = given; *at; at++) {
+		const char digits[] = { "0123456789abcdef"[*at >> 4 & 15], "0123456789abcdef"[*at & 15], 0 };
+
+		put(&line, digits);
+	}
+	say(&line);
+}
+
+/* Has a task that shares all memory run `task` on a stack of its own. */
+static void share(word flags, void (*task)(void), u8 *stack_end)
+{
+	long result;
+
+#ifdef __x86_64__
+	register word r10 __asm__("r10") = 0;
+	register word r8 __asm__("r8") = 0;
+
+	__asm__ volatile("syscall\n test %%rax, %%rax\n jnz 1f\n xor %%ebp, %%ebp\n call *%%rbx\n ud2\n 1:"
+			 : "=a"(result)
+			 : "a"(CLONE), "b"(task), "D"(flags), "S"(stack_end), "d"(0), "r"(r10), "r"(r8)
+			 : "rcx", "r11", "memory");
+#else
+	__asm__ volatile("int $0x80\n test %%eax, %%eax\n jnz 1f\n xor %%ebp, %%ebp\n call *%%esi\n ud2\n 1:"
+			 : "=a"(result)
+			 : "a"(CLONE), "b"(flags), "c"(stack_end), "d"(0), "S"(task)
+			 : "memory");
+#endif
+	if (result < 0)
+		die("clone");
 }
 
 static void cpuid(u32 leaf, u32 out[4])
@@ -351,6 +403,33 @@ static void map_gib(int worker)
 	announce(worker, &it);
 }
 
+/* Names that a kernel takes: of a few letters, in UTF-8, of as many bytes as there may be, and of bytes that are no text. */
+static const char *const names[WORKERS] = { "worker", "w\xc3\xb6rker", "fifteen-letters", "\xff\xfe\x1b[2J" };
+
+static int said_ready[2];
+static u8 stacks[2][0x2000] __attribute__((aligned(16)));
+
+static void rest(void)
+{
+	u8 byte = 0;
+
+	call(WRITE, said_ready[1], (word)&byte, 1, 0);
+	for (;;)
+		sleep_ms(1000);
+}
+
+static void twin(void)
+{
+	introduce_task(0, "twin");
+	rest();
+}
+
+static void thread(void)
+{
+	call(PRCTL, PR_SET_NAME, (word)"thread", 0, 0);
+	rest();
+}
+
 /* Keeps a vCPU busy, each worker in its own way: in user space, in the kernel, asleep, with page faults. */
 static void __attribute__((noreturn)) work(int worker, const int *pipe)
 {
@@ -388,10 +467,10 @@ void __attribute__((noreturn)) begin(word *stack)
 {
 	struct line line = { .length = 0 };
 	struct sizes sizes = introduce();
-	int ready[2], pipe[2];
+	int pipe[2];
 	u8 byte = 0;
 
-	if (call(PIPE, (word)ready, 0, 0, 0) || call(PIPE, (word)pipe, 0, 0, 0))
+	if (call(PIPE, (word)said_ready, 0, 0, 0) || call(PIPE, (word)pipe, 0, 0, 0))
 		die("pipe");
 	bequeath();
 	for (word argument = 1; argument < stack[0]; argument++)
@@ -407,15 +486,21 @@ void __attribute__((noreturn)) begin(word *stack)
 		if (!map(IDENTITY, PAGE, 0))
 			die("mmap of the identity");
 		*(volatile u64 *)IDENTITY = MAGIC + worker;
+		introduce_task(worker, names[worker]);
+		if (worker == 0)
+			share(CLONE_VM | SIGCHLD, twin, stacks[0] + sizeof(stacks[0]));
+		if (worker == 1)
+			share(CLONE_VM | CLONE_SIGHAND | CLONE_THREAD, thread, stacks[1] + sizeof(stacks[1]));
 		map_small(worker);
 		map_huge(worker, sizes.pae ? 1ul << 21 : 1ul << 22);
 		if (sizes.gib && worker == 0)
 			map_gib(worker);
-		call(WRITE, ready[1], (word)&byte, 1, 0);
+		call(WRITE, said_ready[1], (word)&byte, 1, 0);
 		work(worker, pipe);
 	}
-	for (int worker = 0; worker < WORKERS; worker++)
-		call(READ, ready[0], (word)&byte, 1, 0);
+	/* The workers, and the two that share. */
+	for (int said = 0; said < WORKERS + 2; said++)
+		call(READ, said_ready[0], (word)&byte, 1, 0);
 	put(&line, "ready");
 	say(&line);
 	for (;;)

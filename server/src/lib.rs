@@ -13,5 +13,6 @@ pub mod serve;
 mod service;
 mod status;
 pub mod symbols;
+mod tasks;
 pub mod tour;
 pub mod vcpu;

@@ -80,8 +80,13 @@ def test_symbols_stand_for_addresses(client: pagewalk.Client, landmarks: Landmar
 
 
 def test_one_address_in_many_address_spaces(client: pagewalk.Client, landmarks: Landmarks) -> None:
-    (space, *_) = client.address_spaces()
+    spaces = client.address_spaces()
+    (space, *_) = spaces
+    assert len(spaces) == len(spaces.spaces) > 0
     assert space.sightings > 0
+    assert space.tasks == ()
+    assert spaces.task_list.state == "unknown"
+    assert "symbols=FILE" in spaces.task_list.reason
     assert space.isolation_pair is None
     user = landmarks["user-text"]
     outcomes = client.translate_across(user, [0x20000, 0x21000], privilege="user")

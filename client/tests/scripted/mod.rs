@@ -340,6 +340,7 @@ impl mapping::MappingService for Scripted {
             generation: 7,
             age: Some(prost_types::Duration { seconds: 0, nanos: 3_000_000 }),
             isolation_pair: Some(0x2_1000),
+            tasks: vec![v1::Task { pid: 1, name: "init".into() }],
             ..v1::AddressSpace::default()
         };
         let user = v1::AddressSpace {
@@ -348,13 +349,25 @@ impl mapping::MappingService for Scripted {
             vcpu: 1,
             isolation_pair: Some(0x2_0000),
             user_half: true,
-            ..kernel
+            ..kernel.clone()
         };
-        let other = v1::AddressSpace { cr3: 0x3_0000, isolation_pair: None, ..kernel };
+        let task = |pid, name: &str| v1::Task { pid, name: name.to_owned() };
+        let other = v1::AddressSpace {
+            cr3: 0x3_0000,
+            isolation_pair: None,
+            tasks: vec![task(57, "cat"), task(58, "a\nb\u{1b}[2J")],
+            tasks_left_out: 3,
+            ..kernel.clone()
+        };
         Ok(Response::new(v1::ListAddressSpacesResponse {
             spaces: vec![kernel, user, other],
             left_out: 2,
             provenance: Some(provenance()),
+            task_list: Some(v1::TaskList {
+                state: v1::TaskListState::Incomplete.into(),
+                count: 7,
+                reason: "the guest's list of tasks: it is longer than 65536 tasks".into(),
+            }),
         }))
     }
 

@@ -1,6 +1,7 @@
 //! `ListAddressSpaces` and `TranslateAcross`: the address spaces of a machine, and one address in many of them.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Instant;
 
 use pagewalk::{Gpa, Gva, PagingMode, Walker};
@@ -14,10 +15,13 @@ use super::translation::{check_width, walker};
 use crate::convert;
 use crate::machine::{GuestRam, Machine};
 use crate::status::Error;
+use crate::tasks::{self, Task, TaskList};
 use crate::vcpu::{NestedMode, SeenSpace, Snapshot};
 
 /// Spaces in one answer, and in one request.
 const MOST: usize = 1024;
+/// Tasks of one space in an answer.
+const MOST_TASKS: usize = 16;
 /// Linux's page-table isolation has the user's top table behind the kernel's.
 const USER_ROOT: u64 = 1 << 12;
 /// What the two halves differ in where they map the same: accessed, and no-execute, by which the kernel keeps itself from
@@ -69,26 +73,62 @@ pub(super) async fn list(
     let mode = snapshot.walker.as_ref().map(|walker| walker.gva_walk().format().mode());
     let four_or_five = matches!(mode, Ok(PagingMode::FourLevel | PagingMode::FiveLevel));
     let roots: Vec<u64> = spaces.iter().map(|seen| seen.space.root).collect();
-    let isolated = target.read_at_length(daemon, move |memory| -> Vec<bool> {
-        roots.iter().map(|root| four_or_five && is_isolated(memory, *root)).collect()
+    let machine = Arc::clone(&target.machine);
+    let looked = target.read_at_length(daemon, move |memory| {
+        let isolated: Vec<bool> =
+            roots.iter().map(|root| four_or_five && is_isolated(memory, *root)).collect();
+        // A list that takes too long leaves time to say so.
+        let now = Instant::now();
+        let until = now + deadline.saturating_duration_since(now) / 2;
+        (isolated, tasks::list(&machine, memory, until))
     });
-    let isolated = timeout_at(deadline.into(), isolated).await.map_err(|_| Error::Deadline)??;
+    let (isolated, tasks) = timeout_at(deadline.into(), looked).await.map_err(|_| Error::Deadline)??;
+    let named = named(&tasks);
     // The machine has to be there still, for what was read of it to be worth anything.
     daemon.provenance(target, &snapshot)?;
-    let spaces = spaces.iter().zip(isolated).map(|(Seen { vcpu, space }, isolated)| v1::AddressSpace {
-        cr3: space.root,
-        sightings: space.sightings,
-        vcpu: *vcpu,
-        generation: space.generation,
-        age: space.last.elapsed().try_into().ok(),
-        isolation_pair: isolated.then_some(space.root ^ USER_ROOT),
-        user_half: isolated && space.root & USER_ROOT != 0,
+    let spaces = spaces.iter().zip(isolated).map(|(Seen { vcpu, space }, isolated)| {
+        let kernel_half = if isolated { space.root & !USER_ROOT } else { space.root };
+        let tasks = named.get(&kernel_half).map_or(&[][..], Vec::as_slice);
+        let task = |task: &&Task| v1::Task { pid: task.pid, name: task.name.clone() };
+        v1::AddressSpace {
+            cr3: space.root,
+            sightings: space.sightings,
+            vcpu: *vcpu,
+            generation: space.generation,
+            age: space.last.elapsed().try_into().ok(),
+            isolation_pair: isolated.then_some(space.root ^ USER_ROOT),
+            user_half: isolated && space.root & USER_ROOT != 0,
+            tasks: tasks.iter().take(MOST_TASKS).map(task).collect(),
+            // No more than there are tasks.
+            tasks_left_out: tasks.len().saturating_sub(MOST_TASKS) as u32,
+        }
     });
     Ok(v1::ListAddressSpacesResponse {
         spaces: spaces.collect(),
         left_out,
         provenance: Some(daemon.machine_provenance(&target.machine)),
+        task_list: Some(task_list(&tasks)),
     })
+}
+
+/// The tasks of each address space.
+fn named(tasks: &Result<TaskList, String>) -> BTreeMap<u64, Vec<&Task>> {
+    let mut named = BTreeMap::<u64, Vec<&Task>>::new();
+    for task in tasks.iter().flat_map(|list| &list.tasks) {
+        named.entry(task.root).or_default().push(task);
+    }
+    named
+}
+
+fn task_list(tasks: &Result<TaskList, String>) -> v1::TaskList {
+    let (state, count, reason) = match tasks {
+        Ok(TaskList { count, incomplete: None, .. }) => (v1::TaskListState::Complete, *count, String::new()),
+        Ok(TaskList { count, incomplete: Some(why), .. }) => {
+            (v1::TaskListState::Incomplete, *count, format!("the guest's list of tasks: {why}"))
+        }
+        Err(why) => (v1::TaskListState::Unknown, 0, why.clone()),
+    };
+    v1::TaskList { state: state.into(), count, reason }
 }
 
 /// Whether a root is one half of a pair under page-table isolation: both map the same user space, by the same tables, and not

@@ -19,7 +19,8 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 
 use crate::machine::{GuestRam, Machine, regular_file};
-pub(crate) use placement::Placed;
+use crate::tasks::Known;
+pub(crate) use placement::{KernelMemory, Placed};
 use table::SymbolTable;
 
 /// Furthest from a symbol that an address is named after it.
@@ -110,6 +111,8 @@ pub struct Symbols {
     file: PathBuf,
     table: SymbolTable,
     last: ArcSwap<Looked>,
+    /// What else was learned of the kernel there.
+    pub(crate) tasks: Known,
 }
 
 /// The last time that the kernel was looked for.
@@ -129,7 +132,12 @@ impl Symbols {
     pub fn read(path: &Path) -> Result<Self, SymbolsError> {
         let table = read(path).map_err(|problem| SymbolsError { file: path.to_owned(), problem })?;
         let placed = Err("it has not been looked for yet".to_owned());
-        Ok(Self { file: path.to_owned(), table, last: ArcSwap::from_pointee(Looked { placed, at: None }) })
+        Ok(Self {
+            file: path.to_owned(),
+            table,
+            last: ArcSwap::from_pointee(Looked { placed, at: None }),
+            tasks: Known::default(),
+        })
     }
 
     /// The file that they come from.
@@ -194,6 +202,11 @@ impl Symbols {
         Err(Unresolved::Name(format!(
             "`{name}` is the name of {count} addresses, {listed}{more}: write the one that is meant"
         )))
+    }
+
+    /// Where the one thing of this name is.
+    pub(crate) fn address(&self, placed: &Placed, name: &str) -> Option<u64> {
+        placed.address(self.table.only(name)?).ok()
     }
 
     fn unknown(&self, name: &str) -> String {

@@ -159,26 +159,58 @@ fn page(walker: &Walker, memory: &GuestRam, gva: u64) -> Option<u64> {
     (!page.rights().user()).then_some(page.gpa.0)
 }
 
-/// Whether these bytes are there.
-fn reads(walker: &Walker, memory: &GuestRam, gva: u64, expected: &[u8]) -> bool {
-    let (mut gva, mut expected) = (gva, expected);
-    while !expected.is_empty() {
-        let size = expected.len().min((PAGE - gva % PAGE) as usize);
-        let (now, rest) = expected.split_at(size);
-        let mut found = vec![0; size];
-        let read = page(walker, memory, gva).and_then(|gpa| memory.read(Gpa(gpa), &mut found).ok());
-        if read != Some(size) || found != now {
+/// Reads a supervisor's pages; says whether all of them are there.
+fn read(walker: &Walker, memory: &GuestRam, gva: u64, bytes: &mut [u8]) -> bool {
+    let (mut gva, mut bytes) = (gva, bytes);
+    while !bytes.is_empty() {
+        let size = bytes.len().min((PAGE - gva % PAGE) as usize);
+        let (now, rest) = bytes.split_at_mut(size);
+        if page(walker, memory, gva).and_then(|gpa| memory.read(Gpa(gpa), now).ok()) != Some(size) {
             return false;
         }
-        (gva, expected) = (gva.wrapping_add(size as u64), rest);
+        (gva, bytes) = (gva.wrapping_add(size as u64), rest);
     }
     true
+}
+
+/// Whether these bytes are there.
+fn reads(walker: &Walker, memory: &GuestRam, gva: u64, expected: &[u8]) -> bool {
+    let mut found = vec![0; expected.len()];
+    read(walker, memory, gva, &mut found) && found == expected
+}
+
+/// A kernel's memory, by its own tables.
+pub(crate) struct KernelMemory<'a> {
+    walker: &'a Walker,
+    memory: &'a GuestRam,
+}
+
+impl KernelMemory<'_> {
+    /// Size of a pointer in bytes.
+    pub(crate) fn pointer(&self) -> u64 {
+        if self.walker.gva_walk().format().mode().is_long() { 8 } else { 4 }
+    }
+
+    /// Where a page of the kernel's lies, by an address in it.
+    pub(crate) fn gpa(&self, gva: u64) -> Option<u64> {
+        page(self.walker, self.memory, gva)
+    }
+
+    /// Fills `bytes`; says whether all that is the kernel's, and there.
+    pub(crate) fn read(&self, gva: u64, bytes: &mut [u8]) -> bool {
+        read(self.walker, self.memory, gva, bytes)
+    }
 }
 
 impl Placed {
     /// Whether the kernel is still there.
     pub(super) fn holds(&self, table: &SymbolTable, memory: &GuestRam) -> bool {
         self.kernel.as_ref().is_none_or(|kernel| is_at(table, self.slide, &kernel.walker, memory))
+    }
+
+    /// The memory of the kernel that was looked for.
+    pub(crate) fn kernel<'a>(&'a self, memory: &'a GuestRam) -> Option<KernelMemory<'a>> {
+        self.kernel.as_ref().map(|kernel| KernelMemory { walker: &kernel.walker, memory })
     }
 
     /// The slide, where the kernel was looked for.

@@ -214,10 +214,10 @@ impl Daemon {
         Ok(self.runtime.block_on(client.translate_across(request))?.into_inner().spaces)
     }
 
-    pub(crate) fn spaces(&self, id: &str) -> Result<Vec<v1::AddressSpace>, Status> {
+    pub(crate) fn spaces(&self, id: &str) -> Result<v1::ListAddressSpacesResponse, Status> {
         let request = v1::ListAddressSpacesRequest { machine: id.to_owned() };
         let mut client = MappingServiceClient::new(self.channel.clone());
-        Ok(self.runtime.block_on(client.list_address_spaces(request))?.into_inner().spaces)
+        Ok(self.runtime.block_on(client.list_address_spaces(request))?.into_inner())
     }
 
     /// The first bytes at an address that is written as text.

@@ -5,7 +5,8 @@
 //! tests ask QEMU over another one. While the guest is paused, every leaf of `info tlb` and thousands of random addresses of
 //! `gva2gpa` are compared with `BatchTranslate`, bytes of `ReadMemory` with `memsave` and with what the program in the guest
 //! announced. Each way to the guest's memory has its turn. Dumps that QEMU writes of the paused guest are judged by the same words,
-//! and by volatility3 (`dumped.rs`). Kernels are found by their symbols, wherever they were moved to.
+//! and by volatility3 (`dumped.rs`). Kernels are found by their symbols, wherever they were moved to, and processes by their
+//! kernels (`tasks.rs`).
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that reports on standard output")]
 
 #[allow(dead_code, reason = "each test target uses its part")]
@@ -27,6 +28,7 @@ mod numa;
 mod peers;
 mod spaces;
 mod symbols;
+mod tasks;
 mod trouble;
 
 use std::path::{Path, PathBuf};
@@ -52,6 +54,8 @@ fn main() {
         bedded("attached_5_level_private", |script| judged::run(script, "5-level", "private")),
         bedded("numa_nodes_and_dimms", numa::nodes_and_dimms),
         bedded("attached_symbols", symbols::run),
+        bedded("attached_tasks_5_level", tasks::five_level),
+        bedded("attached_tasks_pae", tasks::of_no_kernel),
         bedded("killed_under_load", trouble::killed),
         bedded("killed_under_load_private", trouble::killed_private),
         bedded("truncated_under_load", trouble::truncated),

@@ -75,7 +75,7 @@ impl Spaces {
 
     /// What is listed has what is active, and pairs the halves of each worker's.
     fn judge_list(&self, daemon: &Daemon, active: &[u64], judge: &mut Judge) -> Result<(), Failed> {
-        let listed = daemon.spaces("vm")?;
+        let listed = daemon.spaces("vm")?.spaces;
         for root in active {
             judge.case();
             judge.count("active", 0);
@@ -99,7 +99,7 @@ impl Spaces {
     }
 }
 
-fn gpa(space: &v1::SpaceTranslation) -> Option<u64> {
+pub(crate) fn gpa(space: &v1::SpaceTranslation) -> Option<u64> {
     match &space.outcome {
         Some(Outcome::Translation(page)) => Some(page.gpa),
         _ => None,

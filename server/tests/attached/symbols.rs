@@ -19,6 +19,7 @@ use crate::guest::Guest;
 use crate::judge::{Judge, cases};
 use crate::monitor;
 use crate::spaces::Spaces;
+use crate::tasks::{self, Tasks};
 
 /// How often a guest is paused.
 const PAUSES: u64 = 4;
@@ -50,21 +51,23 @@ impl Kallsyms {
 }
 
 /// A guest that runs, and what it says of its symbols.
-struct Booted {
+pub(crate) struct Booted {
     guest: Guest,
-    qmp: PathBuf,
+    pub(crate) qmp: PathBuf,
     mappings: Vec<Mapping>,
-    text: String,
+    pub(crate) tasks: Tasks,
+    pub(crate) text: String,
     theirs: Kallsyms,
     _folder: TempDir,
 }
 
-fn boot(script: &Path, name: &str, append: &str) -> Result<Booted, Failed> {
+pub(crate) fn boot(script: &Path, name: &str, append: &str) -> Result<Booted, Failed> {
     let folder = tempfile::tempdir()?;
     let qmp = folder.path().join("qmp");
     let variables = [("PAGEWALK_BED_QMP", qmp.as_os_str()), ("PAGEWALK_BED_APPEND", OsStr::new(append))];
     let (mut guest, said) = Guest::boot_with(script, name, &variables)?;
     let (_, mappings) = announced::read(&said)?;
+    let tasks = Tasks::announced(&said)?;
     let announced = said.iter().find_map(|line| line.strip_prefix("kallsyms "));
     let (address, bytes) = announced.and_then(|it| it.split_once(' ')).ok_or("no kallsyms")?;
     let saved = folder.path().join("kallsyms");
@@ -84,11 +87,12 @@ fn boot(script: &Path, name: &str, append: &str) -> Result<Booted, Failed> {
     let theirs = Kallsyms::read(&text)?;
     // Runs on; the daemon pauses it.
     guest.run_for(Duration::ZERO)?;
-    Ok(Booted { guest, qmp, mappings, text, theirs, _folder: folder })
+    Ok(Booted { guest, qmp, mappings, tasks, text, theirs, _folder: folder })
 }
 
 pub(crate) fn run(script: &Path) -> Result<(), Failed> {
     let mut spaces_judge = Judge::new("attached-spaces")?;
+    let mut tasks_judge = Judge::new("attached-tasks-4-level")?;
     let mut judge = Judge::new("attached-symbols")?;
     let mut rng = Rng::with_seed(judge.seed());
     let folder = tempfile::tempdir()?;
@@ -99,12 +103,14 @@ pub(crate) fn run(script: &Path) -> Result<(), Failed> {
     let linked = boot(script, "4-level", "nokaslr -- kallsyms")?;
     let file = write("System.map", &linked.text)?;
     let (linked_text, in_file) = (linked.text.clone(), Kallsyms::read(&linked.text)?);
-    let before = judge_guest(linked, &file, &in_file, &mut rng, &mut judge, &mut spaces_judge)?;
+    let before =
+        judge_guest(linked, &file, &in_file, &mut rng, &mut judge, [&mut spaces_judge, &mut tasks_judge])?;
     assert_eq!(before, 0, "the slide without KASLR");
     // The same kernel, moved.
     let moved = boot(script, "4-level", "-- kallsyms")?;
     refusals(&moved, &linked_text, &write)?;
-    let slide = judge_guest(moved, &file, &in_file, &mut rng, &mut judge, &mut spaces_judge)?;
+    let slide =
+        judge_guest(moved, &file, &in_file, &mut rng, &mut judge, [&mut spaces_judge, &mut tasks_judge])?;
     judge.count_if("a slide that is not 0", slide != 0);
     let outcomes = [
         judge.finish(&[
@@ -118,6 +124,7 @@ pub(crate) fn run(script: &Path) -> Result<(), Failed> {
             ("not mapped in a space that is not active", None, 2_000),
             ("two halves", None, 250),
         ]),
+        tasks::finish(tasks_judge),
     ];
     outcomes.into_iter().collect()
 }
@@ -129,9 +136,9 @@ fn judge_guest(
     in_file: &Kallsyms,
     rng: &mut Rng,
     judge: &mut Judge,
-    spaces_judge: &mut Judge,
+    [spaces_judge, tasks_judge]: [&mut Judge; 2],
 ) -> Result<u64, Failed> {
-    let Booted { mut guest, qmp, mappings, theirs, .. } = booted;
+    let Booted { mut guest, qmp, mappings, tasks, theirs, .. } = booted;
     let daemon = Daemon::start()?;
     let machine = daemon.attach(&format!("vm=qemu:qmp={},symbols={}", qmp.display(), file.display()))?;
     let symbols = machine.symbols.ok_or("no symbols")?;
@@ -156,6 +163,7 @@ fn judge_guest(
     for pause in 0..PAUSES {
         daemon.pause("vm")?;
         spaces.judge(&daemon, &mut guest, spaces_judge)?;
+        tasks.judge(&daemon, tasks_judge)?;
         let cr3_of = |vcpu| -> Result<u64, Failed> {
             Ok(daemon.registers("vm", vcpu)?.registers.and_then(|it| it.cr3).ok_or("no CR3")?)
         };

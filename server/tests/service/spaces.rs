@@ -55,9 +55,13 @@ async fn what_was_seen_is_listed_and_is_the_default() {
     let list =
         mapping.list_address_spaces(v1::ListAddressSpacesRequest::default()).await.unwrap().into_inner();
     assert_eq!(list.left_out, 0);
+    let tasks = list.task_list.as_ref().unwrap();
+    assert_eq!((tasks.state(), tasks.count), (v1::TaskListState::Unknown, 0));
+    assert!(tasks.reason.contains("symbols=FILE"), "{tasks:?}");
     let [space] = &list.spaces[..] else { panic!("{list:?}") };
     assert!(ROOTS.contains(&space.cr3) && space.sightings >= 1 && space.vcpu == 0, "{space:?}");
     assert_eq!((space.isolation_pair, space.user_half), (None, false));
+    assert!(space.tasks.is_empty());
     let user = bed.landmark("user-text");
     let answer = bed.translation().translate_across(across(number(user), &[])).await.unwrap().into_inner();
     assert_eq!(answer.spaces.iter().map(|it| it.cr3).collect::<Vec<_>>(), [space.cr3]);

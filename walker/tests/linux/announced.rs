@@ -60,6 +60,20 @@ pub(crate) fn read(said: &[String]) -> Result<(CpuProfile, Vec<Mapping>), String
     Ok((cpu.ok_or("the guest did not say what its CPU is")?, mappings))
 }
 
+/// A task that has a worker's address space: that worker, the task's number, and its name.
+pub(crate) fn tasks(said: &[String]) -> Result<Vec<(u64, u32, Vec<u8>)>, String> {
+    let task = |line: &str| {
+        let mut words = line.split_whitespace().skip(1);
+        let worker = u64::from_str_radix(words.next()?, 16).ok()?;
+        let pid = u32::from_str_radix(words.next()?, 16).ok()?;
+        let digits = words.next()?.as_bytes().as_chunks::<2>().0;
+        let byte = |digits: &[u8; 2]| u8::from_str_radix(str::from_utf8(digits).ok()?, 16).ok();
+        Some((worker, pid, digits.iter().map(byte).collect::<Option<_>>()?))
+    };
+    let lines = said.iter().filter(|line| line.starts_with("task "));
+    lines.map(|line| task(line).ok_or_else(|| format!("the guest says {line:?}"))).collect()
+}
+
 fn profile(words: &[&str]) -> Option<CpuProfile> {
     let [vendor, maxphyaddr, gib_pages] = words else { return None };
     let vendor = match *vendor {

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 AccessKind = Literal["read", "write", "fetch", "shadow_stack_read", "shadow_stack_write"]
@@ -33,6 +33,7 @@ FaultKind = Literal[
     "contended",
 ]
 MachineState = Literal["unspecified", "alive", "lost"]
+TaskListState = Literal["unspecified", "complete", "incomplete", "unknown"]
 SymbolPlacement = Literal["found", "as_written", "not_found"]
 NestedPhase = Literal["final", "table", "pdpte"]
 Dimension = Literal["guest", "nested"]
@@ -500,6 +501,18 @@ class Vcpu:
 
 
 @dataclass(frozen=True)
+class Task:
+    """A process of a Linux guest."""
+
+    pid: int
+    #: Of the guest's choice; bytes that are no UTF-8 are written as `\\xff`.
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.pid} {self.name}"
+
+
+@dataclass(frozen=True)
 class AddressSpace:
     """An address space that a vCPU was seen in."""
 
@@ -516,11 +529,15 @@ class AddressSpace:
     isolation_pair: int | None
     #: This is the half for user mode.
     user_half: bool
+    #: The processes whose address space it is, at most 16, and how many more there are. Empty where none is known.
+    tasks: tuple[Task, ...]
+    tasks_left_out: int
 
     def __str__(self) -> str:
         half = "user" if self.user_half else "kernel"
         pair = "" if self.isolation_pair is None else f" ({half} half, with {self.isolation_pair:#x})"
-        return f"CR3 {self.cr3:#x}{pair}: seen {self.sightings} times"
+        tasks = "".join(f", {task}" for task in self.tasks)
+        return f"CR3 {self.cr3:#x}{pair}: seen {self.sightings} times{tasks}"
 
 
 @dataclass(frozen=True)
@@ -605,6 +622,34 @@ class SavedImage:
     memory_bytes: int
     #: How many of them were sent; the rest are holes.
     contents_bytes: int
+
+
+@dataclass(frozen=True)
+class TaskList:
+    """What was found of a Linux guest's tasks."""
+
+    state: TaskListState
+    #: Tasks that were found, kernel threads among them.
+    count: int
+    #: Why it is not all.
+    reason: str
+
+
+@dataclass(frozen=True)
+class AddressSpaces:
+    """Address spaces, the most recently seen first. Goes through them as a sequence does."""
+
+    spaces: tuple[AddressSpace, ...]
+    #: How many were left out, or forgotten.
+    left_out: int
+    #: The tasks that they are named by.
+    task_list: TaskList
+
+    def __iter__(self) -> Iterator[AddressSpace]:
+        return iter(self.spaces)
+
+    def __len__(self) -> int:
+        return len(self.spaces)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from google.protobuf.duration_pb2 import Duration
 from pagewalk import columns, convert, errors, images
 from pagewalk.answers import (
     AccessKind,
-    AddressSpace,
+    AddressSpaces,
     AdPolicy,
     BatchTranslation,
     Ept,
@@ -227,11 +227,13 @@ class Client:
         )
         return convert.across(self._call(self._translation.TranslateAcross, request))
 
-    def address_spaces(self, *, machine: str = "") -> list[AddressSpace]:
-        """List the address spaces that a machine's vCPUs were seen in, the most recently seen first."""
+    def address_spaces(self, *, machine: str = "") -> AddressSpaces:
+        """List the address spaces that a machine's vCPUs were seen in, the most recently seen first.
+
+        Those of a Linux guest whose kernel's symbols the machine has are named by tasks.
+        """
         request = mapping_pb2.ListAddressSpacesRequest(machine=machine)
-        answer = self._call(self._mapping.ListAddressSpaces, request)
-        return [convert.address_space(space) for space in answer.spaces]
+        return convert.address_spaces(self._call(self._mapping.ListAddressSpaces, request))
 
     def translate_batch(
         self,

@@ -477,6 +477,20 @@ def address_space(message: mapping_pb2.AddressSpace) -> answers.AddressSpace:
         age=message.age.ToTimedelta().total_seconds(),
         isolation_pair=message.isolation_pair if message.HasField("isolation_pair") else None,
         user_half=message.user_half,
+        tasks=tuple(answers.Task(pid=task.pid, name=task.name) for task in message.tasks),
+        tasks_left_out=message.tasks_left_out,
+    )
+
+
+def address_spaces(message: mapping_pb2.ListAddressSpacesResponse) -> answers.AddressSpaces:
+    """Convert."""
+    listed = message.task_list
+    return answers.AddressSpaces(
+        spaces=tuple(map(address_space, message.spaces)),
+        left_out=message.left_out,
+        task_list=answers.TaskList(
+            state=_name(mapping_pb2.TaskListState.DESCRIPTOR, listed.state), count=listed.count, reason=listed.reason
+        ),
     )
 
 

@@ -4,13 +4,16 @@ use super::{
     hex, outcome, paint, provenance,
     table::{Cell, Table},
 };
-use crate::v1::{ListAddressSpacesResponse, TranslateAcrossResponse, space_translation::Outcome};
+use crate::v1::{
+    AddressSpace, ListAddressSpacesResponse, TaskListState, TranslateAcrossResponse,
+    space_translation::Outcome,
+};
 
 pub(in crate::cli) fn list(answer: &ListAddressSpacesResponse) -> String {
     if answer.spaces.is_empty() {
         return "no vCPU was seen in an address space yet".into();
     }
-    let mut table = Table::new(&["CR3", "SEEN", "LAST BY", "GENERATION", "AGE", "ISOLATION"]);
+    let mut table = Table::new(&["CR3", "SEEN", "LAST BY", "GENERATION", "AGE", "ISOLATION", "TASKS"]);
     for space in &answer.spaces {
         let isolation = space.isolation_pair.map_or_else(String::new, |pair| {
             let (this, other) = if space.user_half { ("user", "kernel") } else { ("kernel", "user") };
@@ -23,13 +26,38 @@ pub(in crate::cli) fn list(answer: &ListAddressSpacesResponse) -> String {
             space.generation.to_string().into(),
             provenance::age(space.age.as_ref()).unwrap_or_default().into(),
             isolation.into(),
+            tasks(space).into(),
         ]);
     }
     let mut text = table.render();
     if answer.left_out > 0 {
         text += &format!("\n{} more were seen before, and are left out", answer.left_out);
     }
+    if let Some(list) = &answer.task_list {
+        let reason = paint::plain(&list.reason);
+        match list.state() {
+            TaskListState::Complete | TaskListState::Unspecified => {}
+            TaskListState::Incomplete => {
+                text += &format!("\ntasks may be missing, {} were found: {reason}", list.count);
+            }
+            TaskListState::Unknown => text += &format!("\nno tasks: {reason}"),
+        }
+    }
     text
+}
+
+/// `1 init, 57 cat`, and how many more.
+fn tasks(space: &AddressSpace) -> String {
+    let mut tasks: Vec<String> =
+        space.tasks.iter().map(|task| format!("{} {}", task.pid, one_line(&task.name))).collect();
+    if space.tasks_left_out > 0 {
+        tasks.push(format!("{} more", space.tasks_left_out));
+    }
+    tasks.join(", ")
+}
+
+fn one_line(name: &str) -> String {
+    paint::plain(name).replace('\n', "\u{fffd}")
 }
 
 /// A line for each address space, and one for all.

@@ -45,6 +45,38 @@ MAPPING_LIMIT_EXTENTS: MappingLimit.ValueType  # 2
 """`MappingBudget.extents`."""
 Global___MappingLimit: typing_extensions.TypeAlias = MappingLimit
 
+class _TaskListState:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _TaskListStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_TaskListState.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    TASK_LIST_STATE_UNSPECIFIED: _TaskListState.ValueType  # 0
+    """Never sent."""
+    TASK_LIST_STATE_COMPLETE: _TaskListState.ValueType  # 1
+    """All of it, from the first to the last, each of which was linked back to the one before."""
+    TASK_LIST_STATE_INCOMPLETE: _TaskListState.ValueType  # 2
+    """Some of it: it changed while it was read, however often, it is longer than 65536 tasks, or it leads to where no memory of the
+    kernel's is. Address spaces may lack tasks.
+    """
+    TASK_LIST_STATE_UNKNOWN: _TaskListState.ValueType  # 3
+    """Nothing: the machine has no symbols, its kernel is not found, or it does not tell where fields of its structures are."""
+
+class TaskListState(_TaskListState, metaclass=_TaskListStateEnumTypeWrapper):
+    """How much of a Linux guest's list of tasks was read."""
+
+TASK_LIST_STATE_UNSPECIFIED: TaskListState.ValueType  # 0
+"""Never sent."""
+TASK_LIST_STATE_COMPLETE: TaskListState.ValueType  # 1
+"""All of it, from the first to the last, each of which was linked back to the one before."""
+TASK_LIST_STATE_INCOMPLETE: TaskListState.ValueType  # 2
+"""Some of it: it changed while it was read, however often, it is longer than 65536 tasks, or it leads to where no memory of the
+kernel's is. Address spaces may lack tasks.
+"""
+TASK_LIST_STATE_UNKNOWN: TaskListState.ValueType  # 3
+"""Nothing: the machine has no symbols, its kernel is not found, or it does not tell where fields of its structures are."""
+Global___TaskListState: typing_extensions.TypeAlias = TaskListState
+
 @typing.final
 class GvaRange(google.protobuf.message.Message):
     """A range of guest virtual addresses. It may reach over the addresses that are not canonical: nothing is there."""
@@ -568,6 +600,54 @@ class ListAddressSpacesRequest(google.protobuf.message.Message):
 Global___ListAddressSpacesRequest: typing_extensions.TypeAlias = ListAddressSpacesRequest
 
 @typing.final
+class Task(google.protobuf.message.Message):
+    """A process of a Linux guest."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PID_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    pid: builtins.int
+    """Its number, as the guest's first PID namespace has it."""
+    name: builtins.str
+    """Its name (`comm`), at most 15 bytes of the guest's choice. Bytes that are no UTF-8 are written as `\\xff`."""
+    def __init__(
+        self,
+        *,
+        pid: builtins.int = ...,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "pid", b"pid"]) -> None: ...
+
+Global___Task: typing_extensions.TypeAlias = Task
+
+@typing.final
+class TaskList(google.protobuf.message.Message):
+    """What was found of a Linux guest's tasks."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: builtins.int
+    COUNT_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    state: Global___TaskListState.ValueType
+    """How much."""
+    count: builtins.int
+    """Tasks that were found, kernel threads among them, which have no address space; further threads of a process do not count."""
+    reason: builtins.str
+    """Why it is not all, in English. Empty with TASK_LIST_STATE_COMPLETE."""
+    def __init__(
+        self,
+        *,
+        state: Global___TaskListState.ValueType = ...,
+        count: builtins.int = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["count", b"count", "reason", b"reason", "state", b"state"]) -> None: ...
+
+Global___TaskList: typing_extensions.TypeAlias = TaskList
+
+@typing.final
 class AddressSpace(google.protobuf.message.Message):
     """An address space that a vCPU was seen in."""
 
@@ -580,6 +660,8 @@ class AddressSpace(google.protobuf.message.Message):
     AGE_FIELD_NUMBER: builtins.int
     ISOLATION_PAIR_FIELD_NUMBER: builtins.int
     USER_HALF_FIELD_NUMBER: builtins.int
+    TASKS_FIELD_NUMBER: builtins.int
+    TASKS_LEFT_OUT_FIELD_NUMBER: builtins.int
     cr3: builtins.int
     """CR3 without PCID and flags: where its tables begin, and what `WalkerOverride.cr3` takes."""
     sightings: builtins.int
@@ -595,9 +677,18 @@ class AddressSpace(google.protobuf.message.Message):
     """
     user_half: builtins.bool
     """This is the half for user mode, which has next to nothing of the kernel. False without `isolation_pair`."""
+    tasks_left_out: builtins.int
+    """How many more there are."""
     @property
     def age(self) -> google.protobuf.duration_pb2.Duration:
         """Time since then."""
+
+    @property
+    def tasks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Task]:
+        """The processes whose address space it is now, at most 16; those of both halves under page-table isolation. Several share one by
+        CLONE_VM. Threads share their process's, kernel threads borrow that of whichever process ran before them. A process whose
+        first thread has ended while others run on is not found.
+        """
 
     def __init__(
         self,
@@ -609,9 +700,11 @@ class AddressSpace(google.protobuf.message.Message):
         age: google.protobuf.duration_pb2.Duration | None = ...,
         isolation_pair: builtins.int | None = ...,
         user_half: builtins.bool = ...,
+        tasks: collections.abc.Iterable[Global___Task] | None = ...,
+        tasks_left_out: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_isolation_pair", b"_isolation_pair", "age", b"age", "isolation_pair", b"isolation_pair"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_isolation_pair", b"_isolation_pair", "age", b"age", "cr3", b"cr3", "generation", b"generation", "isolation_pair", b"isolation_pair", "sightings", b"sightings", "user_half", b"user_half", "vcpu", b"vcpu"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_isolation_pair", b"_isolation_pair", "age", b"age", "cr3", b"cr3", "generation", b"generation", "isolation_pair", b"isolation_pair", "sightings", b"sightings", "tasks", b"tasks", "tasks_left_out", b"tasks_left_out", "user_half", b"user_half", "vcpu", b"vcpu"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_isolation_pair", b"_isolation_pair"]) -> typing.Literal["isolation_pair"] | None: ...
 
 Global___AddressSpace: typing_extensions.TypeAlias = AddressSpace
@@ -625,6 +718,7 @@ class ListAddressSpacesResponse(google.protobuf.message.Message):
     SPACES_FIELD_NUMBER: builtins.int
     LEFT_OUT_FIELD_NUMBER: builtins.int
     PROVENANCE_FIELD_NUMBER: builtins.int
+    TASK_LIST_FIELD_NUMBER: builtins.int
     left_out: builtins.int
     """How many were left out, or forgotten: each vCPU remembers the last 256."""
     @property
@@ -635,14 +729,22 @@ class ListAddressSpacesResponse(google.protobuf.message.Message):
     def provenance(self) -> pagewalk.v1.types_pb2.Provenance:
         """Where the answer comes from; about no vCPU in particular."""
 
+    @property
+    def task_list(self) -> Global___TaskList:
+        """What was found of the tasks that spaces are named by: in Linux guests, by the kernel's symbols and the BTF in its memory. Of
+        a guest that runs they are read while they change: a process that starts another program meanwhile may have its name of
+        before.
+        """
+
     def __init__(
         self,
         *,
         spaces: collections.abc.Iterable[Global___AddressSpace] | None = ...,
         left_out: builtins.int = ...,
         provenance: pagewalk.v1.types_pb2.Provenance | None = ...,
+        task_list: Global___TaskList | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["provenance", b"provenance"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["left_out", b"left_out", "provenance", b"provenance", "spaces", b"spaces"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["provenance", b"provenance", "task_list", b"task_list"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["left_out", b"left_out", "provenance", b"provenance", "spaces", b"spaces", "task_list", b"task_list"]) -> None: ...
 
 Global___ListAddressSpacesResponse: typing_extensions.TypeAlias = ListAddressSpacesResponse

@@ -1,4 +1,4 @@
-//! What an address costs in a batch, next to `x86_64` in a loop, to our own single walks in a loop, and
+//! What an address costs in a batch, next to `x86_64` in a loop, to memflow's batches, to our own single walks in a loop, and
 //! to a lower bound: the cache lines of PDEs and PTEs touched, by prefetch, where somebody knows their addresses already.
 //!
 //! All contestants of a case take turns in one run, each over addresses of its own, so that what disturbs the machine disturbs
@@ -10,7 +10,7 @@
 //! and one in twenty addresses absent. *Nested*: a dense guest of 2^20 pages behind NPT, by 4 KiB leaves in both dimensions.
 //! Memory is in huge pages where the host has transparent ones, and pages map memory that the guest has.
 //!
-//! `x86_64` checks presence and page size alone.
+//! `x86_64` and memflow check presence and page size alone.
 //!
 //! `cargo bench -p pagewalk --bench batch -- CASE...` takes these cases alone, and their rows of the record are replaced.
 //! `--count portable|avx2 CASE` walks a million addresses and prints nothing, for an instruction counter.
@@ -24,6 +24,8 @@
 
 #[path = "batch/guests.rs"]
 mod guests;
+#[path = "batch/memflow.rs"]
+mod memflow;
 #[path = "batch/peers.rs"]
 mod peers;
 #[path = "batch/record.rs"]
@@ -119,6 +121,8 @@ fn one_dimension<'a>(guest: &'a Guest, peers: bool) -> Vec<Contestant<'a>> {
     ];
     if peers {
         contestants.push(("x86_64", Box::new(peers::x86_64(guest))));
+        contestants.push((memflow::LIST, Box::new(memflow::list(guest))));
+        contestants.push((memflow::ITER, Box::new(memflow::iter(guest))));
     }
     contestants
 }

@@ -84,6 +84,13 @@ pub trait Memory {
         (Gpa(0), 0)
     }
 
+    /// The words of [`Self::ram`], in the guest's order, where memory can be shown as it is. Without this, entries are loaded one
+    /// by one.
+    #[inline]
+    fn words(&self) -> &[AtomicU64] {
+        &[]
+    }
+
     /// Hints that the word at `gpa` will soon be loaded. Does nothing that can be seen, wherever `gpa` leads.
     #[inline]
     fn prefetch(&self, gpa: Gpa) {
@@ -156,6 +163,11 @@ impl<M: Memory + ?Sized> Memory for &M {
     #[inline]
     fn ram(&self) -> (Gpa, u64) {
         (**self).ram()
+    }
+
+    #[inline]
+    fn words(&self) -> &[AtomicU64] {
+        (**self).words()
     }
 
     #[inline]

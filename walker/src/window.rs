@@ -1,6 +1,6 @@
 //! A flat window of guest RAM: the memory that is fastest to walk.
 //!
-//! The one module of the walker with unsafe code. The bounds check of a slice counts words, where an entry holds an address
+//! The bounds check of a slice counts words, where an entry holds an address
 //! in bytes; checked in bytes, and once for a table instead of for each of its entries, a load waits for less.
 #![allow(unsafe_code, reason = "an entry is loaded by an address that was checked with its whole table")]
 
@@ -66,6 +66,11 @@ impl Memory for Window<'_> {
     #[inline]
     fn ram(&self) -> (Gpa, u64) {
         (Gpa(0), self.tables)
+    }
+
+    #[inline]
+    fn words(&self) -> &[AtomicU64] {
+        self.words.get(..(self.tables / 8) as usize).unwrap_or_default()
     }
 
     #[inline(always)]

@@ -13,9 +13,10 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use pagewalk::mode::{CR0_PE, CR0_PG, CR0_WP, CR4_PAE, EFER_LMA, EFER_LME};
 use pagewalk::{
-    Access, Backing, ExchangeError, Fault, Gpa, Gva, Instructions, Memory, NgpaWalk, PageSize, PageWalk,
-    PageWord, PagingMode, Walker, Window,
+    Access, AccessKind, Backing, ControlRegisters, CpuProfile, ExchangeError, Fault, Gpa, Gva, Instructions,
+    Memory, NgpaWalk, PageSize, PageWalk, PageWord, PagingMode, Privilege, Vendor, Walker, Window,
 };
 
 #[allow(dead_code, reason = "the fuzz targets need more")]
@@ -55,6 +56,41 @@ impl Memory for Plain<'_> {
             page if page < PAGES => Backing::ReadOnly,
             _ => Backing::None,
         }
+    }
+}
+
+/// The same memory, of which a run in the middle is shown as it is.
+struct Parted<'a>(&'a [AtomicU64]);
+
+impl Parted<'_> {
+    const FIRST: u64 = 4;
+    const PAGES: u64 = 6;
+}
+
+impl Memory for Parted<'_> {
+    fn load_u64(&self, gpa: Gpa) -> Option<u64> {
+        Plain(self.0).load_u64(gpa)
+    }
+
+    fn compare_exchange_u64(&self, _: Gpa, _: u64, _: u64) -> Result<(), ExchangeError> {
+        panic!("a batch changes nothing");
+    }
+
+    fn ram(&self) -> (Gpa, u64) {
+        (Gpa(Self::FIRST << 12), Self::PAGES << 12)
+    }
+
+    fn words(&self) -> &[AtomicU64] {
+        &self.0[Self::FIRST as usize * 512..][..Self::PAGES as usize * 512]
+    }
+
+    fn table(&self, table: Gpa) -> Option<&[AtomicU64; 512]> {
+        let first = (table.0 >> 12).checked_sub(Self::FIRST)?;
+        self.words().as_chunks().0.get(usize::try_from(first).ok()?)
+    }
+
+    fn backing(&self, gpa: Gpa) -> Backing {
+        Plain(self.0).backing(gpa)
     }
 }
 
@@ -114,14 +150,17 @@ fn address(rng: &mut fastrand::Rng) -> u64 {
 
 /// Addresses one after the other, near one another, or all over.
 fn column(rng: &mut fastrand::Rng) -> Vec<u64> {
-    let length = [0, 1, 3, 63, 64, 65, 200, 300][rng.usize(..8)];
+    let longest = if rng.u8(..4) == 0 { 9 } else { 8 };
+    let length = [0, 1, 3, 63, 64, 65, 200, 300, 900][rng.usize(..longest)];
     let base = address(rng);
     let near = [0, 0xf_ffff, 0xfff_ffff, 0x7f_ffff_ffff][rng.usize(..4)];
-    let shape = rng.u32(..4);
+    let shape = rng.u32(..5);
     (0..length)
         .map(|at| match shape {
             0 => base.wrapping_add(at << 12),
             1 => base ^ (address(rng) & near),
+            // Mostly through one table.
+            2 if rng.u32(..100) > 0 => base & !0x1f_ffff | address(rng) & 0x1f_ffff,
             _ => address(rng),
         })
         .collect()
@@ -147,7 +186,9 @@ fn entry(rng: &mut fastrand::Rng) -> u64 {
 /// Entries for every page: wild ones, or for most such as walks get somewhere with. A sound entry refers to a page as far from
 /// its own as is even, so that the tables of two dimensions, whose formats may differ, can be told apart.
 fn fill(rng: &mut fastrand::Rng, walker: &Walker, mut put: impl FnMut(usize, u64)) {
-    let wild = [1, 2, 40, 200, 200][rng.usize(..5)];
+    let wild = [1, 2, 40, 200, 200, 20_000][rng.usize(..6)];
+    // How seldom a right is missing, or a high bit set.
+    let unusual = [20, 30, 5_000][rng.usize(..3)];
     let guest = walker.gva_walk();
     let second = walker.ngpa_walk().map(NgpaWalk::page_walk);
     let own = |walk: &PageWalk, page: u64| (walk.root() >> 12 ^ page) & 1 == 0;
@@ -160,13 +201,13 @@ fn fill(rng: &mut fastrand::Rng, walker: &Walker, mut put: impl FnMut(usize, u64
                     _ => 0,
                 };
                 let used = if format.is_ept() { 0 } else { 0x60 };
-                let right = if rng.u32(..20) == 0 { rng.u64(..8) } else { 7 };
+                let right = if rng.u32(..unusual) == 0 { rng.u64(..8) } else { 7 };
                 (rng.u64(..PAGES) & !1 | page & 1) << 12 | rng.u64(..) & used | right | large
             };
             let entry = match rng.u32(..wild) {
                 0 => entry(rng),
                 _ if format.mode() == PagingMode::TwoLevel => half(rng) << 32 | half(rng),
-                _ if rng.u32(..30) == 0 => half(rng) | rng.u64(..) & 0xff80_0000_0000_0000,
+                _ if rng.u32(..unusual) == 0 => half(rng) | rng.u64(..) & 0xff80_0000_0000_0000,
                 _ => half(rng),
             };
             // A PDPTE of PAE paging has no rights.
@@ -190,6 +231,7 @@ fn case(rng: &mut fastrand::Rng, words: &[AtomicU64], reached: &mut BTreeMap<Str
     for _ in 0..4 {
         let gvas = column(rng);
         let answers = compare(&walker, &Plain(words), &access, &gvas);
+        compare(&walker, &Parted(words), &access, &gvas);
         compare(&walker, &Window::new(words), &access, &gvas);
         compare(&walker, &Window::new(&words[..words.len() - 700]), &access, &gvas);
         for answer in answers {
@@ -246,6 +288,45 @@ fn a_batch_is_as_many_single_walks() {
                 .sum();
             assert!(mode == "no paging" || pages >= 100, "{mode}{second}: {pages} pages");
         }
+    }
+}
+
+/// Blocks that go through one page table, but for some address or other.
+#[test]
+fn a_remembered_table_serves_the_addresses_that_lead_through_it() {
+    let words: Vec<AtomicU64> = (0..PAGES as usize * 512).map(|_| AtomicU64::new(0)).collect();
+    let put = |page: u64, index: u64, entry: u64| {
+        words[(page * 512 + index) as usize].store(entry, Ordering::Relaxed);
+    };
+    // Tables of levels 4, 3, 2 in pages 1 to 3, and of level 1 in pages 4 to 7, which grant different rights.
+    (0..4).for_each(|index| put(1, index, 2 << 12 | 7));
+    (0..4).for_each(|index| put(2, index, 3 << 12 | 7));
+    (0..4).for_each(|index| put(3, index, (4 + index) << 12 | if index == 3 { 5 } else { 7 }));
+    for (table, index) in (4..8).flat_map(|table| (0..512).map(move |index| (table, index))) {
+        put(table, index, (8 + (table + index) % 8) << 12 | 0x67);
+    }
+    let registers = ControlRegisters {
+        cr0: CR0_PE | CR0_PG | CR0_WP,
+        cr3: 1 << 12,
+        cr4: CR4_PAE,
+        efer: EFER_LME | EFER_LMA,
+        ..ControlRegisters::default()
+    };
+    let cpu = CpuProfile { vendor: Vendor::Intel, maxphyaddr: 40, gib_pages: true, encryption_bit: None };
+    let walker = Walker::new(PageWalk::new(&registers, &cpu).unwrap());
+    let mut rng = fastrand::Rng::with_seed(5);
+    for round in 0..2_000 {
+        let kind = [AccessKind::Read, AccessKind::Write][round % 2];
+        let access = Access::new(kind, [Privilege::User, Privilege::Supervisor][round / 2 % 2]);
+        let table = rng.u64(..4) << 21;
+        let mut gvas: Vec<u64> = (0..640).map(|_| table | rng.u64(..512) << 12 | 0x123).collect();
+        // Behind the first blocks, with or without others in flight.
+        for _ in 0..rng.usize(..3) {
+            let bit = [21, 22, 30, 39, 48, 63][rng.usize(..6)];
+            gvas[rng.usize(64..640)] ^= 1 << bit;
+        }
+        compare(&walker, &Window::new(&words), &access, &gvas);
+        compare(&walker, &Parted(&words), &access, &gvas);
     }
 }
 

@@ -52,7 +52,7 @@ fn what_the_page_names_is_there() {
     for (file, function) in
         tests.iter().filter(|(file, _)| file.starts_with(char::is_lowercase) && *file != "file")
     {
-        let here = ["tests", "src"]
+        let here = ["tests", "src", "src/batch"]
             .iter()
             .filter_map(|folder| fs::read_to_string(root().join(folder).join(format!("{file}.rs"))).ok());
         tests_named += 1;

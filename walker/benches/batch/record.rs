@@ -110,6 +110,6 @@ fn heading() -> String {
          - the batch uses {:?}\n- load average meanwhile: {} (a bench wants the machine alone)\n{}",
         pagewalk::Instructions::best(),
         fs::read_to_string("/proc/loadavg").unwrap_or_default().split(' ').next().unwrap_or("?"),
-        surroundings(&["x86_64"]),
+        surroundings(&["x86_64", "memflow"]),
     )
 }

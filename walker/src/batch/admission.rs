@@ -149,6 +149,52 @@ impl Pages {
         const SIZE_4K: u64 = size_code(PageSize::Size4K) << SIZE;
         entry & self.kept | withheld(state, entry) ^ (GRANTING | SIZE_4K)
     }
+
+    /// The same for the PTEs of one table, which all are met in one state.
+    #[inline(always)]
+    pub(super) const fn under(self, state: State) -> TablePages {
+        let open = !state & WITHHOLDING;
+        let withheld = state & WITHHOLDING;
+        TablePages {
+            expected: (GRANTING ^ self.unwanted) & open,
+            refused: self.refused & !withheld,
+            never: (withheld ^ self.unwanted & withheld) & self.refused != 0,
+            kept: self.kept | open,
+            set: self.word(state, 0) & !open,
+        }
+    }
+}
+
+/// What decides over the PTEs of one table.
+#[derive(Clone, Copy)]
+pub(super) struct TablePages {
+    /// What the bits of `refused` have to be.
+    expected: u64,
+    refused: u64,
+    /// What the levels above withhold decides already.
+    never: bool,
+    kept: u64,
+    set: u64,
+}
+
+impl TablePages {
+    /// The bits in which `entry` is not as it has to be. Those of many entries count together.
+    #[inline(always)]
+    pub(super) const fn differing(self, entry: u64) -> u64 {
+        entry ^ self.expected
+    }
+
+    /// Whether entries that differ in these bits, no more, map pages that the access may use.
+    #[inline(always)]
+    pub(super) const fn accepts(self, differing: u64) -> bool {
+        !self.never && differing & self.refused == 0
+    }
+
+    /// The word of the page in RAM that `entry` maps.
+    #[inline(always)]
+    pub(super) const fn word(self, entry: u64) -> u64 {
+        entry & self.kept | self.set
+    }
 }
 
 #[inline(always)]

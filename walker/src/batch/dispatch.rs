@@ -1,12 +1,16 @@
 //! Which vector instructions the lanes use: the one place where that is decided.
 //!
 //! The lanes are compiled once for each set of instructions that pays, out of the same source: the loops that judge entries
-//! become vector instructions of the width there is. Entries are loaded one by one in each: a gather is as many loads, and
-//! not an atomic one.
+//! become vector instructions of the width there is. Entries are gathered by AVX-512 alone: by AVX2 that is no faster than
+//! one by one, and on many of the CPUs that have no more than that, slower by far.
 #![allow(
     unsafe_code,
     reason = "code for instructions that not every CPU has is entered, after having asked the CPU"
 )]
+
+#[cfg(target_arch = "x86_64")]
+use crate::batch::gather::Together;
+use crate::batch::gather::{Gather, OneByOne};
 
 /// A set of vector instructions that lanes are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +57,13 @@ impl Instructions {
 /// Lanes, and what they know of a batch.
 pub(super) trait Walks {
     /// A word for each address; `alone` is asked for those that no lane accepts, by place and in order. Always inlined.
-    fn run(&self, gvas: &[u64], words: &mut [u64], alone: &mut dyn FnMut(usize, u64) -> u64);
+    fn run(
+        &self,
+        gather: impl Gather,
+        gvas: &[u64],
+        words: &mut [u64],
+        alone: &mut dyn FnMut(usize, u64) -> u64,
+    );
 }
 
 /// [`Walks::run`], by these instructions, or where this CPU has not got them, by the portable ones.
@@ -75,14 +85,14 @@ pub(super) fn run<W: Walks>(
             // SAFETY: this CPU has the four parts of AVX-512.
             unsafe { run_avx512(lanes, gvas, words, alone) }
         }
-        _ => lanes.run(gvas, words, alone),
+        _ => lanes.run(OneByOne, gvas, words, alone),
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 fn run_avx2<W: Walks>(lanes: &W, gvas: &[u64], words: &mut [u64], alone: &mut dyn FnMut(usize, u64) -> u64) {
-    lanes.run(gvas, words, alone);
+    lanes.run(OneByOne, gvas, words, alone);
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -93,5 +103,5 @@ fn run_avx512<W: Walks>(
     words: &mut [u64],
     alone: &mut dyn FnMut(usize, u64) -> u64,
 ) {
-    lanes.run(gvas, words, alone);
+    lanes.run(Together::new(), gvas, words, alone);
 }

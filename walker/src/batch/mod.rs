@@ -8,8 +8,10 @@
 mod admission;
 mod column;
 mod dispatch;
+mod gather;
 mod nested;
 mod pipeline;
+mod ram;
 mod word;
 
 pub use dispatch::Instructions;

@@ -9,10 +9,12 @@
 //! tell: that pages are readable, that those of paging structures are writable, and that memory is WB or UC.
 
 use crate::access::{Access, AccessKind, Privilege};
-use crate::addr::{Gpa, is_canonical};
+use crate::addr::is_canonical;
 use crate::batch::admission::{ADDRESS, Admission, State};
 use crate::batch::column::{BLOCK, Column, differing, lanes, mask, offset, shift};
 use crate::batch::dispatch::Walks;
+use crate::batch::gather::Gather;
+use crate::batch::ram::Ram;
 use crate::batch::word::{NO_EXECUTE, PageWord, USER, WRITE, nested_size_of, with_backing};
 use crate::memory::Memory;
 use crate::nested::NgpaWalk;
@@ -20,7 +22,7 @@ use crate::walk::PageWalk;
 
 /// What is the same for all walks of a batch.
 pub(super) struct NestedLanes<'a, M, const EPT: bool> {
-    memory: &'a M,
+    ram: Ram<'a, M>,
     guest: Admission,
     /// An nGPA.
     root: u64,
@@ -31,8 +33,6 @@ pub(super) struct NestedLanes<'a, M, const EPT: bool> {
     tables: Second<EPT>,
     /// Finds the page.
     page: Second<EPT>,
-    /// Frames from here on, and up to here, are RAM.
-    ram: (u64, u64),
 }
 
 /// The second dimension, for one purpose. Entries of EPT are turned into entries of long mode that mean the same: X into NX, and
@@ -69,7 +69,13 @@ impl<const EPT: bool> Second<EPT> {
 
     /// Puts the word of each nGPA's page into `words`, and says for which lanes there is none.
     #[inline(always)]
-    fn resolve<M: Memory>(&self, memory: &M, ngpas: &[u64], words: &mut Column) -> u64 {
+    fn resolve<M: Memory>(
+        &self,
+        gather: impl Gather,
+        ram: &Ram<'_, M>,
+        ngpas: &[u64],
+        words: &mut Column,
+    ) -> u64 {
         let (differing, first) = (differing(ngpas), ngpas.first().copied().unwrap_or_default());
         let mut refused = 0;
         if (first | differing) >> self.width != 0 {
@@ -77,7 +83,7 @@ impl<const EPT: bool> Second<EPT> {
         }
         let (mut state, mut level) = (self.root, self.levels);
         while differing >> shift(level) == 0 {
-            let entry = self.load(memory, state | offset(first, level));
+            let entry = Self::as_long_mode(ram.load(state | offset(first, level)));
             if level == 1 {
                 let word = self.admission.pages().word(state, entry);
                 words.iter_mut().take(ngpas.len()).for_each(|own| *own = word);
@@ -98,13 +104,11 @@ impl<const EPT: bool> Second<EPT> {
         let (mut states, mut entries) = ([0; BLOCK], [0; BLOCK]);
         for (own, ngpa) in states.iter_mut().zip(ngpas) {
             *own = state | offset(*ngpa, level);
-            memory.prefetch(Gpa(*own & ADDRESS));
+            ram.prefetch(*own);
         }
         let mut done = 0;
         while level > 1 {
-            for (entry, state) in entries.iter_mut().zip(&states).take(ngpas.len()) {
-                *entry = self.load(memory, *state);
-            }
+            Self::load_all(gather, ram, &states, ngpas.len(), &mut entries);
             let tables = self.admission.tables(level);
             if entries.iter().take(ngpas.len()).fold(0, |wrong, entry| wrong | tables.wrong(*entry)) != 0 {
                 let wrong = mask(entries.iter().take(ngpas.len()).map(|entry| tables.wrong(*entry) != 0));
@@ -116,12 +120,10 @@ impl<const EPT: bool> Second<EPT> {
             level -= 1;
             for ((state, entry), ngpa) in states.iter_mut().zip(&entries).zip(ngpas) {
                 *state = tables.through(*state, *entry, offset(*ngpa, level));
-                memory.prefetch(Gpa(*state & ADDRESS));
+                ram.prefetch(*state);
             }
         }
-        for (entry, state) in entries.iter_mut().zip(&states).take(ngpas.len()) {
-            *entry = self.load(memory, *state);
-        }
+        Self::load_all(gather, ram, &states, ngpas.len(), &mut entries);
         let pages = self.admission.pages();
         let judged = entries.iter().zip(&states).take(ngpas.len());
         let wrong = judged.clone().fold(0, |wrong, (entry, state)| wrong | self.wrong(*state, *entry));
@@ -189,10 +191,23 @@ impl<const EPT: bool> Second<EPT> {
         self.admission.pages().wrong(state, entry) | Self::unusual_type(entry)
     }
 
-    /// The next entry. One outside memory is absent.
+    /// The next entries.
     #[inline(always)]
-    fn load<M: Memory>(&self, memory: &M, state: State) -> u64 {
-        let entry = memory.load_u64(Gpa(state & ADDRESS)).unwrap_or(0);
+    fn load_all<M: Memory>(
+        gather: impl Gather,
+        ram: &Ram<'_, M>,
+        states: &Column,
+        count: usize,
+        entries: &mut Column,
+    ) {
+        ram.load_all(gather, states, count, entries);
+        if EPT {
+            entries.iter_mut().for_each(|entry| *entry = Self::as_long_mode(*entry));
+        }
+    }
+
+    #[inline(always)]
+    const fn as_long_mode(entry: u64) -> u64 {
         if EPT { entry & !NO_EXECUTE | USER | !entry << 61 & NO_EXECUTE } else { entry }
     }
 
@@ -233,22 +248,20 @@ impl<'a, M: Memory, const EPT: bool> NestedLanes<'a, M, EPT> {
         let format = walk.format();
         let guest = Admission::new(format, access)?;
         let [tables, page] = Second::both(second, access)?;
-        let (first, size) = memory.ram();
         Some(Self {
-            memory,
+            ram: Ram::new(memory),
             guest,
             root: walk.root(),
             levels: format.levels(),
             width: format.unchanged_width(),
             tables,
             page,
-            ram: (first.0, first.0.wrapping_add(size).wrapping_sub(1)),
         })
     }
 
     /// Takes the walks of a block to the guest's pages.
     #[inline(always)]
-    fn descend(&self, block: &mut Block, gvas: &[u64]) {
+    fn descend(&self, gather: impl Gather, block: &mut Block, gvas: &[u64]) {
         let (differing, first) = (differing(gvas), gvas.first().copied().unwrap_or_default());
         block.mapped = 0;
         block.alone = 0;
@@ -265,7 +278,7 @@ impl<'a, M: Memory, const EPT: bool> NestedLanes<'a, M, EPT> {
             *state = self.root | offset(*gva, level);
         }
         loop {
-            self.load_entries(block, walks);
+            self.load_entries(gather, block, walks);
             if level == 1 {
                 break;
             }
@@ -306,7 +319,7 @@ impl<'a, M: Memory, const EPT: bool> NestedLanes<'a, M, EPT> {
 
     /// Loads the entries that the states lead to, which lie at nGPAs.
     #[inline(always)]
-    fn load_entries(&self, block: &mut Block, walks: usize) {
+    fn load_entries(&self, gather: impl Gather, block: &mut Block, walks: usize) {
         let Block { states, homes, entries, .. } = block;
         // Those that are not on their way any more stay where another one is.
         let resting = (block.mapped | block.alone) & live(walks);
@@ -323,14 +336,12 @@ impl<'a, M: Memory, const EPT: bool> NestedLanes<'a, M, EPT> {
             *ngpa = state & ADDRESS;
         }
         let Some(ngpas) = ngpas.get(..walks) else { return };
-        block.alone |= self.tables.resolve(self.memory, ngpas, homes) & !block.mapped;
+        block.alone |= self.tables.resolve(gather, &self.ram, ngpas, homes) & !block.mapped;
         for (home, ngpa) in homes.iter_mut().zip(ngpas) {
             *home = *home & PageWord::FRAME | ngpa & 0xfff;
-            self.memory.prefetch(Gpa(*home));
+            self.ram.prefetch(*home);
         }
-        for (entry, home) in entries.iter_mut().zip(homes).take(walks) {
-            *entry = self.memory.load_u64(Gpa(*home)).unwrap_or(0);
-        }
+        self.ram.load_all(gather, homes, walks, entries);
     }
 
     /// Lets the first walk be all walks.
@@ -365,7 +376,7 @@ impl<'a, M: Memory, const EPT: bool> NestedLanes<'a, M, EPT> {
 
     /// Puts the guest's pages where the second dimension has them.
     #[inline(always)]
-    fn finish(&self, block: &mut Block, gvas: &[u64], words: &mut [u64]) {
+    fn finish(&self, gather: impl Gather, block: &mut Block, gvas: &[u64], words: &mut [u64]) {
         if block.mapped & live(gvas.len()) == 0 {
             return;
         }
@@ -375,8 +386,7 @@ impl<'a, M: Memory, const EPT: bool> NestedLanes<'a, M, EPT> {
             *ngpa = if block.mapped >> lane & 1 != 0 { *page } else { somewhere } & PageWord::FRAME;
         }
         let Some(ngpas) = ngpas.get(..gvas.len()) else { return };
-        block.alone |= self.page.resolve(self.memory, ngpas, &mut block.homes);
-        let (lowest, highest) = self.ram;
+        block.alone |= self.page.resolve(gather, &self.ram, ngpas, &mut block.homes);
         let columns = words.iter_mut().zip(&block.pages).zip(&block.homes).zip(gvas);
         for (((word, guest), nested), gva) in columns {
             const BOTH: u64 = WRITE | USER;
@@ -385,9 +395,8 @@ impl<'a, M: Memory, const EPT: bool> NestedLanes<'a, M, EPT> {
                 | guest & nested & BOTH
                 | nested & (PageWord::FRAME | NO_EXECUTE)
                 | nested_size_of(*nested);
-            // Addresses have 52 bits: the sign tells.
-            if (frame.wrapping_sub(lowest) | highest.wrapping_sub(frame)) >> 63 != 0 {
-                *word = with_backing(*word, *gva, self.memory);
+            if self.ram.outside(frame) >> 63 != 0 {
+                *word = with_backing(*word, *gva, self.ram.memory);
             }
         }
     }
@@ -401,13 +410,19 @@ const fn live(walks: usize) -> u64 {
 
 impl<M: Memory, const EPT: bool> Walks for NestedLanes<'_, M, EPT> {
     #[inline(always)]
-    fn run(&self, gvas: &[u64], words: &mut [u64], alone: &mut dyn FnMut(usize, u64) -> u64) {
+    fn run(
+        &self,
+        gather: impl Gather,
+        gvas: &[u64],
+        words: &mut [u64],
+        alone: &mut dyn FnMut(usize, u64) -> u64,
+    ) {
         let none = [0; BLOCK];
         let mut block = Block { states: none, homes: none, entries: none, pages: none, mapped: 0, alone: 0 };
         for (number, (gvas, words)) in gvas.chunks(BLOCK).zip(words.chunks_mut(BLOCK)).enumerate() {
             let gvas = gvas.get(..words.len()).unwrap_or(gvas);
-            self.descend(&mut block, gvas);
-            self.finish(&mut block, gvas, words);
+            self.descend(gather, &mut block, gvas);
+            self.finish(gather, &mut block, gvas, words);
             for lane in lanes(block.alone) {
                 if let (Some(gva), Some(word)) = (gvas.get(lane), words.get_mut(lane)) {
                     *word = alone(number * BLOCK + lane, *gva);
@@ -421,6 +436,7 @@ impl<M: Memory, const EPT: bool> Walks for NestedLanes<'_, M, EPT> {
 mod tests {
     use super::*;
     use crate::addr::NestedGpa;
+    use crate::batch::gather::OneByOne;
     use crate::ept::{EptCapabilities, EptControls};
     use crate::mode::{
         CR0_PE, CR0_PG, CR4_LA57, CR4_PAE, ControlRegisters, CpuProfile, EFER_LMA, EFER_LME, EFER_NXE, Vendor,
@@ -486,7 +502,7 @@ mod tests {
     ) -> u64 {
         let [tables, page] = Second::<EPT>::both(second, access).expect("lanes know these");
         let by = if phase == NestedPhase::Table { tables } else { page };
-        by.resolve(path, column, words)
+        by.resolve(OneByOne, &Ram::new(path), column, words)
     }
 
     /// For every format, level and combination of the bits that matter: what lanes accept is what the second dimension answers, and

@@ -3,40 +3,57 @@
 //! A block is 64 addresses. Four blocks are in flight at a time, each one level further down than the one behind it: while
 //! one block's PTEs are on their way from memory, the PDEs of the next are judged and its PTEs asked for. Levels whose
 //! entry all addresses of a block share are walked once for the block, so that addresses near one another cost little more
-//! than one load each. Nothing is kept for longer than that.
+//! than one load each. The last page table that a whole block shared is remembered until the batch ends: a block of addresses
+//! that lead through it has its words at once, and waits for nothing.
 //!
-//! A level is three loops over the lanes: entries are loaded, judged and asked for. Loading is one atomic access after the
-//! other; judging has no branch and touches columns alone, so that the compiler makes vector instructions of it. A lane
+//! A level is three loops over the lanes: entries are loaded, judged and asked for. Each is loaded in one atomic access,
+//! eight at a time where the CPU can; judging has no branch and touches columns alone, so that the compiler makes vector instructions of it. A lane
 //! that meets a large page has its word at once. One that meets anything it does not accept drops out: its address is
 //! walked alone when its block is done, so that faults come in order. Either keeps loading meanwhile, to no effect.
 
 use core::iter::repeat;
-use core::sync::atomic::Ordering;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use crate::access::Access;
 use crate::addr::{Gpa, is_canonical};
-use crate::batch::admission::{ADDRESS, Admission, State};
+use crate::batch::admission::{Admission, State};
 use crate::batch::column::{BLOCK, Column, differing, lanes, mask, offset, shift};
 use crate::batch::dispatch::Walks;
+use crate::batch::gather::{Gather, WIDTH};
+use crate::batch::ram::Ram;
 use crate::batch::word::{PageWord, with_backing};
 use crate::memory::Memory;
 use crate::walk::PageWalk;
 
 /// Blocks in flight: one for each of the lower four levels.
 const FLIGHT: usize = 8;
+/// How many turns after a block has entered it is judged at level 1.
+const BEHIND: usize = 6;
 /// Entries in a cache line.
 const LINE: usize = 8;
 
 /// What is the same for all walks of a batch.
 pub(super) struct Lanes<'a, M> {
-    memory: &'a M,
+    ram: Ram<'a, M>,
     admission: Admission,
     root: u64,
     levels: u32,
     /// Addresses that are canonical by this width are walked as they are, whatever pointer bits a CPU ignores.
     width: u32,
-    /// Frames from here on, and up to here, are RAM.
-    ram: (u64, u64),
+}
+
+/// A page table that some block of the batch has shared, and an address that leads through it.
+struct KnownTable<'a> {
+    gva: u64,
+    state: State,
+    entries: &'a [AtomicU64; 512],
+}
+
+impl KnownTable<'_> {
+    #[inline(always)]
+    fn leads(&self, gvas: &[u64]) -> bool {
+        gvas.first().is_some_and(|gva| (gva ^ self.gva) >> shift(2) == 0)
+    }
 }
 
 /// What stages work with and do not keep.
@@ -76,78 +93,122 @@ impl<'a, M: Memory> Lanes<'a, M> {
     /// `None` where lanes do not know the paging mode, or the access.
     pub(super) fn new(walk: &PageWalk, memory: &'a M, access: &Access) -> Option<Self> {
         let format = walk.format();
-        let (first, size) = memory.ram();
         Some(Self {
-            memory,
+            ram: Ram::new(memory),
             admission: Admission::new(format, access)?,
             root: walk.root(),
             levels: format.levels(),
             width: format.unchanged_width(),
-            ram: (first.0, first.0.wrapping_add(size).wrapping_sub(1)),
         })
     }
 }
 
 impl<M: Memory> Walks for Lanes<'_, M> {
     #[inline(always)]
-    fn run(&self, gvas: &[u64], words: &mut [u64], alone: &mut dyn FnMut(usize, u64) -> u64) {
+    fn run(
+        &self,
+        gather: impl Gather,
+        gvas: &[u64],
+        words: &mut [u64],
+        alone: &mut dyn FnMut(usize, u64) -> u64,
+    ) {
+        let length = gvas.len().min(words.len());
+        let (Some(gvas), Some(words)) = (gvas.get(..length), words.get_mut(..length)) else { return };
+        let blocks = length.div_ceil(BLOCK);
         let mut flight = [Block::EMPTY; FLIGHT];
         let mut columns = Columns { entries: [0; BLOCK], pages: [0; BLOCK] };
-        let blocks = gvas.len().div_ceil(BLOCK);
-        for turn in 0..blocks + FLIGHT - 1 {
-            for (behind, level) in [(6, 1), (4, 2), (2, 3), (0, 4)] {
+        let mut known: Option<KnownTable<'_>> = None;
+        // The turn from which on nothing is in flight.
+        let mut clear = 0;
+        let mut turn = 0;
+        while turn < blocks + BEHIND {
+            let mut entered = false;
+            if let Some(known) = &known {
+                while !entered
+                    && let (Some(gvas), Some(words)) = (block(gvas, turn), block_mut(words, turn))
+                    && known.leads(gvas)
+                    && self.at_once(gather, known, &mut columns.entries, gvas, words)
+                {
+                    entered = turn < clear;
+                    turn += usize::from(!entered);
+                }
+            }
+            for (behind, level) in [(BEHIND, 1), (4, 2), (2, 3), (0, 4)] {
                 let number = turn.wrapping_sub(behind);
-                let start = number.wrapping_mul(BLOCK);
                 let (Some(gvas), Some(words), Some(block)) =
-                    (gvas.get(start..), words.get_mut(start..), flight.get_mut(number % FLIGHT))
+                    (block(gvas, number), block_mut(words, number), flight.get_mut(number % FLIGHT))
                 else {
                     continue;
                 };
-                let length = gvas.len().min(words.len()).min(BLOCK);
-                let (Some(gvas), Some(words)) = (gvas.get(..length), words.get_mut(..length)) else {
-                    continue;
-                };
                 match level {
-                    _ if gvas.is_empty() => {}
-                    4 => self.enter(block, &mut columns, gvas, words),
-                    3 => self.descend::<3>(block, &mut columns, gvas, words),
-                    2 => self.descend::<2>(block, &mut columns, gvas, words),
+                    4 if entered => {}
+                    4 => {
+                        self.enter(gather, block, &mut columns, &mut known, gvas, words);
+                        clear = turn + BEHIND + 1;
+                    }
+                    3 => self.descend::<3>(gather, block, &mut columns, gvas, words),
+                    2 => self.descend::<2>(gather, block, &mut columns, gvas, words),
                     _ => {
-                        self.finish(block, &mut columns, gvas, words);
+                        self.finish(gather, block, &mut columns, gvas, words);
                         for lane in lanes(block.alone) {
                             if let (Some(gva), Some(word)) = (gvas.get(lane), words.get_mut(lane)) {
-                                *word = alone(start + lane, *gva);
+                                *word = alone(number * BLOCK + lane, *gva);
                             }
                         }
+                        block.alone = 0;
+                        block.from = 0;
                     }
                 }
             }
+            turn += 1;
         }
     }
 }
 
-impl<M: Memory> Lanes<'_, M> {
+/// Block `number` of a column; the last one may be shorter than the others.
+#[inline(always)]
+fn block(column: &[u64], number: usize) -> Option<&[u64]> {
+    let rest = column.get(number.wrapping_mul(BLOCK)..).filter(|rest| !rest.is_empty())?;
+    rest.get(..BLOCK).or(Some(rest))
+}
+
+/// As [`block`].
+#[inline(always)]
+fn block_mut(column: &mut [u64], number: usize) -> Option<&mut [u64]> {
+    let rest = column.get_mut(number.wrapping_mul(BLOCK)..).filter(|rest| !rest.is_empty())?;
+    let length = rest.len().min(BLOCK);
+    rest.get_mut(..length)
+}
+
+impl<'a, M: Memory> Lanes<'a, M> {
     /// Walks the levels that all addresses share, and those above level 3 that they do not.
     #[inline(always)]
-    fn enter(&self, block: &mut Block, columns: &mut Columns, gvas: &[u64], words: &mut [u64]) {
+    fn enter(
+        &self,
+        gather: impl Gather,
+        block: &mut Block,
+        columns: &mut Columns,
+        known: &mut Option<KnownTable<'a>>,
+        gvas: &[u64],
+        words: &mut [u64],
+    ) {
         let first = gvas.first().copied().unwrap_or_default();
-        let differing = differing(gvas);
         block.done = 0;
         block.alone = 0;
+        block.from = 0;
+        let differing = differing(gvas);
         if differing >> (self.width - 1) != 0 {
             block.alone = mask(gvas.iter().map(|gva| !is_canonical(*gva, self.width)));
         } else if !is_canonical(first, self.width) {
             block.alone = u64::MAX;
-            block.from = 0;
             return;
         }
 
         let (mut state, mut level) = (self.root, self.levels);
         while level > 1 && differing >> shift(level) == 0 {
-            let entry = self.load(state | offset(first, level));
+            let entry = self.ram.load(state | offset(first, level));
             let tables = self.admission.tables(level);
             if tables.wrong(entry) != 0 {
-                block.from = 0;
                 block.states = [state; BLOCK];
                 columns.entries = [entry; BLOCK];
                 self.drop_out(block, level, u64::MAX, &mut columns.entries, gvas, words);
@@ -160,24 +221,60 @@ impl<M: Memory> Lanes<'_, M> {
         if level == 1 {
             // They share the table, and are perhaps neighbours.
             block.states[0] = state;
-            gvas.iter().step_by(LINE).for_each(|gva| self.prefetch(state | offset(*gva, 1)));
+            *known = self.known(first, state);
+            gvas.iter().step_by(LINE).for_each(|gva| self.ram.prefetch(state | offset(*gva, 1)));
             return;
         }
         for (own, gva) in block.states.iter_mut().zip(gvas) {
             *own = state | offset(*gva, level);
         }
         if level > 3 {
-            self.descend::<5>(block, columns, gvas, words);
-            self.descend::<4>(block, columns, gvas, words);
+            self.descend::<5>(gather, block, columns, gvas, words);
+            self.descend::<4>(gather, block, columns, gvas, words);
         } else {
-            block.states.iter().take(gvas.len()).for_each(|state| self.prefetch(*state));
+            block.states.iter().take(gvas.len()).for_each(|state| self.ram.prefetch(*state));
         }
+    }
+
+    fn known(&self, gva: u64, state: State) -> Option<KnownTable<'a>> {
+        Some(KnownTable { gva, state, entries: self.ram.memory.table(Gpa(state & PageWord::FRAME))? })
+    }
+
+    /// Gives a whole block its words, where all of its addresses lead through this page table to pages in RAM that the access
+    /// may use. Otherwise what it has put into `words` does not count.
+    #[inline(always)]
+    fn at_once(
+        &self,
+        gather: impl Gather,
+        table: &KnownTable<'_>,
+        entries: &mut Column,
+        gvas: &[u64],
+        words: &mut [u64],
+    ) -> bool {
+        let (Some(gvas), Some(words)) = (gvas.as_array::<BLOCK>(), words.as_mut_array::<BLOCK>()) else {
+            return false;
+        };
+        let (groups, _) = entries.as_chunks_mut::<WIDTH>();
+        for (entries, gvas) in groups.iter_mut().zip(gvas.as_chunks::<WIDTH>().0) {
+            *entries = gather.gather(table.entries, &gvas.map(|gva| gva >> 12 & 511));
+        }
+        let pages = self.admission.pages().under(table.state);
+        let (mut differing, mut elsewhere, mut outside) = (0, 0, 0);
+        for ((word, entry), gva) in words.iter_mut().zip(entries.iter()).zip(gvas) {
+            let page = pages.word(*entry);
+            differing |= pages.differing(*entry);
+            elsewhere |= gva ^ table.gva;
+            outside |= self.ram.outside(page & PageWord::FRAME);
+            *word = page;
+        }
+        pages.accepts(differing) && elsewhere >> shift(2) == 0 && outside >> 63 == 0
     }
 
     /// Takes the lanes that are at `LEVEL` one level down.
     #[inline(always)]
     fn descend<const LEVEL: u32>(
         &self,
+        gather: impl Gather,
         block: &mut Block,
         columns: &mut Columns,
         gvas: &[u64],
@@ -187,9 +284,7 @@ impl<M: Memory> Lanes<'_, M> {
             return;
         }
         let entries = &mut columns.entries;
-        for (entry, state) in entries.iter_mut().zip(&block.states).take(gvas.len()) {
-            *entry = self.load(*state);
-        }
+        self.ram.load_all(gather, &block.states, gvas.len(), entries);
         let tables = self.admission.tables(LEVEL);
         if entries.iter().fold(0, |wrong, entry| wrong | tables.wrong(*entry)) != 0 {
             let wrong = mask(entries.iter().map(|entry| tables.wrong(*entry) != 0));
@@ -199,7 +294,7 @@ impl<M: Memory> Lanes<'_, M> {
             *state = tables.through(*state, *entry, offset(*gva, LEVEL - 1));
         }
         for state in block.states.iter().take(gvas.len()) {
-            self.prefetch(*state);
+            self.ram.prefetch(*state);
         }
     }
 
@@ -222,7 +317,7 @@ impl<M: Memory> Lanes<'_, M> {
             };
             match self.admission.large_page(level, *state, *entry, *gva) {
                 Some(page) => {
-                    *word = with_backing(page, *gva, self.memory);
+                    *word = with_backing(page, *gva, self.ram.memory);
                     block.done |= 1 << lane;
                 }
                 None => block.alone |= 1 << lane,
@@ -238,29 +333,34 @@ impl<M: Memory> Lanes<'_, M> {
 
     /// Gives each lane that is still on its way its word.
     #[inline(always)]
-    fn finish(&self, block: &mut Block, columns: &mut Columns, gvas: &[u64], words: &mut [u64]) {
+    fn finish(
+        &self,
+        gather: impl Gather,
+        block: &mut Block,
+        columns: &mut Columns,
+        gvas: &[u64],
+        words: &mut [u64],
+    ) {
         let [first, ..] = block.states;
         let Columns { entries, pages } = columns;
         let verdict = match block.from {
             0 => return,
             1 => {
                 let table = Gpa(first & PageWord::FRAME);
-                if let Some(words) = self.memory.table(table) {
+                if let Some(words) = self.ram.memory.table(table) {
                     for (entry, gva) in entries.iter_mut().zip(gvas) {
                         let word = &words[(gva >> shift(1) & 511) as usize];
                         *entry = u64::from_le(word.load(Ordering::Relaxed));
                     }
                 } else {
                     for (entry, gva) in entries.iter_mut().zip(gvas) {
-                        *entry = self.memory.load_in_table(table, offset(*gva, 1)).unwrap_or(0);
+                        *entry = self.ram.memory.load_in_table(table, offset(*gva, 1)).unwrap_or(0);
                     }
                 }
                 self.judge(repeat(first), entries, pages)
             }
             _ => {
-                for (entry, state) in entries.iter_mut().zip(&block.states).take(gvas.len()) {
-                    *entry = self.load(*state);
-                }
+                self.ram.load_all(gather, &block.states, gvas.len(), entries);
                 self.judge(block.states.iter().copied(), entries, pages)
             }
         };
@@ -285,12 +385,7 @@ impl<M: Memory> Lanes<'_, M> {
         words: &mut Column,
     ) -> Verdict {
         let pages = self.admission.pages();
-        let (lowest, highest) = self.ram;
-        let outside = |page: u64| {
-            let frame = page & PageWord::FRAME;
-            // Addresses have 52 bits: the sign tells.
-            (frame.wrapping_sub(lowest) | highest.wrapping_sub(frame)) & 1 << 63
-        };
+        let outside = |page: u64| self.ram.outside(page & PageWord::FRAME) & 1 << 63;
         let (mut wrong, mut elsewhere) = (0, 0);
         for ((entry, state), word) in entries.iter().zip(states.clone()).zip(words.iter_mut()) {
             let page = pages.word(state, *entry);
@@ -315,19 +410,8 @@ impl<M: Memory> Lanes<'_, M> {
         block.alone |= verdict.refused & !block.done;
         for lane in lanes(verdict.elsewhere & block.walking()) {
             if let (Some(page), Some(gva)) = (words.get_mut(lane), gvas.get(lane)) {
-                *page = with_backing(*page, *gva, self.memory);
+                *page = with_backing(*page, *gva, self.ram.memory);
             }
         }
-    }
-
-    /// The next entry. One outside memory is absent.
-    #[inline(always)]
-    fn load(&self, state: State) -> u64 {
-        self.memory.load_u64(Gpa(state & ADDRESS)).unwrap_or(0)
-    }
-
-    #[inline(always)]
-    fn prefetch(&self, state: State) {
-        self.memory.prefetch(Gpa(state & ADDRESS));
     }
 }

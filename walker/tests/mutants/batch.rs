@@ -53,9 +53,9 @@ pub(crate) const MUTANTS: &[Mutant] = &[
     mutant(
         "a lane takes every frame for RAM",
         &[(
-            "batch/pipeline.rs",
-            "(frame.wrapping_sub(lowest) | highest.wrapping_sub(frame)) & 1 << 63",
-            "(frame.wrapping_sub(lowest) | highest.wrapping_sub(frame)) & 0",
+            "batch/ram.rs",
+            "frame.wrapping_sub(self.first) | self.last.wrapping_sub(frame)",
+            "(frame.wrapping_sub(self.first) | self.last.wrapping_sub(frame)) & 0",
         )],
     ),
     mutant(
@@ -97,5 +97,29 @@ pub(crate) const MUTANTS: &[Mutant] = &[
             "*home & PageWord::FRAME | ngpa & 0xfff",
             "*home & PageWord::FRAME | ngpa & 0x1fff",
         )],
+    ),
+    mutant(
+        "a batch walks other addresses through the table it knows",
+        &[("batch/pipeline.rs", "&& elsewhere >> shift(2) == 0 ", "")],
+    ),
+    mutant(
+        "a batch takes RAM for granted behind a table it knows",
+        &[("batch/pipeline.rs", " && outside >> 63 == 0", "")],
+    ),
+    mutant(
+        "what the levels above a known table withhold is forgotten",
+        &[("batch/admission.rs", "let open = !state & WITHHOLDING;", "let open = WITHHOLDING;")],
+    ),
+    mutant(
+        "a known table grants what no entry of it can have",
+        &[(
+            "batch/admission.rs",
+            "!self.never && differing & self.refused == 0",
+            "differing & self.refused == 0",
+        )],
+    ),
+    mutant(
+        "words are gathered by their place in all memory",
+        &[("batch/ram.rs", "(state & ADDRESS).wrapping_sub(self.first) >> 3", "(state & ADDRESS) >> 3")],
     ),
 ];

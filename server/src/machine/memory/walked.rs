@@ -62,6 +62,11 @@ impl Memory for GuestRam {
     }
 
     #[inline]
+    fn words(&self) -> &[AtomicU64] {
+        if self.first.read_only { &[] } else { self.first.all() }
+    }
+
+    #[inline]
     fn prefetch(&self, gpa: Gpa) {
         if let Some(window) = self.window(gpa) {
             window.prefetch(gpa);
@@ -160,7 +165,10 @@ pub(super) mod tests {
                 let (first, size) = ram.ram();
                 if at.0.wrapping_sub(first.0) < size {
                     assert_eq!(ram.backing(at), Backing::Ram, "{at}");
+                    let word = &ram.words()[(at.0 - first.0) as usize / 8];
+                    assert_eq!(Some(word.load(Ordering::Relaxed)), expected, "{at}");
                 }
+                assert_eq!(ram.words().len() as u64 * 8, size);
             }
             for outside in [1 << 51, 1 << 63, !0xfff] {
                 ram.prefetch(Gpa(outside));

@@ -1,6 +1,7 @@
 //! One region of memory as the host has it mapped: a bounds check, and a load.
 #![allow(unsafe_code)] // Atomic access to memory that the guest writes at the same time has no safe form.
 
+use std::slice;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use pagewalk::Gpa;
@@ -80,6 +81,17 @@ impl Window {
     #[inline]
     pub(super) fn prefetch(&self, gpa: Gpa) {
         prefetch(self.origin.wrapping_add(gpa.0 as usize));
+    }
+
+    /// All of it.
+    #[inline]
+    pub(super) fn all(&self) -> &[AtomicU64] {
+        if self.words == 0 {
+            return &[];
+        }
+        let first = self.origin.wrapping_add(self.start as usize).cast();
+        // SAFETY: the window lies in the mapping and is aligned, as for `word`; all accesses to it are atomic or volatile.
+        unsafe { slice::from_raw_parts(first, self.words as usize) }
     }
 
     /// The bytes from `gpa` on that lie in this window, `most` at most.

@@ -85,6 +85,24 @@ pub(crate) fn provenance() -> v1::Provenance {
     }
 }
 
+/// The tasks of some address spaces.
+fn tasks(place: usize) -> Vec<v1::Task> {
+    let task = |pid, name: &str| v1::Task { pid, name: name.to_owned() };
+    match place {
+        0 => vec![task(1, "init")],
+        1 => vec![task(57, "cat"), task(58, "a\nb\u{1b}[2J")],
+        _ => Vec::new(),
+    }
+}
+
+fn task_list() -> v1::TaskList {
+    v1::TaskList {
+        state: v1::TaskListState::Incomplete.into(),
+        count: 7,
+        reason: "the guest's list of tasks: it is longer than 65536 tasks".into(),
+    }
+}
+
 fn not_found(what: &str) -> Status {
     let mut details = ErrorDetails::new();
     details.set_error_info("NO_SUCH_THING", "pagewalk", [("known".to_owned(), "script".to_owned())]);
@@ -267,12 +285,15 @@ impl translation::TranslationService for Scripted {
                     ..v1::Fault::default()
                 }),
             }),
+            tasks: tasks(place),
+            tasks_left_out: 0,
         };
         Ok(Response::new(v1::TranslateAcrossResponse {
             address: MAPPED,
             symbol: Some(v1::Symbol { name: "init_task".into(), offset: 0x10 }),
             spaces: request.cr3s.into_iter().enumerate().map(space).collect(),
             provenance: Some(provenance()),
+            task_list: Some(task_list()),
         }))
     }
 
@@ -340,7 +361,7 @@ impl mapping::MappingService for Scripted {
             generation: 7,
             age: Some(prost_types::Duration { seconds: 0, nanos: 3_000_000 }),
             isolation_pair: Some(0x2_1000),
-            tasks: vec![v1::Task { pid: 1, name: "init".into() }],
+            tasks: tasks(0),
             ..v1::AddressSpace::default()
         };
         let user = v1::AddressSpace {
@@ -351,23 +372,19 @@ impl mapping::MappingService for Scripted {
             user_half: true,
             ..kernel.clone()
         };
-        let task = |pid, name: &str| v1::Task { pid, name: name.to_owned() };
         let other = v1::AddressSpace {
             cr3: 0x3_0000,
             isolation_pair: None,
-            tasks: vec![task(57, "cat"), task(58, "a\nb\u{1b}[2J")],
+            tasks: tasks(1),
             tasks_left_out: 3,
             ..kernel.clone()
         };
+        let unseen = v1::AddressSpace { cr3: 0x4_0000, tasks: tasks(0), ..v1::AddressSpace::default() };
         Ok(Response::new(v1::ListAddressSpacesResponse {
-            spaces: vec![kernel, user, other],
+            spaces: vec![kernel, user, other, unseen],
             left_out: 2,
             provenance: Some(provenance()),
-            task_list: Some(v1::TaskList {
-                state: v1::TaskListState::Incomplete.into(),
-                count: 7,
-                reason: "the guest's list of tasks: it is longer than 65536 tasks".into(),
-            }),
+            task_list: Some(task_list()),
         }))
     }
 

@@ -1,6 +1,6 @@
 //! `ListAddressSpaces` and `TranslateAcross`: the address spaces of a machine, and one address in many of them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -63,72 +63,111 @@ fn seen(machine: &Machine) -> (Vec<Seen>, u64) {
     (all, left_out)
 }
 
+/// What the guest's memory tells of address spaces.
+struct Looked {
+    /// The spaces, by their roots, and whether each is a half under page-table isolation.
+    spaces: Vec<(u64, bool)>,
+    left_out: u64,
+    tasks: Result<TaskList, String>,
+}
+
+/// Looks at the spaces with these roots, and with `all` at those of the guest's processes behind them.
+async fn look(
+    daemon: &Daemon,
+    target: &Target,
+    deadline: Instant,
+    mut roots: Vec<u64>,
+    all: bool,
+) -> Result<Looked, Error> {
+    let snapshot = target.vcpu.latest();
+    let mode = snapshot.walker.as_ref().map(|walker| walker.gva_walk().format().mode());
+    let four_or_five = matches!(mode, Ok(PagingMode::FourLevel | PagingMode::FiveLevel));
+    let machine = Arc::clone(&target.machine);
+    let looked = target.read_at_length(daemon, move |memory| {
+        // A list that takes too long leaves time to say so.
+        let now = Instant::now();
+        let until = now + deadline.saturating_duration_since(now) / 2;
+        let tasks = tasks::list(&machine, memory, until);
+        if all {
+            let mut known: BTreeSet<u64> = roots.iter().copied().collect();
+            let processes = tasks.iter().flat_map(|list| &list.tasks).map(|task| task.root);
+            roots.extend(processes.filter(|root| known.insert(*root)));
+        }
+        let left_out = roots.len().saturating_sub(MOST) as u64;
+        roots.truncate(MOST);
+        let isolated = |root| four_or_five && is_isolated(memory, root);
+        Looked { spaces: roots.into_iter().map(|root| (root, isolated(root))).collect(), left_out, tasks }
+    });
+    timeout_at(deadline.into(), looked).await.map_err(|_| Error::Deadline)?
+}
+
+impl Looked {
+    /// The tasks of each space, in the contract's words, and how many more it has.
+    fn tasks(&self) -> impl Iterator<Item = (Vec<v1::Task>, u32)> {
+        let mut by_root = BTreeMap::<u64, Vec<&Task>>::new();
+        for task in self.tasks.iter().flat_map(|list| &list.tasks) {
+            by_root.entry(task.root).or_default().push(task);
+        }
+        self.spaces.iter().map(move |(root, isolated)| {
+            let kernel_half = if *isolated { root & !USER_ROOT } else { *root };
+            let tasks = by_root.get(&kernel_half).map_or(&[][..], Vec::as_slice);
+            let task = |task: &&Task| v1::Task { pid: task.pid, name: task.name.clone() };
+            // There are no more tasks than 32 bits can count.
+            let more = tasks.len().saturating_sub(MOST_TASKS) as u32;
+            (tasks.iter().take(MOST_TASKS).map(task).collect(), more)
+        })
+    }
+
+    fn task_list(&self) -> v1::TaskList {
+        let (state, count, reason) = match &self.tasks {
+            Ok(TaskList { count, incomplete: None, .. }) => {
+                (v1::TaskListState::Complete, *count, String::new())
+            }
+            Ok(TaskList { count, incomplete: Some(why), .. }) => {
+                (v1::TaskListState::Incomplete, *count, format!("the guest's list of tasks: {why}"))
+            }
+            Err(why) => (v1::TaskListState::Unknown, 0, why.clone()),
+        };
+        v1::TaskList { state: state.into(), count, reason }
+    }
+}
+
 pub(super) async fn list(
     daemon: &Daemon,
     target: &Target,
     deadline: Instant,
 ) -> Result<v1::ListAddressSpacesResponse, Error> {
-    let (spaces, left_out) = seen(&target.machine);
-    let snapshot = target.vcpu.latest();
-    let mode = snapshot.walker.as_ref().map(|walker| walker.gva_walk().format().mode());
-    let four_or_five = matches!(mode, Ok(PagingMode::FourLevel | PagingMode::FiveLevel));
-    let roots: Vec<u64> = spaces.iter().map(|seen| seen.space.root).collect();
-    let machine = Arc::clone(&target.machine);
-    let looked = target.read_at_length(daemon, move |memory| {
-        let isolated: Vec<bool> =
-            roots.iter().map(|root| four_or_five && is_isolated(memory, *root)).collect();
-        // A list that takes too long leaves time to say so.
-        let now = Instant::now();
-        let until = now + deadline.saturating_duration_since(now) / 2;
-        (isolated, tasks::list(&machine, memory, until))
-    });
-    let (isolated, tasks) = timeout_at(deadline.into(), looked).await.map_err(|_| Error::Deadline)??;
-    let named = named(&tasks);
+    let (seen, left_out) = seen(&target.machine);
+    let roots = seen.iter().map(|seen| seen.space.root).collect();
+    let looked = look(daemon, target, deadline, roots, true).await?;
     // The machine has to be there still, for what was read of it to be worth anything.
-    daemon.provenance(target, &snapshot)?;
-    let spaces = spaces.iter().zip(isolated).map(|(Seen { vcpu, space }, isolated)| {
-        let kernel_half = if isolated { space.root & !USER_ROOT } else { space.root };
-        let tasks = named.get(&kernel_half).map_or(&[][..], Vec::as_slice);
-        let task = |task: &&Task| v1::Task { pid: task.pid, name: task.name.clone() };
-        v1::AddressSpace {
-            cr3: space.root,
+    daemon.provenance(target, &target.vcpu.latest())?;
+    // Those that were seen come first.
+    let seen = seen.into_iter().map(Some).chain(std::iter::repeat_with(|| None));
+    let spaces = looked.spaces.iter().zip(seen).zip(looked.tasks());
+    let spaces = spaces.map(|(((root, isolated), seen), (tasks, tasks_left_out))| {
+        let seen = seen.map_or_else(v1::AddressSpace::default, |Seen { vcpu, space }| v1::AddressSpace {
             sightings: space.sightings,
-            vcpu: *vcpu,
+            vcpu,
             generation: space.generation,
             age: space.last.elapsed().try_into().ok(),
-            isolation_pair: isolated.then_some(space.root ^ USER_ROOT),
-            user_half: isolated && space.root & USER_ROOT != 0,
-            tasks: tasks.iter().take(MOST_TASKS).map(task).collect(),
-            // No more than there are tasks.
-            tasks_left_out: tasks.len().saturating_sub(MOST_TASKS) as u32,
+            ..v1::AddressSpace::default()
+        });
+        v1::AddressSpace {
+            cr3: *root,
+            isolation_pair: isolated.then_some(root ^ USER_ROOT),
+            user_half: *isolated && root & USER_ROOT != 0,
+            tasks,
+            tasks_left_out,
+            ..seen
         }
     });
     Ok(v1::ListAddressSpacesResponse {
         spaces: spaces.collect(),
-        left_out,
+        left_out: left_out + looked.left_out,
         provenance: Some(daemon.machine_provenance(&target.machine)),
-        task_list: Some(task_list(&tasks)),
+        task_list: Some(looked.task_list()),
     })
-}
-
-/// The tasks of each address space.
-fn named(tasks: &Result<TaskList, String>) -> BTreeMap<u64, Vec<&Task>> {
-    let mut named = BTreeMap::<u64, Vec<&Task>>::new();
-    for task in tasks.iter().flat_map(|list| &list.tasks) {
-        named.entry(task.root).or_default().push(task);
-    }
-    named
-}
-
-fn task_list(tasks: &Result<TaskList, String>) -> v1::TaskList {
-    let (state, count, reason) = match tasks {
-        Ok(TaskList { count, incomplete: None, .. }) => (v1::TaskListState::Complete, *count, String::new()),
-        Ok(TaskList { count, incomplete: Some(why), .. }) => {
-            (v1::TaskListState::Incomplete, *count, format!("the guest's list of tasks: {why}"))
-        }
-        Err(why) => (v1::TaskListState::Unknown, 0, why.clone()),
-    };
-    v1::TaskList { state: state.into(), count, reason }
 }
 
 /// Whether a root is one half of a pair under page-table isolation: both map the same user space, by the same tables, and not
@@ -173,24 +212,39 @@ pub(super) async fn across(
     let gva = target.gva(daemon, deadline, request.address, "address").await?;
     let access = convert::access::access(request.access, &snapshot.registers)?;
     let state = request.r#override.unwrap_or_default();
-    let cr3s = match request.cr3s {
-        cr3s if !cr3s.is_empty() => cr3s,
-        _ if snapshot.nested != NestedMode::Off || brings_second_dimension(&state) => {
+    let of_l2 = snapshot.nested != NestedMode::Off || brings_second_dimension(&state);
+    let walkers = |cr3s: Vec<u64>| {
+        let walker = |cr3| {
+            let state = v1::WalkerOverride { cr3: Some(cr3), ..state.clone() };
+            let walker = walker(Some(&state), snapshot)?.into_owned();
+            check_width(&walker, gva, "address")?;
+            convert::access::check(&access, &walker)?;
+            Ok((cr3, walker))
+        };
+        cr3s.into_iter().map(walker).collect::<Result<Vec<_>, Error>>()
+    };
+    let (walkers, looked) = if request.cr3s.is_empty() {
+        if of_l2 {
             return Err(Error::Precondition(
                 "the address spaces that were seen are the machine's own, and this walk is an L2's: name the L2's in `cr3s`"
                     .to_owned(),
             ));
         }
-        _ => seen(&target.machine).0.iter().map(|seen| seen.space.root).collect(),
+        let roots = seen(&target.machine).0.iter().map(|seen| seen.space.root).collect();
+        let looked = look(daemon, target, deadline, roots, true).await?;
+        (walkers(looked.spaces.iter().map(|(root, _)| *root).collect())?, looked)
+    } else {
+        let walkers = walkers(request.cr3s)?;
+        let roots: Vec<u64> = walkers.iter().map(|(_, walker)| walker.gva_walk().root()).collect();
+        let looked = if of_l2 {
+            let tasks =
+                Err("the walk is an L2's, and tasks are known of the machine's own kernel".to_owned());
+            Looked { spaces: roots.into_iter().map(|root| (root, false)).collect(), left_out: 0, tasks }
+        } else {
+            look(daemon, target, deadline, roots, false).await?
+        };
+        (walkers, looked)
     };
-    let mut walkers = Vec::with_capacity(cr3s.len());
-    for cr3 in cr3s {
-        let state = v1::WalkerOverride { cr3: Some(cr3), ..state.clone() };
-        let walker = walker(Some(&state), snapshot)?.into_owned();
-        check_width(&walker, gva, "address")?;
-        convert::access::check(&access, &walker)?;
-        walkers.push((cr3, walker));
-    }
     let translate = |memory: &GuestRam| {
         let outcome = |walker: &Walker| match walker.translate(memory, Gva(gva), &access) {
             Ok(page) => {
@@ -198,18 +252,23 @@ pub(super) async fn across(
             }
             Err(fault) => Outcome::Fault(convert::fault::fault(&fault)),
         };
-        let spaces: Vec<_> = walkers
-            .iter()
-            .map(|(cr3, walker)| v1::SpaceTranslation { cr3: *cr3, outcome: Some(outcome(walker)) })
-            .collect();
+        let outcomes: Vec<_> = walkers.iter().map(|(_, walker)| outcome(walker)).collect();
         let names = walkers.first().map(|(_, walker)| target.names(memory, snapshot, walker, gva, &[]));
-        (spaces, names.and_then(|names| names.gva))
+        (outcomes, names.and_then(|names| names.gva))
     };
-    let (spaces, name) = target.read(daemon, deadline, translate).await?;
+    let (outcomes, name) = target.read(daemon, deadline, translate).await?;
+    let spaces = walkers.iter().zip(outcomes).zip(looked.tasks());
+    let spaces = spaces.map(|(((cr3, _), outcome), (tasks, tasks_left_out))| v1::SpaceTranslation {
+        cr3: *cr3,
+        outcome: Some(outcome),
+        tasks,
+        tasks_left_out,
+    });
     Ok(v1::TranslateAcrossResponse {
         address: gva,
         symbol: name.map(convert::symbol::symbol),
-        spaces,
+        spaces: spaces.collect(),
         provenance: Some(daemon.provenance(target, snapshot)?),
+        task_list: Some(looked.task_list()),
     })
 }

@@ -38,6 +38,7 @@ impl Tasks {
         if list.state() != v1::TaskListState::Complete || list.count < 6 || !list.reason.is_empty() {
             judge.disagree(|| format!("{list:?}"));
         }
+        let mut missing: BTreeSet<u64> = self.0.keys().copied().collect();
         for space in &answer.spaces {
             judge.case();
             let found: BTreeSet<(u32, String)> =
@@ -50,7 +51,9 @@ impl Tasks {
                 }
                 continue;
             };
+            missing.remove(&worker);
             let expected = &self.0[&worker];
+            judge.count_if("a worker's that no vCPU was seen in", space.sightings == 0);
             judge.count(if space.user_half { "a worker's, user half" } else { "a worker's" }, 0);
             judge.count_if("shared by two processes", expected.len() == 2);
             judge.count_if(
@@ -60,6 +63,17 @@ impl Tasks {
             if (&found, space.tasks_left_out) != (expected, 0) {
                 judge.disagree(|| format!("{space:x?} is of {expected:?}"));
             }
+            let across = daemon.across("vm", IDENTITY, vec![space.cr3])?;
+            if across.first().is_none_or(|across| across.tasks != space.tasks) {
+                judge.disagree(|| format!("{space:x?} is {across:x?}"));
+            }
+        }
+        judge.case();
+        let init = answer.spaces.iter().any(|space| space.tasks.iter().any(|task| task.pid == 1));
+        if !missing.is_empty() || !init {
+            judge.disagree(|| {
+                format!("workers {missing:?} are missing in {:x?}, or their parent is", answer.spaces)
+            });
         }
         Ok(())
     }
@@ -86,6 +100,7 @@ pub(crate) fn finish(judge: Judge) -> Result<(), Failed> {
         ("shared by two processes", None, 1),
         ("a name that is no text", None, 1),
         ("a worker's, user half", None, 1),
+        ("a worker's that no vCPU was seen in", None, 1),
     ])
 }
 

@@ -514,17 +514,17 @@ class Task:
 
 @dataclass(frozen=True)
 class AddressSpace:
-    """An address space that a vCPU was seen in."""
+    """An address space that a vCPU was seen in, or that a process of a Linux guest has."""
 
     #: Without PCID and flags: what `WalkerOverride.cr3` takes.
     cr3: int
-    #: How often it was seen, by all vCPUs.
+    #: How often it was seen, by all vCPUs; 0 where none did.
     sightings: int
     #: The vCPU that saw it last, and the generation of its walkers then.
     vcpu: int
     generation: int
-    #: Seconds since then.
-    age: float
+    #: Seconds since then; None where no vCPU saw it.
+    age: float | None
     #: CR3 of the process's other half under page-table isolation; None where the tables show none.
     isolation_pair: int | None
     #: This is the half for user mode.

@@ -230,7 +230,7 @@ class Client:
     def address_spaces(self, *, machine: str = "") -> AddressSpaces:
         """List the address spaces that a machine's vCPUs were seen in, the most recently seen first.
 
-        Those of a Linux guest whose kernel's symbols the machine has are named by tasks.
+        Of a Linux guest whose kernel's symbols the machine has, those of all processes, named by tasks.
         """
         request = mapping_pb2.ListAddressSpacesRequest(machine=machine)
         return convert.address_spaces(self._call(self._mapping.ListAddressSpaces, request))

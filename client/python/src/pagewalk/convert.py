@@ -474,7 +474,7 @@ def address_space(message: mapping_pb2.AddressSpace) -> answers.AddressSpace:
         sightings=message.sightings,
         vcpu=message.vcpu,
         generation=message.generation,
-        age=message.age.ToTimedelta().total_seconds(),
+        age=message.age.ToTimedelta().total_seconds() if message.HasField("age") else None,
         isolation_pair=message.isolation_pair if message.HasField("isolation_pair") else None,
         user_half=message.user_half,
         tasks=tuple(answers.Task(pid=task.pid, name=task.name) for task in message.tasks),

@@ -5,7 +5,7 @@ use super::{
     table::{Cell, Table},
 };
 use crate::v1::{
-    AddressSpace, ListAddressSpacesResponse, TaskListState, TranslateAcrossResponse,
+    ListAddressSpacesResponse, Task, TaskList, TaskListState, TranslateAcrossResponse,
     space_translation::Outcome,
 };
 
@@ -19,39 +19,45 @@ pub(in crate::cli) fn list(answer: &ListAddressSpacesResponse) -> String {
             let (this, other) = if space.user_half { ("user", "kernel") } else { ("kernel", "user") };
             format!("{this} half; {other} half {}", hex(pair))
         });
+        let seen = space.sightings > 0;
         table.row([
             Cell::address(space.cr3),
             space.sightings.to_string().into(),
-            format!("vcpu {}", space.vcpu).into(),
-            space.generation.to_string().into(),
+            (if seen { format!("vcpu {}", space.vcpu) } else { String::new() }).into(),
+            (if seen { space.generation.to_string() } else { String::new() }).into(),
             provenance::age(space.age.as_ref()).unwrap_or_default().into(),
             isolation.into(),
-            tasks(space).into(),
+            tasks(&space.tasks, space.tasks_left_out).into(),
         ]);
     }
     let mut text = table.render();
     if answer.left_out > 0 {
-        text += &format!("\n{} more were seen before, and are left out", answer.left_out);
+        text += &format!("\n{} more are left out", answer.left_out);
     }
-    if let Some(list) = &answer.task_list {
-        let reason = paint::plain(&list.reason);
-        match list.state() {
-            TaskListState::Complete | TaskListState::Unspecified => {}
-            TaskListState::Incomplete => {
-                text += &format!("\ntasks may be missing, {} were found: {reason}", list.count);
-            }
-            TaskListState::Unknown => text += &format!("\nno tasks: {reason}"),
-        }
+    if let Some(problem) = answer.task_list.as_ref().and_then(problem) {
+        text += &format!("\n{problem}");
     }
     text
 }
 
+/// Why tasks are missing.
+fn problem(list: &TaskList) -> Option<String> {
+    let reason = paint::plain(&list.reason);
+    match list.state() {
+        TaskListState::Complete | TaskListState::Unspecified => None,
+        TaskListState::Incomplete => {
+            Some(format!("tasks may be missing, {} were found: {reason}", list.count))
+        }
+        TaskListState::Unknown => Some(format!("no tasks: {reason}")),
+    }
+}
+
 /// `1 init, 57 cat`, and how many more.
-fn tasks(space: &AddressSpace) -> String {
+fn tasks(tasks: &[Task], left_out: u32) -> String {
     let mut tasks: Vec<String> =
-        space.tasks.iter().map(|task| format!("{} {}", task.pid, one_line(&task.name))).collect();
-    if space.tasks_left_out > 0 {
-        tasks.push(format!("{} more", space.tasks_left_out));
+        tasks.iter().map(|task| format!("{} {}", task.pid, one_line(&task.name))).collect();
+    if left_out > 0 {
+        tasks.push(format!("{left_out} more"));
     }
     tasks.join(", ")
 }
@@ -72,12 +78,18 @@ pub(in crate::cli) fn across(answer: &TranslateAcrossResponse) -> String {
                 Some(Outcome::Fault(refused)) => outcome::fault(refused),
                 None => paint::bad("unknown outcome"),
             };
-            format!("CR3 {}  {}{name} -> {said}", hex(space.cr3), hex(answer.address))
+            let tasks = match tasks(&space.tasks, space.tasks_left_out) {
+                none if none.is_empty() => none,
+                tasks => format!(" ({tasks})"),
+            };
+            format!("CR3 {}{tasks}  {}{name} -> {said}", hex(space.cr3), hex(answer.address))
         })
         .collect();
     if lines.is_empty() {
         lines.push("no vCPU was seen in an address space yet: name some by their CR3s".into());
     }
+    let incomplete = |list: &&TaskList| list.state() == TaskListState::Incomplete;
+    lines.extend(answer.task_list.as_ref().filter(incomplete).and_then(problem));
     lines.push(provenance::short(answer.provenance.as_ref()));
     lines.join("\n")
 }

@@ -649,7 +649,7 @@ Global___TaskList: typing_extensions.TypeAlias = TaskList
 
 @typing.final
 class AddressSpace(google.protobuf.message.Message):
-    """An address space that a vCPU was seen in."""
+    """An address space that a vCPU was seen in, or that a process of a Linux guest has."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -665,11 +665,11 @@ class AddressSpace(google.protobuf.message.Message):
     cr3: builtins.int
     """CR3 without PCID and flags: where its tables begin, and what `WalkerOverride.cr3` takes."""
     sightings: builtins.int
-    """How often it was seen, by all vCPUs."""
+    """How often it was seen, by all vCPUs. 0: it was not, and is known of a process."""
     vcpu: builtins.int
-    """Index of the vCPU that saw it last."""
+    """Index of the vCPU that saw it last; 0 where none did."""
     generation: builtins.int
-    """Generation of that vCPU's walker state then."""
+    """Generation of that vCPU's walker state then; 0 where none saw it."""
     isolation_pair: builtins.int
     """Under page-table isolation (KPTI), CR3 of the same process's other half: the one for the kernel, or the one for user mode.
     Present where the tables show it: both map the same user space by the same entries, and not the same kernel. With 4- and
@@ -681,7 +681,7 @@ class AddressSpace(google.protobuf.message.Message):
     """How many more there are."""
     @property
     def age(self) -> google.protobuf.duration_pb2.Duration:
-        """Time since then."""
+        """Time since then. Absent where no vCPU saw it."""
 
     @property
     def tasks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Task]:
@@ -723,7 +723,7 @@ class ListAddressSpacesResponse(google.protobuf.message.Message):
     """How many were left out, or forgotten: each vCPU remembers the last 256."""
     @property
     def spaces(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___AddressSpace]:
-        """The spaces, at most 1024, the most recently seen first."""
+        """The spaces, at most 1024: the most recently seen first, and behind them those of processes that no vCPU was seen in."""
 
     @property
     def provenance(self) -> pagewalk.v1.types_pb2.Provenance:

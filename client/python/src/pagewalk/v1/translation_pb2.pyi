@@ -9,6 +9,7 @@ import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import pagewalk.v1.mapping_pb2
 import pagewalk.v1.types_pb2
 import sys
 import typing
@@ -234,8 +235,12 @@ class SpaceTranslation(google.protobuf.message.Message):
     CR3_FIELD_NUMBER: builtins.int
     TRANSLATION_FIELD_NUMBER: builtins.int
     FAULT_FIELD_NUMBER: builtins.int
+    TASKS_FIELD_NUMBER: builtins.int
+    TASKS_LEFT_OUT_FIELD_NUMBER: builtins.int
     cr3: builtins.int
     """The address space."""
+    tasks_left_out: builtins.int
+    """How many more there are."""
     @property
     def translation(self) -> pagewalk.v1.types_pb2.Translation:
         """The address is mapped, and the access allowed."""
@@ -244,15 +249,21 @@ class SpaceTranslation(google.protobuf.message.Message):
     def fault(self) -> pagewalk.v1.types_pb2.Fault:
         """The access is refused, or the walk cannot end."""
 
+    @property
+    def tasks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[pagewalk.v1.mapping_pb2.Task]:
+        """The processes whose address space it is, as in `AddressSpace.tasks`."""
+
     def __init__(
         self,
         *,
         cr3: builtins.int = ...,
         translation: pagewalk.v1.types_pb2.Translation | None = ...,
         fault: pagewalk.v1.types_pb2.Fault | None = ...,
+        tasks: collections.abc.Iterable[pagewalk.v1.mapping_pb2.Task] | None = ...,
+        tasks_left_out: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["fault", b"fault", "outcome", b"outcome", "translation", b"translation"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cr3", b"cr3", "fault", b"fault", "outcome", b"outcome", "translation", b"translation"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cr3", b"cr3", "fault", b"fault", "outcome", b"outcome", "tasks", b"tasks", "tasks_left_out", b"tasks_left_out", "translation", b"translation"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["outcome", b"outcome"]) -> typing.Literal["translation", "fault"] | None: ...
 
 Global___SpaceTranslation: typing_extensions.TypeAlias = SpaceTranslation
@@ -267,6 +278,7 @@ class TranslateAcrossResponse(google.protobuf.message.Message):
     SYMBOL_FIELD_NUMBER: builtins.int
     SPACES_FIELD_NUMBER: builtins.int
     PROVENANCE_FIELD_NUMBER: builtins.int
+    TASK_LIST_FIELD_NUMBER: builtins.int
     address: builtins.int
     """The address that was asked about, as a number."""
     @property
@@ -281,6 +293,10 @@ class TranslateAcrossResponse(google.protobuf.message.Message):
     def provenance(self) -> pagewalk.v1.types_pb2.Provenance:
         """Where the answer comes from."""
 
+    @property
+    def task_list(self) -> pagewalk.v1.mapping_pb2.TaskList:
+        """What was found of the tasks, as in `ListAddressSpacesResponse.task_list`. Of an L2 nothing is known."""
+
     def __init__(
         self,
         *,
@@ -288,9 +304,10 @@ class TranslateAcrossResponse(google.protobuf.message.Message):
         symbol: pagewalk.v1.types_pb2.Symbol | None = ...,
         spaces: collections.abc.Iterable[Global___SpaceTranslation] | None = ...,
         provenance: pagewalk.v1.types_pb2.Provenance | None = ...,
+        task_list: pagewalk.v1.mapping_pb2.TaskList | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["provenance", b"provenance", "symbol", b"symbol"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "provenance", b"provenance", "spaces", b"spaces", "symbol", b"symbol"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["provenance", b"provenance", "symbol", b"symbol", "task_list", b"task_list"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "provenance", b"provenance", "spaces", b"spaces", "symbol", b"symbol", "task_list", b"task_list"]) -> None: ...
 
 Global___TranslateAcrossResponse: typing_extensions.TypeAlias = TranslateAcrossResponse
 

@@ -156,7 +156,7 @@ impl<'a, M: Memory, S: FnMut(Extent) -> ControlFlow<()>> Scan<'a, M, S> {
             return Ok(());
         }
         loop {
-            match self.along::<E>(table(&mut tables, level), level)? {
+            let ended = match self.along::<E>(table(&mut tables, level), level)? {
                 Next::Down => {
                     let above = table(&mut tables, level);
                     let number = index::<E>(level, self.cursor.next);
@@ -165,15 +165,21 @@ impl<'a, M: Memory, S: FnMut(Extent) -> ControlFlow<()>> Scan<'a, M, S> {
                     let root = E::table(entry) & self.format().address_bits();
                     let end = self.end::<E>(level, number, 1);
                     match self.open::<E>(table(&mut tables, level - 1), level - 1, root, grants)? {
-                        Ok(()) => level -= 1,
-                        Err(fault) => self.refused(end, fault)?,
+                        Ok(()) => {
+                            level -= 1;
+                            false
+                        }
+                        // It may have been the last entry of its table.
+                        Err(fault) => {
+                            self.refused(end, fault)?;
+                            true
+                        }
                     }
                 }
-                Next::Up => {
-                    while self.cursor.next & within_table::<E>(level) == 0 && level < top {
-                        level += 1;
-                    }
-                }
+                Next::Up => true,
+            };
+            while ended && self.cursor.next & within_table::<E>(level) == 0 && level < top {
+                level += 1;
             }
             if self.is_done() {
                 return Ok(());

@@ -1,12 +1,12 @@
 //! What a map costs, next to plainly reading the same tables once.
 //!
-//! Both sides go through the page tables in the order of the addresses. The peer adds up their words, by loads that the compiler
-//! may join into vectors; a map loads each entry atomically, judges it, and hands each extent to a sink that keeps it. Sides
-//! take turns, and the table holds medians of these rounds. Tables lie in memory in the order of the addresses, or
-//! scattered; both sides take them as they lie.
+//! Both sides go through the tables that hold leaves, of both dimensions where there are two, in the order of the addresses. The
+//! peer adds up their words, by loads that the compiler may join into vectors; a map loads each entry atomically, judges it, and
+//! hands each extent to a sink that keeps it. Sides take turns, and the table holds medians of these rounds. Tables lie in memory
+//! in the order of the addresses, or scattered; both sides take them as they lie.
 //!
-//! An extent that is one page alone costs what it takes to write it down, which is more than to read an entry: the cases with
-//! scattered frames say how much.
+//! An extent that is one page alone costs what it takes to write it down, eleven words for one. So a second peer reads the tables and
+//! writes down as many extents as there are, and in a further round of maps the sink only adds extents up.
 
 #![allow(
     missing_docs,
@@ -49,7 +49,7 @@ enum Leaves {
 
 struct Guest {
     words: Vec<AtomicU64>,
-    /// The page tables in the order of the addresses, by their first word.
+    /// The tables that hold leaves, in the order of the addresses, by their first word.
     tables: Vec<usize>,
     root: u64,
     leaves: u64,
@@ -126,6 +126,7 @@ impl Guest {
                     base | 0x87
                 } else {
                     let table = page(&mut more);
+                    guest.tables.push((table * 512) as usize);
                     for small in 0..512 {
                         more[((table - first) * 512 + small) as usize] = base | small << 12 | 7;
                     }
@@ -140,20 +141,35 @@ impl Guest {
         (guest, Map::new(Walker::nested(walk, npt)))
     }
 
-    /// Nanoseconds of a map, and its extents.
-    fn mapped(&self, map: &Map, kept: &mut Vec<Extent>) -> u64 {
-        kept.clear();
+    /// Nanoseconds of a map that hands its extents to `sink`.
+    fn mapped(&self, map: &Map, mut sink: impl FnMut(Extent)) -> u64 {
         let mut map = map.clone();
         let memory = Window::new(&self.words);
         let start = Instant::now();
         let progress = map.advance(&memory, u64::MAX, |extent| {
-            kept.push(extent);
+            sink(extent);
             ControlFlow::Continue(())
         });
         let elapsed = start.elapsed();
         assert_eq!(progress, Progress::Done);
-        black_box(&kept);
         elapsed.as_nanos() as u64
+    }
+
+    fn kept(&self, map: &Map, kept: &mut Vec<Extent>) -> u64 {
+        kept.clear();
+        let elapsed = self.mapped(map, |extent| kept.push(extent));
+        black_box(&kept);
+        elapsed
+    }
+
+    fn added_up(&self, map: &Map) -> u64 {
+        let mut sum = 0_u64;
+        let elapsed = self.mapped(map, |extent| {
+            let gpa = extent.outcome.map_or(0, |page| page.gpa.0);
+            sum = sum.wrapping_add(extent.start.0 ^ extent.bytes ^ gpa);
+        });
+        black_box(sum);
+        elapsed
     }
 
     fn read(&mut self) -> u64 {
@@ -169,6 +185,21 @@ impl Guest {
     }
 }
 
+/// Nanoseconds of writing down as many extents as there are.
+fn write(kept: &mut Vec<Extent>) -> u64 {
+    let Some(mut extent) = kept.first().copied() else { return 0 };
+    let count = kept.len() as u64;
+    kept.clear();
+    let start = Instant::now();
+    for number in 0..count {
+        extent.start.0 = number;
+        kept.push(extent);
+    }
+    let elapsed = start.elapsed();
+    black_box(kept);
+    elapsed.as_nanos() as u64
+}
+
 const CPU: CpuProfile =
     CpuProfile { vendor: Vendor::Amd, maxphyaddr: 52, gib_pages: true, encryption_bit: None };
 
@@ -176,34 +207,34 @@ struct Row {
     case: String,
     bytes: u64,
     extents: usize,
-    ours: u64,
-    peer: u64,
+    kept: u64,
+    added_up: u64,
+    read: u64,
+    written: u64,
 }
 
 fn measure(case: &str, mut guest: Guest, map: &Map, rounds: usize) -> Row {
     let mut kept = Vec::new();
     // Pages of memory are there before the clock runs.
-    guest.mapped(map, &mut kept);
-    let (mut ours, mut peer) = (Vec::new(), Vec::new());
+    guest.kept(map, &mut kept);
+    let mut sides: [Vec<u64>; 4] = Default::default();
     for _ in 0..rounds {
-        ours.push(guest.mapped(map, &mut kept));
-        peer.push(guest.read());
+        sides[0].push(guest.kept(map, &mut kept));
+        sides[1].push(guest.read());
+        sides[2].push(write(&mut kept));
+        sides[3].push(guest.added_up(map));
     }
-    ours.sort_unstable();
-    peer.sort_unstable();
+    let [ours, read, written, added_up] = sides.map(|mut side| {
+        side.sort_unstable();
+        side[rounds / 2]
+    });
     let bytes = guest.tables.len() as u64 * 4096;
     assert!(guest.leaves > 0);
-    let row = Row {
-        case: case.to_owned(),
-        bytes,
-        extents: kept.len(),
-        ours: ours[rounds / 2],
-        peer: peer[rounds / 2],
-    };
+    let row = Row { case: case.to_owned(), bytes, extents: kept.len(), kept: ours, added_up, read, written };
     println!(
         "{case}: {:.2} GB/s, plain {:.2} GB/s, {} extents",
-        row.bytes as f64 / row.ours as f64,
-        row.bytes as f64 / row.peer as f64,
+        row.bytes as f64 / row.kept as f64,
+        row.bytes as f64 / row.read as f64,
         row.extents
     );
     row
@@ -240,21 +271,23 @@ fn main() {
     }
 
     let mut table = String::from(
-        "| case | page tables | extents | map, GB/s | plain reading, GB/s | share of it | map, ns an entry |\n|---|---:|---:|---:|---:|---:|---:|\n",
+        "| case | tables | extents | map, GB/s | plain reading, GB/s | share of it | share of reading and writing down | map, ns an entry | extents added up |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|\n",
     );
     let mut lines = String::new();
     for row in &rows {
         let entries = row.bytes as f64 / 8.0;
-        let (ours, peer) = (row.ours as f64 / entries, row.peer as f64 / entries);
+        let an_entry = |side: u64| side as f64 / entries;
+        let [ours, added_up, peer] = [row.kept, row.added_up, row.read].map(an_entry);
         writeln!(
             table,
-            "| {} | {} MiB | {} | {:.2} | {:.2} | {:.2} | {ours:.3} |",
+            "| {} | {} MiB | {} | {:.2} | {:.2} | {:.2} | {:.2} | {ours:.3} | {added_up:.3} |",
             row.case,
             row.bytes >> 20,
             row.extents,
             8.0 / ours,
             8.0 / peer,
             peer / ours,
+            an_entry(row.read + row.written) / ours,
         )
         .unwrap();
         writeln!(
@@ -278,7 +311,7 @@ fn main() {
 fn heading() -> String {
     format!(
         "# Maps\n\nWritten by `cargo bench -p pagewalk --bench map`; `benches/map.rs` says what is compared. Medians of {ROUNDS} interleaved\n\
-         rounds, on one thread. What is counted are bytes of page tables (level 1).\n\n{}",
+         rounds, on one thread. What is counted are the tables that hold leaves, of both dimensions.\n\n{}",
         surroundings(&[]),
     )
 }

@@ -54,6 +54,42 @@ impl Instructions {
     }
 }
 
+/// What is compiled for each set.
+pub(crate) trait Work {
+    /// Does it, with entries loaded by `gather`. Always inlined.
+    fn run(self, gather: impl Gather);
+}
+
+/// [`Work::run`], by these instructions, or where this CPU has not got them, by the portable ones.
+#[inline(always)]
+pub(crate) fn run<W: Work>(instructions: Instructions, work: W) {
+    match instructions {
+        #[cfg(target_arch = "x86_64")]
+        Instructions::Avx2 if instructions.available() => {
+            // SAFETY: this CPU has AVX2.
+            unsafe { run_avx2(work) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        Instructions::Avx512 if instructions.available() => {
+            // SAFETY: this CPU has the four parts of AVX-512.
+            unsafe { run_avx512(work) }
+        }
+        _ => work.run(OneByOne),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn run_avx2<W: Work>(work: W) {
+    work.run(OneByOne);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn run_avx512<W: Work>(work: W) {
+    work.run(Together::new());
+}
+
 /// Lanes, and what they know of a batch.
 pub(super) trait Walks {
     /// A word for each address; `alone` is asked for those that no lane accepts, by place and in order. Always inlined.
@@ -66,42 +102,17 @@ pub(super) trait Walks {
     );
 }
 
-/// [`Walks::run`], by these instructions, or where this CPU has not got them, by the portable ones.
-pub(super) fn run<W: Walks>(
-    instructions: Instructions,
-    lanes: &W,
-    gvas: &[u64],
-    words: &mut [u64],
-    alone: &mut dyn FnMut(usize, u64) -> u64,
-) {
-    match instructions {
-        #[cfg(target_arch = "x86_64")]
-        Instructions::Avx2 if instructions.available() => {
-            // SAFETY: this CPU has AVX2.
-            unsafe { run_avx2(lanes, gvas, words, alone) }
-        }
-        #[cfg(target_arch = "x86_64")]
-        Instructions::Avx512 if instructions.available() => {
-            // SAFETY: this CPU has the four parts of AVX-512.
-            unsafe { run_avx512(lanes, gvas, words, alone) }
-        }
-        _ => lanes.run(OneByOne, gvas, words, alone),
+/// [`Walks::run`] on these columns.
+pub(super) struct Batch<'a, W> {
+    pub(super) lanes: &'a W,
+    pub(super) gvas: &'a [u64],
+    pub(super) words: &'a mut [u64],
+    pub(super) alone: &'a mut dyn FnMut(usize, u64) -> u64,
+}
+
+impl<W: Walks> Work for Batch<'_, W> {
+    #[inline(always)]
+    fn run(self, gather: impl Gather) {
+        self.lanes.run(gather, self.gvas, self.words, self.alone);
     }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn run_avx2<W: Walks>(lanes: &W, gvas: &[u64], words: &mut [u64], alone: &mut dyn FnMut(usize, u64) -> u64) {
-    lanes.run(OneByOne, gvas, words, alone);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn run_avx512<W: Walks>(
-    lanes: &W,
-    gvas: &[u64],
-    words: &mut [u64],
-    alone: &mut dyn FnMut(usize, u64) -> u64,
-) {
-    lanes.run(Together::new(), gvas, words, alone);
 }

@@ -4,10 +4,10 @@
 use core::sync::atomic::{AtomicU64, Ordering};
 
 /// Entries that are loaded together.
-pub(super) const WIDTH: usize = 8;
+pub(crate) const WIDTH: usize = 8;
 
 /// A way to load entries, which is there only where the CPU has the instructions for it.
-pub(super) trait Gather: Copy {
+pub(crate) trait Gather: Copy {
     /// The words with these numbers, each in one atomic access, in the guest's order; 0 for those that there are not.
     fn gather(self, words: &[AtomicU64], numbers: &[u64; WIDTH]) -> [u64; WIDTH];
 }

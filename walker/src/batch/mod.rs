@@ -7,8 +7,8 @@
 
 mod admission;
 mod column;
-mod dispatch;
-mod gather;
+pub(crate) mod dispatch;
+pub(crate) mod gather;
 mod nested;
 mod pipeline;
 mod ram;
@@ -19,6 +19,7 @@ pub use word::PageWord;
 
 use crate::access::Access;
 use crate::addr::Gva;
+use crate::batch::dispatch::Batch;
 use crate::batch::nested::NestedLanes;
 use crate::batch::pipeline::Lanes;
 use crate::fault::Fault;
@@ -90,17 +91,20 @@ impl Walker {
         match self.ngpa_walk() {
             None => {
                 if let Some(lanes) = Lanes::new(walk, memory, access) {
-                    return dispatch::run(instructions, &lanes, gvas, words, &mut alone);
+                    let batch = Batch { lanes: &lanes, gvas, words, alone: &mut alone };
+                    return dispatch::run(instructions, batch);
                 }
             }
             Some(second @ NgpaWalk::Npt(_)) => {
                 if let Some(lanes) = NestedLanes::<M, false>::new(walk, second, memory, access) {
-                    return dispatch::run(instructions, &lanes, gvas, words, &mut alone);
+                    let batch = Batch { lanes: &lanes, gvas, words, alone: &mut alone };
+                    return dispatch::run(instructions, batch);
                 }
             }
             Some(second @ NgpaWalk::Ept(_)) => {
                 if let Some(lanes) = NestedLanes::<M, true>::new(walk, second, memory, access) {
-                    return dispatch::run(instructions, &lanes, gvas, words, &mut alone);
+                    let batch = Batch { lanes: &lanes, gvas, words, alone: &mut alone };
+                    return dispatch::run(instructions, batch);
                 }
             }
         }

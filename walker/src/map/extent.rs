@@ -20,19 +20,25 @@ pub struct Extent {
 }
 
 impl Extent {
-    /// Takes `other` up, if it continues this one.
+    /// Takes up the `bytes` of pages from `start` on, if they continue this extent.
     #[inline(always)]
-    pub(super) fn absorb(&mut self, other: &Self) -> bool {
-        if self.start.0.wrapping_add(self.bytes) != other.start.0 {
+    pub(super) fn absorb_page(&mut self, start: Gva, bytes: u64, next: &Translation) -> bool {
+        if self.start.0.wrapping_add(self.bytes) != start.0 {
             return false;
         }
-        let continues = match (&mut self.outcome, &other.outcome) {
-            (Ok(page), Ok(next)) => absorb(page, self.bytes, next),
-            (Err(fault), Err(next)) => {
-                (fault.kind, fault.reason, fault.dimension) == (next.kind, next.reason, next.dimension)
-            }
-            _ => false,
-        };
+        let Ok(page) = &mut self.outcome else { return false };
+        let continues = absorb(page, self.bytes, next);
+        if continues {
+            self.bytes += bytes;
+        }
+        continues
+    }
+
+    /// Takes up a fault that continues this one.
+    pub(super) fn absorb_fault(&mut self, other: &Self) -> bool {
+        let (Err(fault), Err(next)) = (&self.outcome, &other.outcome) else { return false };
+        let continues = self.start.0.wrapping_add(self.bytes) == other.start.0
+            && (fault.kind, fault.reason, fault.dimension) == (next.kind, next.reason, next.dimension);
         if continues {
             self.bytes += other.bytes;
         }
@@ -42,15 +48,14 @@ impl Extent {
 
 #[inline(always)]
 fn absorb(page: &mut Translation, bytes: u64, next: &Translation) -> bool {
-    let nested = match (page.nested, next.nested) {
-        (None, None) => true,
-        (Some(nested), Some(next)) => further(nested, bytes) == next,
-        _ => false,
-    };
     let continues = page.gpa.0.wrapping_add(bytes) == next.gpa.0
         && (page.entry ^ next.entry) & shown(page.page_size()) == 0
         && page.page == next.page
-        && nested;
+        && match (page.nested, next.nested) {
+            (None, None) => true,
+            (Some(nested), Some(next)) => further(nested, bytes) == next,
+            _ => false,
+        };
     if continues {
         page.entry |= next.entry & USED;
     }

@@ -57,15 +57,17 @@ impl Filter {
         self.required.without(rights).bits() == 0
     }
 
+    /// Whether pages with these rights, of this size, are of interest.
+    #[inline(always)]
+    pub(super) fn has(&self, rights: Rights, size: PageSize) -> bool {
+        self.may_hold(rights) && rights.and(self.forbidden) == Rights::NONE && self.page_sizes.contains(size)
+    }
+
     /// Whether a page that begins, as far as it is looked at, with `page` is of interest.
     #[inline(always)]
     pub(super) fn takes(&self, page: &Translation) -> bool {
         let (first, last) = self.gpas;
-        self.may_hold(page.rights())
-            && page.rights().and(self.forbidden) == Rights::NONE
-            && self.page_sizes.contains(page.page_size())
-            && first <= page.gpa
-            && page.gpa <= last
+        self.has(page.rights(), page.page_size()) && first <= page.gpa && page.gpa <= last
     }
 
     /// How many bytes from `gpa` on are all in the memory of interest, or all outside of it.

@@ -2,12 +2,13 @@
 //!
 //! A [`Map`] goes through the guest's tables in the order of the addresses, reads each table whole, and joins pages that
 //! continue each other. Nothing below an absent entry is looked at, so that an empty range costs what its upper tables do.
-//! Where there is a second dimension, it is asked once for each of its pages, not once for each of the guest's.
+//! Where there is a second dimension, it is walked once for each of its tables that hold leaves, not once for each page.
 //!
 //! What an entry means is decided where a single walk decides it, by `entry::step`, and rights accumulate
 //! as there: for every address of an extent, [`Walker::translate`](crate::Walker::translate) for the same access gives the extent's
 //! outcome. A run of leaves is only accepted without being judged one by one where they agree with a judged one in every
-//! bit that has a meaning, but for accessed and dirty bits and a frame that counts upwards.
+//! bit that has a meaning, but for accessed and dirty bits and a frame that counts upwards. The same goes for the leaves of the
+//! second dimension, whose frames may be any. All entries of a table are compared at once, by vector instructions.
 //!
 //! Tables are hostile. One that refers to itself maps 512^4 pages: work is counted in entries and bounded by a [`Budget`],
 //! and when that is used up the map says where to go on. The descent is a loop over at most five tables.
@@ -19,8 +20,10 @@
 //! Addresses are linear: what linear-address masking and upper address ignore take from a pointer is gone already.
 
 mod cursor;
+mod entries;
 mod extent;
 mod filter;
+mod lane;
 mod scan;
 mod second;
 mod table;

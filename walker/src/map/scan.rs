@@ -4,11 +4,13 @@ use core::ops::ControlFlow;
 
 use crate::access::Access;
 use crate::addr::{Gpa, Gva, NestedGpa};
+use crate::batch::Instructions;
 use crate::entry::{EntryLayout, Grants, LongMode, Meaning, Pae, TwoLevel, step};
 use crate::fault::{Fault, Reason, Refusal};
 use crate::format::PageFormat;
 use crate::memory::Memory;
 use crate::mode::PagingMode;
+use crate::nested::NgpaWalk;
 use crate::permission::{Rights, Shown};
 use crate::trace::NoTrace;
 use crate::translation::{Page, PageSize, Translation};
@@ -16,10 +18,12 @@ use crate::walk::linear;
 use crate::walker::Walker;
 
 use super::cursor::Cursor;
+use super::entries::{Look, WORDS};
 use super::extent::Extent;
+use super::lane::Lane;
 use super::second::Behind;
-use super::table::{Table, WORDS};
-use super::{EXEMPT, Limit, Report};
+use super::table::Table;
+use super::{Limit, Report};
 
 /// Why a scan stopped before the end of its range.
 pub(super) enum Halt {
@@ -43,7 +47,7 @@ const LEVELS: usize = 5;
 pub(super) struct Scan<'a, M, S> {
     walker: &'a Walker,
     memory: &'a M,
-    cursor: &'a mut Cursor,
+    pub(super) cursor: &'a mut Cursor,
     sink: S,
     /// The sink wants no more.
     full: bool,
@@ -53,7 +57,9 @@ pub(super) struct Scan<'a, M, S> {
     exempt: bool,
     /// Pages of one extent may differ in what the access finds.
     page_by_page: bool,
-    behind: Behind,
+    pub(super) behind: Behind,
+    instructions: Instructions,
+    lane: Option<Lane>,
 }
 
 impl<'a, M: Memory, S: FnMut(Extent) -> ControlFlow<()>> Scan<'a, M, S> {
@@ -76,7 +82,9 @@ impl<'a, M: Memory, S: FnMut(Extent) -> ControlFlow<()>> Scan<'a, M, S> {
             // The second dimension may refuse the access a table, or the update of an entry, and the dirty bit of a leaf
             // makes a shadow stack: an extent's pages have none of it in common.
             page_by_page: !exempt && (walker.ngpa_walk().is_some() || cursor.access.is_shadow_stack()),
-            behind: Behind::NOTHING,
+            behind: Behind::new(),
+            instructions: Instructions::best(),
+            lane: if exempt && walker.ngpa_walk().is_none() { Lane::new(cursor) } else { None },
             cursor,
         }
     }
@@ -101,7 +109,7 @@ impl<'a, M: Memory, S: FnMut(Extent) -> ControlFlow<()>> Scan<'a, M, S> {
         scanned
     }
 
-    fn format(&self) -> &'a PageFormat {
+    pub(super) fn format(&self) -> &'a PageFormat {
         self.walker.gva_walk().format()
     }
 
@@ -109,7 +117,7 @@ impl<'a, M: Memory, S: FnMut(Extent) -> ControlFlow<()>> Scan<'a, M, S> {
         self.cursor.next > self.cursor.last
     }
 
-    fn gva(&self, position: u64) -> Gva {
+    pub(super) fn gva(&self, position: u64) -> Gva {
         self.cursor.gva(self.format(), position)
     }
 
@@ -135,9 +143,16 @@ impl<'a, M: Memory, S: FnMut(Extent) -> ControlFlow<()>> Scan<'a, M, S> {
                 nested: None,
                 page: Page::new(PageSize::Unpaged, Shown::of(Rights::ALL)),
             };
-            let (outcome, bytes) = self.behind(&page)?;
+            let left = self.cursor.last.wrapping_sub(self.cursor.next).wrapping_add(1);
+            let (outcome, bytes) = self.behind(&page, left)?;
             let end = self.cursor.next.saturating_add(bytes.wrapping_sub(1)).min(self.cursor.last);
-            self.found(outcome, end)?;
+            match outcome {
+                Ok(page) => self.found(&page, end)?,
+                Err(fault) => {
+                    self.cursor.tally.nested += 1;
+                    self.refused(end, fault)?;
+                }
+            }
         }
         Ok(())
     }
@@ -150,7 +165,7 @@ impl<'a, M: Memory, S: FnMut(Extent) -> ControlFlow<()>> Scan<'a, M, S> {
         if let Some(pdptes) = walk.pdptes() {
             table(&mut tables, level).registers(pdptes);
         } else if let Err(fault) =
-            self.open::<E>(table(&mut tables, level), level, walk.root(), Grants::ALL)?
+            self.open::<E>(table(&mut tables, level), level, walk.root(), Grants::ALL, None)?
         {
             self.refused(self.cursor.last, fault)?;
             return Ok(());
@@ -164,7 +179,8 @@ impl<'a, M: Memory, S: FnMut(Extent) -> ControlFlow<()>> Scan<'a, M, S> {
                     let grants = E::through(above.grants, level, entry);
                     let root = E::table(entry) & self.format().address_bits();
                     let end = self.end::<E>(level, number, 1);
-                    match self.open::<E>(table(&mut tables, level - 1), level - 1, root, grants)? {
+                    let ahead = self.ahead::<E>(above, level, number + 1);
+                    match self.open::<E>(table(&mut tables, level - 1), level - 1, root, grants, ahead)? {
                         Ok(()) => {
                             level -= 1;
                             false
@@ -194,19 +210,21 @@ impl<'a, M: Memory, S: FnMut(Extent) -> ControlFlow<()>> Scan<'a, M, S> {
         level: u32,
         at: u64,
         grants: Grants,
+        ahead: Option<Gpa>,
     ) -> Result<Result<(), Fault>, Halt> {
         let pdptes = E::sets(level, false) == 0;
         let entries = if pdptes { 4 } else { WORDS << (3 - E::SIZE_SHIFT) };
         let second = self.walker.ngpa_walk();
-        let walked = second.map_or(0, |second| second.page_walk().format().levels());
-        self.charge(entries as u64 + u64::from(walked))?;
+        self.charge(entries as u64)?;
         self.cursor.tally.tables += 1;
         let gpa = match second {
             None => Gpa(at),
             Some(second) => {
                 let offset = (index::<E>(level, self.cursor.next) as u64) << E::SIZE_SHIFT;
                 let ngpa = NestedGpa(at.wrapping_add(offset));
-                match second.table_entry(self.memory, ngpa, pdptes, &EXEMPT, &mut None, &mut NoTrace) {
+                let (found, read) = self.behind.table(second, self.memory, ngpa, pdptes);
+                self.cursor.tally.entries = self.cursor.tally.entries.saturating_add(read);
+                match found {
                     Ok(gpa) => Gpa(gpa.0.wrapping_sub(offset)),
                     Err(fault) => {
                         self.cursor.tally.nested += 1;
@@ -215,10 +233,35 @@ impl<'a, M: Memory, S: FnMut(Extent) -> ControlFlow<()>> Scan<'a, M, S> {
                 }
             }
         };
-        if !table.read::<E, M>(self.memory, gpa, entries, grants) {
+        let look = Look {
+            instructions: self.instructions,
+            format: self.format(),
+            level,
+            sought: self.lane.as_ref().and_then(|lane| lane.sought),
+            ahead,
+        };
+        if !table.read::<E, M>(self.memory, gpa, entries, grants, &look) {
             self.cursor.tally.unbacked += 1;
         }
         Ok(Ok(()))
+    }
+
+    /// Where the table that entry `number` of `above` refers to probably lies.
+    #[inline(always)]
+    fn ahead<E: EntryLayout>(&self, above: &Table, level: u32, number: usize) -> Option<Gpa> {
+        if number >= WORDS || level != 2 {
+            return None;
+        }
+        let entry = above.load::<E, M>(self.memory, number)?;
+        if entry & (E::PRESENT | LongMode::PAGE_SIZE) != E::PRESENT {
+            return None;
+        }
+        let at = E::table(entry) & self.format().address_bits();
+        if self.walker.ngpa_walk().is_some() {
+            self.behind.table_ahead(self.memory, NestedGpa(at))
+        } else {
+            Some(Gpa(at))
+        }
     }
 
     /// Goes along a table from the current position, until an entry refers to another table.
@@ -229,6 +272,14 @@ impl<'a, M: Memory, S: FnMut(Extent) -> ControlFlow<()>> Scan<'a, M, S> {
         let end = self.cursor.last.min(self.cursor.next | within_table::<E>(level).min(within_half(format)));
         let last = index::<E>(level, end);
         while self.cursor.next <= end {
+            if level == 1
+                && let Some(Lane { takes, .. }) = self.lane
+            {
+                self.lane::<E>(takes, table, end)?;
+                if self.cursor.next > end {
+                    break;
+                }
+            }
             let number = index::<E>(level, self.cursor.next);
             let present = table.present::<E>(number, last);
             if present != Some(number) {
@@ -245,13 +296,7 @@ impl<'a, M: Memory, S: FnMut(Extent) -> ControlFlow<()>> Scan<'a, M, S> {
             let rights = E::rights(grants);
             let refusal = match step::<E>(format, level, entry) {
                 Meaning::Leaf => {
-                    let page = self.page::<E>(level, entry, rights);
-                    let (outcome, bytes) = self.behind(&page)?;
-                    // As many leaves as share what lies behind them.
-                    let end = self.cursor.next.saturating_add(bytes.wrapping_sub(1)).min(end);
-                    let (leaves, any) = table.leaves::<E>(format, level, number, index::<E>(level, end));
-                    let end = self.end::<E>(level, number, leaves).min(end);
-                    self.found(outcome.map(|page| used::<E>(page, any)), end)?;
+                    self.leaves::<E>(table, level, number, entry, rights, end)?;
                     continue;
                 }
                 Meaning::Table if self.is_worthwhile(level, rights) => return Ok(Next::Down),
@@ -306,26 +351,76 @@ impl<'a, M: Memory, S: FnMut(Extent) -> ControlFlow<()>> Scan<'a, M, S> {
         }
     }
 
-    /// What the second dimension and memory make of the guest's page at the current position, and for how many bytes that
-    /// holds, as long as the guest's pages continue each other.
+    /// Takes the leaves from the current position on that continue the one at `number`, which has been judged.
     #[inline(always)]
-    fn behind(&mut self, page: &Translation) -> Result<(Result<Translation, Fault>, u64), Halt> {
-        let own = if self.page_by_page { self.to_page_end(page.page_size()) } else { u64::MAX };
-        let (page, holds) = match self.walker.ngpa_walk() {
-            None => (*page, own),
-            Some(second) => {
-                if self.behind.is_new(page.gpa.0, page.rights()) {
-                    self.charge(u64::from(second.page_walk().format().levels()))?;
+    fn leaves<E: EntryLayout>(
+        &mut self,
+        table: &Table,
+        level: u32,
+        mut number: usize,
+        mut entry: u64,
+        rights: Rights,
+        end: u64,
+    ) -> Result<(), Halt> {
+        let last = index::<E>(level, end);
+        let length = table.leaves::<E>(number, last);
+        let end = self.end::<E>(level, number, length).min(end);
+        loop {
+            let page = self.page::<E>(level, entry, rights);
+            // As many leaves as share what lies behind them.
+            let left = end.wrapping_sub(self.cursor.next).wrapping_add(1);
+            let (outcome, bytes) = self.behind(&page, left)?;
+            let end_of_these = self.cursor.next.saturating_add(bytes.wrapping_sub(1)).min(end);
+            let next = index::<E>(level, end_of_these);
+            match outcome {
+                Ok(page) => {
+                    let any = table.any::<E>(entry, number, next - number + 1);
+                    self.found(&used::<E>(page, any), end_of_these)?;
                 }
-                match self.behind.second(second, self.memory, page) {
-                    (Ok(page), holds) => (page, holds.min(own)),
-                    (Err(fault), holds) => return Ok((Err(fault), holds.min(own))),
+                Err(fault) => {
+                    self.cursor.tally.nested += 1;
+                    self.refused(end_of_these, fault)?;
                 }
             }
+            if end_of_these == end {
+                return Ok(());
+            }
+            number = index::<E>(level, self.cursor.next);
+            entry = table.load::<E, M>(self.memory, number).unwrap_or(0);
+        }
+    }
+
+    /// What the second dimension and memory make of the guest's page at the current position, and for how many bytes that
+    /// holds, of `wanted` for which the guest's pages continue each other.
+    #[inline(always)]
+    fn behind(&mut self, page: &Translation, wanted: u64) -> Result<(Result<Translation, Fault>, u64), Halt> {
+        let own = if self.page_by_page { self.to_page_end(page.page_size()).min(wanted) } else { wanted };
+        let (page, holds) = match self.walker.ngpa_walk() {
+            None => (*page, own),
+            Some(second) => match self.second(second, page, own)? {
+                (Ok(page), holds) => (page, holds.min(own)),
+                (Err(fault), holds) => return Ok((Err(fault), holds.min(own))),
+            },
         };
         let (backing, backed) = self.behind.backing(self.memory, page.gpa);
         let holds = holds.min(backed).min(self.cursor.filter.reach(page.gpa));
         Ok((Ok(Translation { page: page.page.with_backing(backing), ..page }), holds))
+    }
+
+    /// What the second dimension makes of the guest's page, and for how many bytes, of `wanted`.
+    #[inline(never)]
+    fn second(
+        &mut self,
+        second: &NgpaWalk,
+        page: &Translation,
+        wanted: u64,
+    ) -> Result<(Result<Translation, Fault>, u64), Halt> {
+        if self.behind.is_new(page) {
+            self.charge(0)?;
+        }
+        let (outcome, holds, read) = self.behind.second(second, self.memory, page, wanted);
+        self.cursor.tally.entries = self.cursor.tally.entries.saturating_add(read);
+        Ok((outcome, holds))
     }
 
     fn to_page_end(&self, size: PageSize) -> u64 {
@@ -335,26 +430,18 @@ impl<'a, M: Memory, S: FnMut(Extent) -> ControlFlow<()>> Scan<'a, M, S> {
         }
     }
 
-    /// Takes what the guest's pages from the current position to `end` mean, in every dimension.
+    /// Takes `page`, which is what the guest's pages from the current position to `end` mean in every dimension.
     #[inline(always)]
-    fn found(&mut self, outcome: Result<Translation, Fault>, end: u64) -> Result<(), Halt> {
-        let page = match outcome {
-            Ok(page) => page,
-            Err(fault) => {
-                self.cursor.tally.nested += 1;
-                return self.refused(end, fault);
-            }
-        };
-        if self.cursor.filter.takes(&page) {
+    fn found(&mut self, page: &Translation, end: u64) -> Result<(), Halt> {
+        if self.cursor.filter.takes(page) {
             let start = self.gva(self.cursor.next);
-            let mut outcome = Ok(page);
-            if !self.exempt
-                && let Err(fault) = self.ask(start)?
-            {
-                outcome = Err(fault);
-            }
             let bytes = end.wrapping_sub(self.cursor.next).wrapping_add(1);
-            self.put(Extent { start, bytes, outcome })?;
+            if self.exempt {
+                self.put_page(start, bytes, page)?;
+            } else {
+                let outcome = self.ask(start)?.map(|_| *page);
+                self.put(Extent { start, bytes, outcome })?;
+            }
         }
         self.arrived(end.wrapping_add(1))
     }
@@ -420,28 +507,49 @@ impl<'a, M: Memory, S: FnMut(Extent) -> ControlFlow<()>> Scan<'a, M, S> {
 
     /// Everything before `position` is done.
     #[inline(always)]
-    fn arrived(&mut self, position: u64) -> Result<(), Halt> {
+    pub(super) fn arrived(&mut self, position: u64) -> Result<(), Halt> {
         self.cursor.next = position;
         if self.full && !self.is_done() { Err(Halt::Pause) } else { Ok(()) }
     }
 
-    /// Adds to the extents.
+    /// Adds pages to the extents.
     #[inline(always)]
+    pub(super) fn put_page(&mut self, start: Gva, bytes: u64, page: &Translation) -> Result<(), Halt> {
+        if !self.cursor.pending.as_mut().is_some_and(|pending| pending.absorb_page(start, bytes, page)) {
+            self.begin(Extent { start, bytes, outcome: Ok(*page) })?;
+        }
+        self.cursor.tally.mapped = self.cursor.tally.mapped.saturating_add(bytes);
+        Ok(())
+    }
+
+    /// Adds to the extents.
+    #[inline(never)]
     fn put(&mut self, extent: Extent) -> Result<(), Halt> {
-        let mapped = if extent.outcome.is_ok() { extent.bytes } else { 0 };
-        let cursor = &mut *self.cursor;
-        if !cursor.pending.as_mut().is_some_and(|pending| pending.absorb(&extent)) {
-            if cursor.tally.extents >= cursor.budget.extents {
-                return Err(Halt::Budget(Limit::Extents));
-            }
-            cursor.tally.extents += 1;
-            if let Some(done) = cursor.pending.replace(extent)
-                && (self.sink)(done).is_break()
-            {
-                self.full = true;
+        match &extent.outcome {
+            Ok(page) => self.put_page(extent.start, extent.bytes, page),
+            Err(_) => {
+                if self.cursor.pending.as_mut().is_some_and(|pending| pending.absorb_fault(&extent)) {
+                    return Ok(());
+                }
+                self.begin(extent)
             }
         }
-        cursor.tally.mapped = cursor.tally.mapped.saturating_add(mapped);
+    }
+
+    /// Adds an extent, which might be continued.
+    #[inline(always)]
+    fn begin(&mut self, extent: Extent) -> Result<(), Halt> {
+        let cursor = &mut *self.cursor;
+        if cursor.tally.extents >= cursor.budget.extents {
+            return Err(Halt::Budget(Limit::Extents));
+        }
+        cursor.tally.extents += 1;
+        if let Some(done) = cursor.pending
+            && (self.sink)(done).is_break()
+        {
+            self.full = true;
+        }
+        cursor.pending = Some(extent);
         Ok(())
     }
 }
@@ -466,7 +574,7 @@ fn shift<E: EntryLayout>(level: u32) -> u32 {
 
 /// The address bits that a table of `level` translates.
 #[inline(always)]
-fn within_table<E: EntryLayout>(level: u32) -> u64 {
+pub(super) fn within_table<E: EntryLayout>(level: u32) -> u64 {
     (1 << ((shift::<E>(level) + E::INDEX_BITS) & 63)) - 1
 }
 
@@ -478,6 +586,6 @@ fn within_half(format: &PageFormat) -> u64 {
 }
 
 #[inline(always)]
-fn index<E: EntryLayout>(level: u32, position: u64) -> usize {
+pub(super) fn index<E: EntryLayout>(level: u32, position: u64) -> usize {
     (position >> (shift::<E>(level) & 63) & ((1 << E::INDEX_BITS) - 1)) as usize
 }

@@ -30,6 +30,7 @@ intel-daemon|The daemon in that bed over gRPC, unpaged to 4-level, alone and as 
 intel-running|L2s that run there: restored L1, toggles under 4 clients, observed, crashed, refused|nested-intel|20|0|0|nested-intel-daemon-restored nested-intel-daemon-toggled nested-intel-daemon-observed nested-intel-daemon-crashed nested-intel-daemon-refused
 intel-exit|kvm_intel in Bochs: executed accesses of an L2, exit qualification as L1 sees it|nested-intel|1000|5000|0|nested-intel-vmentry-unpaged nested-intel-vmentry-2 nested-intel-vmentry-pae nested-intel-vmentry-4
 tcg-mmu|QEMU's own MMU on stock Linux, every `info tlb` entry|qemu|1|0|0|linux-4-level-info-tlb linux-5-level-info-tlb linux-2-level-info-tlb linux-pae-info-tlb
+map|The whole map of those guests is the whole of `info tlb`, page by page|qemu|20000|0|0|linux-4-level-map linux-5-level-map linux-2-level-map linux-pae-map
 attached|The daemon attached to such guests: `info tlb`, `gva2gpa`|qemu|20000|0|0|attached-4-level-translation attached-5-level-translation attached-2-level-translation attached-pae-translation attached-5-level-private-translation
 dump|Dumps of those guests, with paging=true as well: addresses and bytes|qemu|20000|0|0|linux-4-level-dump linux-5-level-dump linux-2-level-dump linux-pae-dump linux-5-level-private-dump linux-5-level-paging-dump linux-pae-paging-dump
 dump-volatility|The same dumps read by volatility3, 4-level and 5-level|qemu volatility3|5000|0|0|volatility-4-level-dump volatility-5-level-dump

@@ -12,6 +12,11 @@
 //! there is one. No command prints effective NX: it is the leaf's, and Linux's only other use of NX is known (see
 //! `linux/space.rs`).
 //!
+//! # `linux-*-map`
+//! The map of the whole address space, page by page, against `info tlb` from its first line to its last: as many pages, each at
+//! its address, with the same frame and flags, and the effective rights as above. An extent was accessed, or is dirty, where
+//! one of its pages is.
+//!
 //! # `linux-*-info-mem`
 //! The extents of `info mem`, with their effective R/W and U/S, against those that the walker makes of the same leaves.
 //! Page sizes have to add up. Not under 5-level paging, where QEMU 7.2 prints nothing and takes half a minute for it.
@@ -62,6 +67,7 @@ const KINDS: [Kind; 4] = [
         isolated: true,
         large: &[PageSize::Size2M, PageSize::Size1G],
         tlb: "linux-4-level-info-tlb",
+        map: "linux-4-level-map",
         mem: Some("linux-4-level-info-mem"),
         gva2gpa: "linux-4-level-gva2gpa",
         user: "linux-4-level-user",
@@ -72,6 +78,7 @@ const KINDS: [Kind; 4] = [
         isolated: false,
         large: &[PageSize::Size2M],
         tlb: "linux-5-level-info-tlb",
+        map: "linux-5-level-map",
         mem: None,
         gva2gpa: "linux-5-level-gva2gpa",
         user: "linux-5-level-user",
@@ -82,6 +89,7 @@ const KINDS: [Kind; 4] = [
         isolated: false,
         large: &[PageSize::Size4M],
         tlb: "linux-2-level-info-tlb",
+        map: "linux-2-level-map",
         mem: Some("linux-2-level-info-mem"),
         gva2gpa: "linux-2-level-gva2gpa",
         user: "linux-2-level-user",
@@ -92,6 +100,7 @@ const KINDS: [Kind; 4] = [
         isolated: true,
         large: &[PageSize::Size2M],
         tlb: "linux-pae-info-tlb",
+        map: "linux-pae-map",
         mem: Some("linux-pae-info-mem"),
         gva2gpa: "linux-pae-gva2gpa",
         user: "linux-pae-user",
@@ -112,6 +121,7 @@ fn run(kind: &Kind) -> Result<(), Failed> {
     }
     let mut judges = Judges {
         tlb: Judge::new(kind.tlb)?,
+        map: Judge::new(kind.map)?,
         mem: kind.mem.map(Judge::new).transpose()?,
         gva2gpa: Judge::new(kind.gva2gpa)?,
         user: Judge::new(kind.user)?,
@@ -132,6 +142,7 @@ fn run(kind: &Kind) -> Result<(), Failed> {
             judges.tlb.count_if("a root seen for the first time", roots.insert(registers.control.cr3));
             judges.tlb.count("vCPU paused at CPL", registers.cpl);
             space.judge_leaves(&mut rng, &guest.ram()?, &mut judges);
+            space.judge_map(&guest.ram()?, &mut judges.map);
             space.judge_addresses(&mut rng, &mut guest, addresses, &mut judges.gva2gpa)?;
             space.judge_worker(&mut rng, &guest.ram()?, &mappings, &mut judges.user);
         }
@@ -141,6 +152,7 @@ fn run(kind: &Kind) -> Result<(), Failed> {
     // All of them print their lines, even where the first one fails.
     let outcomes = [
         judges.tlb.finish(&minima.tlb),
+        judges.map.finish(&minima.map),
         judges.mem.map_or(Ok(()), |mem| mem.finish(&minima.mem)),
         judges.gva2gpa.finish(&minima.gva2gpa),
         judges.user.finish(&minima.user),
@@ -153,6 +165,7 @@ type Minimum = (&'static str, Option<u64>, u64);
 /// How much of each class has to be seen, written for 200,000 cases.
 struct Minima {
     tlb: Vec<Minimum>,
+    map: Vec<Minimum>,
     mem: Vec<Minimum>,
     gva2gpa: Vec<Minimum>,
     user: Vec<Minimum>,
@@ -173,6 +186,11 @@ impl Minima {
                 ("access allowed", None, 200_000),
                 ("access refused", None, 200_000),
                 ("address between leaves", None, 1_000),
+            ],
+            map: vec![
+                ("page of 4 KiB", None, 40_000),
+                ("extent of one page", None, 1_000),
+                ("extent of several pages", None, 500),
             ],
             mem: vec![
                 ("extent of the user", None, 10_000),
@@ -198,6 +216,7 @@ impl Minima {
                 _ => (3_000, 5_000, 20_000),
             };
             minima.tlb.push((size_name(*size), None, tlb));
+            minima.map.push((size_name(*size), None, tlb));
             minima.gva2gpa.push((size_name(*size), None, gva2gpa));
             minima.user.push((size_name(*size), None, user));
         }

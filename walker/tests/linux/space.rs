@@ -1,7 +1,10 @@
 //! One vCPU's address space while its guest is paused: what QEMU finds in it, and what the walker does.
 
+use std::ops::ControlFlow;
+
 use fastrand::Rng;
 use libtest_mimic::Failed;
+use pagewalk::map::{Map, Progress};
 use pagewalk::{
     Access, AccessKind, CpuProfile, FaultKind, Gva, PageSize, PageWalk, PagingMode, Privilege, Reason,
     Translation, Walker,
@@ -31,6 +34,7 @@ pub(crate) struct Kind {
     /// Sizes of large pages that the guest has.
     pub(crate) large: &'static [PageSize],
     pub(crate) tlb: &'static str,
+    pub(crate) map: &'static str,
     pub(crate) mem: Option<&'static str>,
     pub(crate) gva2gpa: &'static str,
     pub(crate) user: &'static str,
@@ -38,6 +42,7 @@ pub(crate) struct Kind {
 
 pub(crate) struct Judges {
     pub(crate) tlb: Judge,
+    pub(crate) map: Judge,
     pub(crate) mem: Option<Judge>,
     pub(crate) gva2gpa: Judge,
     pub(crate) user: Judge,
@@ -243,6 +248,77 @@ impl<'a> Space<'a> {
                 return;
             }
         }
+    }
+
+    /// The whole map, page by page, is the whole of `info tlb`: nothing is missing, and nothing more is there.
+    pub(crate) fn judge_map(&self, ram: &FileRam<'_>, judge: &mut Judge) {
+        let mut map = Map::new(self.walker.clone());
+        let mut extents = Vec::new();
+        let progress = map.advance(ram, u64::MAX, |extent| {
+            extents.push(extent);
+            ControlFlow::Continue(())
+        });
+        if progress != Progress::Done {
+            judge.disagree(|| self.describe(map.position().0, &format!("the map ends here, {progress:?}")));
+        }
+        let mut leaves = self.leaves.iter();
+        for extent in extents {
+            let Ok(page) = extent.outcome else {
+                judge.disagree(|| self.describe(extent.start.0, &format!("{extent:x?} is not a page")));
+                continue;
+            };
+            let bytes = page.page_size().bytes().unwrap_or(PAGE);
+            judge.count(
+                if extent.bytes > bytes { "extent of several pages" } else { "extent of one page" },
+                0,
+            );
+            let (mut accessed, mut dirty) = (false, false);
+            for offset in (0..extent.bytes).step_by(bytes as usize) {
+                judge.case();
+                judge.count(size_name(page.page_size()), 0);
+                let leaf = leaves.next();
+                if !leaf
+                    .is_some_and(|leaf| self.holds(&page, extent.start.0.wrapping_add(offset), offset, leaf))
+                {
+                    judge.disagree(|| {
+                        self.describe(extent.start.0, &format!("{extent:x?} at {offset:#x}, {leaf:x?}"))
+                    });
+                    // From here on, each page would be held against another one's leaf.
+                    return;
+                }
+                accessed |= leaf.is_some_and(|leaf| leaf.has('A'));
+                dirty |= leaf.is_some_and(|leaf| leaf.has('D'));
+            }
+            if (accessed, dirty) != (page.accessed(), page.dirty()) {
+                judge.disagree(|| {
+                    self.describe(extent.start.0, &format!("{extent:x?}, A {accessed} D {dirty}"))
+                });
+            }
+        }
+        for leaf in leaves {
+            judge.case();
+            judge.disagree(|| self.describe(leaf.gva, &format!("{leaf:x?} is in no extent")));
+        }
+    }
+
+    /// Whether the page at `gva` that `page`, `offset` bytes before, says something of is this leaf.
+    fn holds(&self, page: &Translation, gva: u64, offset: u64, leaf: &TlbEntry) -> bool {
+        let Some(expected) = self.expected(leaf) else { return false };
+        let rights = page.rights();
+        let large = page.page_size() != PageSize::Size4K;
+        let shown = FLAGS.into_iter().zip(leaf.flags).all(|((letter, bit), set)| match letter {
+            'G' => page.global() == set,
+            // Used by some pages of an extent: its other pages are not asked for that.
+            'A' | 'D' => true,
+            // Those of the leaf alone: what all levels grant is expected.
+            'X' | 'U' | 'W' => true,
+            _ => (page.entry & bit != 0) == set,
+        });
+        (leaf.gva, leaf.gpa) == (gva, page.gpa.0 + offset)
+            && (!large || leaf.has('P'))
+            && shown
+            && (rights.user(), rights.write(), rights.execute())
+                == (expected.user, expected.write, expected.execute)
     }
 
     /// `number` random addresses.

@@ -13,7 +13,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use pagewalk::mode::{CR0_PE, CR0_PG, CR0_WP, CR4_PAE, EFER_LMA, EFER_LME};
+use pagewalk::mode::{CR0_PE, CR0_PG, CR0_WP, CR4_PAE, CR4_SMEP, EFER_LMA, EFER_LME, EFER_NXE};
 use pagewalk::{
     Access, AccessKind, Backing, ControlRegisters, CpuProfile, ExchangeError, Fault, Gpa, Gva, Instructions,
     Memory, NgpaWalk, PageSize, PageWalk, PageWord, PagingMode, Privilege, Vendor, Walker, Window,
@@ -328,6 +328,74 @@ fn a_remembered_table_serves_the_addresses_that_lead_through_it() {
         compare(&walker, &Window::new(&words), &access, &gvas);
         compare(&walker, &Parted(&words), &access, &gvas);
     }
+}
+
+/// Every combination of the bits that matter in one entry of 32-bit and PAE paging, met by blocks that share it and by blocks
+/// that do not.
+#[test]
+fn lanes_of_short_addresses_accept_what_single_walks_do() {
+    // P, W, U, A, D, PS, G, bits that large frames reserve, an address bit, a bit above MAXPHYADDR, NX.
+    const BITS: [u32; 12] = [0, 1, 2, 5, 6, 7, 8, 12, 13, 21, 40, 63];
+    let words: Vec<AtomicU64> = (0..PAGES as usize * 512).map(|_| AtomicU64::new(0)).collect();
+    let cpu = CpuProfile { vendor: Vendor::Intel, maxphyaddr: 38, gib_pages: true, encryption_bit: None };
+    let mut rng = fastrand::Rng::with_seed(6);
+    let mut pages = 0;
+    for (pae, enabled) in [(false, false), (false, true), (true, false), (true, true)] {
+        let registers = ControlRegisters {
+            cr0: CR0_PE | CR0_PG | if rng.bool() { CR0_WP } else { 0 },
+            cr3: 1 << 12,
+            cr4: if pae { CR4_PAE } else { u64::from(enabled) << 4 } | if rng.bool() { CR4_SMEP } else { 0 },
+            efer: if pae && enabled { EFER_NXE } else { 0 },
+            ..ControlRegisters::default()
+        };
+        let (levels, shifts) = if pae { (3, [12, 21, 30]) } else { (2, [12, 22, 32]) };
+        for (varied, combination) in
+            (1..=levels).flat_map(|level| (0..1 << BITS.len()).map(move |c| (level, c)))
+        {
+            // The table of a level lies in the page with number 4 - level, and all of its entries are plain but the second.
+            let put = |level: u64, index: u64, entry: u64| {
+                let at = (levels + 1 - level) * 512;
+                if pae {
+                    words[(at + index) as usize].store(entry, Ordering::Relaxed);
+                } else {
+                    let word = &words[(at + index / 2) as usize];
+                    let shift = index % 2 * 32;
+                    let others = word.load(Ordering::Relaxed) & !(0xffff_ffff << shift);
+                    word.store(others | (entry & 0xffff_ffff) << shift, Ordering::Relaxed);
+                }
+            };
+            let varied_entry: u64 = BITS
+                .iter()
+                .enumerate()
+                .map(|(number, bit)| (u64::from(combination >> number & 1 != 0)) << bit)
+                .sum();
+            for level in 1..=levels {
+                let below = if level > 1 { levels + 2 - level } else { 8 };
+                let rights = if level == 3 { 1 } else { 7 };
+                for index in 0..4 {
+                    let special = level == varied && index == 1;
+                    put(level, index, below << 12 | if special { varied_entry } else { rights });
+                }
+            }
+            let kind = [AccessKind::Read, AccessKind::Write, AccessKind::Fetch][rng.usize(..3)];
+            let access = Access::new(kind, [Privilege::User, Privilege::Supervisor][rng.usize(..2)]);
+            let walker = Walker::new(PageWalk::new(&registers, &cpu).unwrap());
+            let own = 1 << shifts[varied as usize - 1];
+            let shared = rng.bool();
+            let gvas: Vec<u64> = (0..130)
+                .map(|_| {
+                    let others = if shared { 0 } else { rng.u64(..4) << shifts[1] };
+                    let page = if shared && varied == 1 { 0 } else { rng.u64(..4) << 12 };
+                    (own ^ others ^ page) | rng.u64(..4096)
+                })
+                .collect();
+            for answer in compare(&walker, &Window::new(&words), &access, &gvas) {
+                pages += u32::from(answer.is_ok());
+            }
+        }
+        words.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+    }
+    assert!(pages > 500_000, "{pages}");
 }
 
 /// What a word says is what the translation says.

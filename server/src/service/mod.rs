@@ -14,6 +14,7 @@ mod resolve;
 mod save_image;
 mod spaces;
 mod stream;
+mod translate;
 mod translation;
 mod turns;
 mod vcpu;

@@ -2,18 +2,15 @@
 
 use std::borrow::Cow;
 
-use pagewalk::{
-    Access, AdPolicy, Fault, Gva, NgpaWalk, NoTrace, PagingMode, Step, Trace, Translation, Validated, Walker,
-};
+use pagewalk::{Access, AdPolicy, Fault, NgpaWalk, PagingMode, Step, Translation, Walker};
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::explain_fault_request::Seen;
-use pagewalk_proto::v1::translate_response::Outcome;
 use pagewalk_proto::v1::translation_service_server::TranslationService;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::parts::{Parts, Sending};
 use super::resolve::{Target, client_deadline, deadline};
-use super::{Daemon, batch, explain, nested_gpa, range, spaces, stream};
+use super::{Daemon, batch, explain, nested_gpa, range, spaces, stream, translate};
 use crate::convert;
 use crate::machine::GuestRam;
 use crate::render::Ladder;
@@ -28,56 +25,12 @@ impl TranslationService for Daemon {
         request: Request<v1::TranslateRequest>,
     ) -> Result<Response<v1::TranslateResponse>, Status> {
         let deadline = deadline(&request);
-        let request = request.into_inner();
-        let target = self.target(request.vcpu)?;
+        let mut request = request.into_inner();
+        let target = self.target(request.vcpu.take())?;
         let snapshot = target.snapshot(request.freshness, deadline).await?;
-        let gva = target.gva(self, deadline, request.address, "address").await?;
-        let access = convert::access::access(request.access, &snapshot.registers)?;
-        let policy = ad_policy(request.ad_policy)?;
-        let walker = walker(request.r#override.as_ref(), &snapshot)?;
-        check_width(&walker, gva, "address")?;
-        convert::access::check(&access, &walker)?;
-
-        may_set(policy, &target)?;
-
-        let mut trace = Trace::new();
-        let walk = |memory: &GuestRam| {
-            let walked = if request.validate {
-                walker.translate_validated(memory, Gva(gva), &access, policy, &mut trace)
-            } else if request.trace || request.explain {
-                Validated::not(walker.translate_with(memory, Gva(gva), &access, policy, &mut trace))
-            } else {
-                Validated::not(walker.translate_with(memory, Gva(gva), &access, policy, &mut NoTrace))
-            };
-            (walked, target.names(memory, &snapshot, &walker, gva, trace.steps()))
-        };
-        let (Validated { outcome, repeated, torn }, names) = target.read(self, deadline, walk).await?;
-        let provenance = v1::Provenance {
-            validated: request.validate,
-            torn: torn.is_some(),
-            repeated_walks: repeated,
-            ..self.provenance(&target, &snapshot)?
-        };
-        let steps = if request.trace { trace.steps() } else { &[] };
-        let explanation = if request.explain {
-            let title = title(&target, &snapshot, &walker, &access, gva, names.gva.as_ref());
-            Ladder { names: &names.entries, ..ladder(&title, &walker, trace.steps(), &outcome) }.to_string()
-        } else {
-            String::new()
-        };
-        Ok(Response::new(v1::TranslateResponse {
-            outcome: Some(match &outcome {
-                Ok(page) => {
-                    Outcome::Translation(convert::translation::translation(page, walker.gva_walk().format()))
-                }
-                Err(fault) => Outcome::Fault(convert::fault::fault(fault)),
-            }),
-            steps: names.steps(steps, &walker),
-            explanation,
-            provenance: Some(provenance),
-            address: gva,
-            symbol: names.gva.map(convert::symbol::symbol),
-        }))
+        let gva = target.gva(self, deadline, request.address.take(), "address").await?;
+        let walk = |memory: &GuestRam| translate::answer(self, &target, &snapshot, memory, gva, &request);
+        Ok(Response::new(target.read(self, deadline, walk).await??))
     }
 
     async fn translate_across(

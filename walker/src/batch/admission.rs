@@ -1,12 +1,14 @@
-//! What the lanes of a batch accept: entries of 4-level and 5-level paging that the general walk accepts for this access.
+//! What the lanes of a batch accept: entries that the general walk accepts for this access.
 //!
 //! Lanes never refuse. What they do not accept is walked alone, by the one who knows faults. All masks come from the
 //! [`PageFormat`], once a batch; a test enumerates that what they accept is what the general walk answers.
 
 use crate::access::{Access, AccessKind};
 use crate::batch::word::{NO_EXECUTE, PageWord, SIZE, USER, WRITE, size_code};
-use crate::entry::{EntryLayout, LongMode};
+use crate::entry::{EntryLayout, LongMode, TwoLevel};
+
 use crate::format::PageFormat;
+use crate::mode::PagingMode;
 use crate::permission::{Rights, key_field};
 use crate::translation::PageSize;
 
@@ -28,6 +30,8 @@ pub(super) struct Admission {
     leaf: [u64; 8],
     /// The rights that must not be there, as under SMAP and SMEP.
     unwanted: u64,
+    /// Entries are those of 32-bit paging.
+    short: bool,
 }
 
 /// A lane's way so far: where its next entry lies, and in the bits that the address of an entry has free, what the entries
@@ -41,7 +45,7 @@ impl Admission {
     /// What `format` lets lanes accept for `access`; `None` where its entries are not those of long mode, or lanes would
     /// accept nothing.
     pub(super) fn new(format: &PageFormat, access: &Access) -> Option<Self> {
-        if !format.mode().is_long() || format.is_ept() {
+        if format.levels() == 0 || format.is_ept() {
             return None;
         }
         let Needs { decided, unwanted } = Needs::of(format, access)?;
@@ -61,10 +65,11 @@ impl Admission {
 
     fn of(format: &PageFormat, decided: u64, unwanted: u64) -> Self {
         let frame = LongMode::FRAME & format.address_bits();
-        let mut admission = Self { frame, table: [u64::MAX; 8], leaf: [u64::MAX; 8], unwanted };
+        let short = format.mode() == PagingMode::TwoLevel;
+        let mut admission = Self { frame, table: [u64::MAX; 8], leaf: [u64::MAX; 8], unwanted, short };
         let masks = admission.table.iter_mut().zip(&mut admission.leaf);
         for ((table, leaf), level) in masks.zip(1..=format.levels()) {
-            *table = LongMode::PRESENT | LongMode::PAGE_SIZE | format.reserved_table_at(level);
+            *table = LongMode::PRESENT | format.page_size_bit() | format.reserved_table_at(level);
             *leaf = LongMode::PRESENT | decided | format.reserved_leaf_at(level);
         }
         admission
@@ -90,10 +95,12 @@ impl Admission {
             return None;
         }
         let (within, size) = match level {
+            2 if self.short => (0x3f_ffff, PageSize::Size4M),
             2 => (0x1f_ffff, PageSize::Size2M),
             _ => (0x3fff_ffff, PageSize::Size1G),
         };
-        let frame = entry & self.frame & !within | gva & within & PageWord::FRAME;
+        let page = if self.short { TwoLevel::page(level, entry) } else { entry };
+        let frame = page & self.frame & !within | gva & within & PageWord::FRAME;
         // Of a large page, PAT is bit 12, and bit 7 is the page size.
         let flags = entry & OF_LEAF & !LongMode::PAGE_SIZE | entry >> 5 & LongMode::PAGE_SIZE;
         Some(frame | flags | withheld(state, entry) ^ GRANTING | size_code(size) << SIZE)

@@ -90,7 +90,11 @@ impl Walker {
         let walk = self.gva_walk();
         match self.ngpa_walk() {
             None => {
-                if let Some(lanes) = Lanes::new(walk, memory, access) {
+                if let Some(lanes) = Lanes::<M, false>::new(walk, memory, access) {
+                    let batch = Batch { lanes: &lanes, gvas, words, alone: &mut alone };
+                    return dispatch::run(instructions, batch);
+                }
+                if let Some(lanes) = Lanes::<M, true>::new(walk, memory, access) {
                     let batch = Batch { lanes: &lanes, gvas, words, alone: &mut alone };
                     return dispatch::run(instructions, batch);
                 }

@@ -51,6 +51,9 @@ impl<const EPT: bool> Second<EPT> {
     fn both(second: &NgpaWalk, access: &Access) -> Option<[Self; 2]> {
         let walk = second.page_walk();
         let format = walk.format();
+        if !format.mode().is_long() {
+            return None;
+        }
         let by = |kind| {
             let admission = match second {
                 NgpaWalk::Npt(npt) if !EPT && !npt.controls().guest_mode_execute_trap => {
@@ -242,10 +245,10 @@ impl Block {
 impl<'a, M: Memory, const EPT: bool> NestedLanes<'a, M, EPT> {
     /// `None` where lanes do not know one of the dimensions, or the access.
     pub(super) fn new(walk: &PageWalk, second: &NgpaWalk, memory: &'a M, access: &Access) -> Option<Self> {
-        if access.is_shadow_stack() {
+        let format = walk.format();
+        if access.is_shadow_stack() || !format.mode().is_long() {
             return None;
         }
-        let format = walk.format();
         let guest = Admission::new(format, access)?;
         let [tables, page] = Second::both(second, access)?;
         Some(Self {

@@ -1,4 +1,4 @@
-//! The lanes: walks of one dimension in 4-level and 5-level paging that wait for memory together.
+//! The lanes: walks of one dimension that wait for memory together, in every paging mode.
 //!
 //! A block is 64 addresses. Four blocks are in flight at a time, each one level further down than the one behind it: while
 //! one block's PTEs are on their way from memory, the PDEs of the next are judged and its PTEs asked for. Levels whose
@@ -15,14 +15,15 @@ use core::iter::repeat;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use crate::access::Access;
-use crate::addr::{Gpa, is_canonical};
+use crate::addr::Gpa;
 use crate::batch::admission::{Admission, State};
 use crate::batch::column::{BLOCK, Column, differing, lanes, mask, offset, shift};
 use crate::batch::dispatch::Walks;
 use crate::batch::gather::{Gather, WIDTH};
 use crate::batch::ram::Ram;
-use crate::batch::word::{PageWord, with_backing};
+use crate::batch::word::{PageWord, USER, WRITE, with_backing};
 use crate::memory::Memory;
+use crate::mode::PagingMode;
 use crate::walk::PageWalk;
 
 /// Blocks in flight: one for each of the lower four levels.
@@ -32,14 +33,18 @@ const BEHIND: usize = 6;
 /// Entries in a cache line.
 const LINE: usize = 8;
 
-/// What is the same for all walks of a batch.
-pub(super) struct Lanes<'a, M> {
+/// What is the same for all walks of a batch. With 32-bit paging, entries are `SHORT`: two in a word.
+pub(super) struct Lanes<'a, M, const SHORT: bool> {
     ram: Ram<'a, M>,
     admission: Admission,
     root: u64,
     levels: u32,
-    /// Addresses that are canonical by this width are walked as they are, whatever pointer bits a CPU ignores.
-    width: u32,
+    /// PAE paging: the state behind each PDPTE; they are loaded once.
+    pdptes: Option<[Option<State>; 4]>,
+    /// Addresses are walked as they are, whatever pointer bits a CPU ignores, whose bits from this one on are all clear, or ...
+    linear_bits: u32,
+    /// ... all as this says.
+    sign: u64,
 }
 
 /// A page table that some block of the batch has shared, and an address that leads through it.
@@ -51,6 +56,7 @@ struct KnownTable<'a> {
 
 impl KnownTable<'_> {
     #[inline(always)]
+    /// A guess: [`Lanes::at_once`] looks at all of them.
     fn leads(&self, gvas: &[u64]) -> bool {
         gvas.first().is_some_and(|gva| (gva ^ self.gva) >> shift(2) == 0)
     }
@@ -89,21 +95,73 @@ struct Verdict {
     elsewhere: u64,
 }
 
-impl<'a, M: Memory> Lanes<'a, M> {
+impl<'a, M: Memory, const SHORT: bool> Lanes<'a, M, SHORT> {
     /// `None` where lanes do not know the paging mode, or the access.
     pub(super) fn new(walk: &PageWalk, memory: &'a M, access: &Access) -> Option<Self> {
         let format = walk.format();
-        Some(Self {
+        let mode = format.mode();
+        if SHORT != (mode == PagingMode::TwoLevel) {
+            return None;
+        }
+        let (linear_bits, sign) =
+            if mode.is_long() { (format.unchanged_width() - 1, u64::MAX) } else { (32, 0) };
+        let lanes = Self {
             ram: Ram::new(memory),
             admission: Admission::new(format, access)?,
             root: walk.root(),
             levels: format.levels(),
-            width: format.unchanged_width(),
+            pdptes: None,
+            linear_bits,
+            sign,
+        };
+        Some(if mode == PagingMode::Pae { Self { pdptes: Some(lanes.pdptes(walk)), ..lanes } } else { lanes })
+    }
+
+    /// The states behind the PDPTEs that refer to a table.
+    fn pdptes(&self, walk: &PageWalk) -> [Option<State>; 4] {
+        // A PDPTE of PAE paging grants everything.
+        const RIGHTS: u64 = WRITE | USER;
+        let tables = self.admission.tables(self.levels);
+        [0, 1, 2, 3].map(|number| {
+            let register = walk.pdpte_register(self.levels, number);
+            let pdpte = register.unwrap_or_else(|| self.ram.load(self.root | number << 3));
+            (tables.wrong(pdpte) == 0).then(|| tables.through(0, pdpte | RIGHTS, 0))
         })
+    }
+
+    /// Whether the address is walked as it is.
+    #[inline(always)]
+    const fn is_plain(&self, gva: u64) -> bool {
+        let above = (gva as i64 >> self.linear_bits) as u64;
+        above == 0 || above == self.sign
+    }
+
+    /// Number of address bits below the index of `level`.
+    #[inline(always)]
+    const fn shift(level: u32) -> u32 {
+        if SHORT { 12 + 10 * (level.wrapping_sub(1) & 1) } else { shift(level) }
+    }
+
+    /// The number of the word that holds the entry for `gva` in a table of `level`.
+    #[inline(always)]
+    const fn number(gva: u64, level: u32) -> u64 {
+        gva >> (Self::shift(level) + SHORT as u32) & 511
+    }
+
+    /// Where that word lies in its table, in bytes.
+    #[inline(always)]
+    const fn offset(gva: u64, level: u32) -> u64 {
+        Self::number(gva, level) << 3
+    }
+
+    /// The entry for `gva`, out of that word.
+    #[inline(always)]
+    const fn entry(word: u64, gva: u64, level: u32) -> u64 {
+        if SHORT { word >> ((gva >> Self::shift(level) & 1) << 5) & 0xffff_ffff } else { word }
     }
 }
 
-impl<M: Memory> Walks for Lanes<'_, M> {
+impl<M: Memory, const SHORT: bool> Walks for Lanes<'_, M, SHORT> {
     #[inline(always)]
     fn run(
         &self,
@@ -165,6 +223,12 @@ impl<M: Memory> Walks for Lanes<'_, M> {
     }
 }
 
+/// Which of the four PDPTEs of PAE paging an address goes through.
+#[inline(always)]
+const fn pdpte_number(gva: u64) -> usize {
+    (gva >> 30 & 3) as usize
+}
+
 /// Block `number` of a column; the last one may be shorter than the others.
 #[inline(always)]
 fn block(column: &[u64], number: usize) -> Option<&[u64]> {
@@ -180,7 +244,7 @@ fn block_mut(column: &mut [u64], number: usize) -> Option<&mut [u64]> {
     rest.get_mut(..length)
 }
 
-impl<'a, M: Memory> Lanes<'a, M> {
+impl<'a, M: Memory, const SHORT: bool> Lanes<'a, M, SHORT> {
     /// Walks the levels that all addresses share, and those above level 3 that they do not.
     #[inline(always)]
     fn enter(
@@ -197,16 +261,29 @@ impl<'a, M: Memory> Lanes<'a, M> {
         block.alone = 0;
         block.from = 0;
         let differing = differing(gvas);
-        if differing >> (self.width - 1) != 0 {
-            block.alone = mask(gvas.iter().map(|gva| !is_canonical(*gva, self.width)));
-        } else if !is_canonical(first, self.width) {
+        if differing >> self.linear_bits != 0 {
+            block.alone = mask(gvas.iter().map(|gva| !self.is_plain(*gva)));
+        } else if !self.is_plain(first) {
             block.alone = u64::MAX;
             return;
         }
 
         let (mut state, mut level) = (self.root, self.levels);
-        while level > 1 && differing >> shift(level) == 0 {
-            let entry = self.ram.load(state | offset(first, level));
+        if let Some(pdptes) = &self.pdptes {
+            if differing >> shift(level) != 0 {
+                self.enter_pae(block, pdptes, gvas);
+                return;
+            }
+            let Some(behind) = pdptes[pdpte_number(first)] else {
+                block.alone = u64::MAX;
+                return;
+            };
+            state = behind;
+            level -= 1;
+        }
+        while level > 1 && differing >> Self::shift(level) == 0 {
+            let word = self.ram.load(state | Self::offset(first, level));
+            let entry = Self::entry(word, first, level);
             let tables = self.admission.tables(level);
             if tables.wrong(entry) != 0 {
                 block.states = [state; BLOCK];
@@ -222,11 +299,11 @@ impl<'a, M: Memory> Lanes<'a, M> {
             // They share the table, and are perhaps neighbours.
             block.states[0] = state;
             *known = self.known(first, state);
-            gvas.iter().step_by(LINE).for_each(|gva| self.ram.prefetch(state | offset(*gva, 1)));
+            gvas.iter().step_by(LINE).for_each(|gva| self.ram.prefetch(state | Self::offset(*gva, 1)));
             return;
         }
         for (own, gva) in block.states.iter_mut().zip(gvas) {
-            *own = state | offset(*gva, level);
+            *own = state | Self::offset(*gva, level);
         }
         if level > 3 {
             self.descend::<5>(gather, block, columns, gvas, words);
@@ -234,6 +311,21 @@ impl<'a, M: Memory> Lanes<'a, M> {
         } else {
             block.states.iter().take(gvas.len()).for_each(|state| self.ram.prefetch(*state));
         }
+    }
+
+    /// Walks of PAE paging that go through several PDPTEs.
+    fn enter_pae(&self, block: &mut Block, pdptes: &[Option<State>; 4], gvas: &[u64]) {
+        const PDE: u32 = 2;
+        for (lane, (own, gva)) in block.states.iter_mut().zip(gvas).enumerate() {
+            if let Some(behind) = pdptes[pdpte_number(*gva)] {
+                *own = behind | offset(*gva, PDE);
+                self.ram.prefetch(*own);
+            } else {
+                *own = self.root;
+                block.alone |= 1 << lane;
+            }
+        }
+        block.from = PDE;
     }
 
     fn known(&self, gva: u64, state: State) -> Option<KnownTable<'a>> {
@@ -256,8 +348,9 @@ impl<'a, M: Memory> Lanes<'a, M> {
         };
         let (groups, _) = entries.as_chunks_mut::<WIDTH>();
         for (entries, gvas) in groups.iter_mut().zip(gvas.as_chunks::<WIDTH>().0) {
-            *entries = gather.gather(table.entries, &gvas.map(|gva| gva >> 12 & 511));
+            *entries = gather.gather(table.entries, &gvas.map(|gva| Self::number(gva, 1)));
         }
+        Self::pick(entries, gvas, 1);
         let pages = self.admission.pages().under(table.state);
         let (mut differing, mut elsewhere, mut outside) = (0, 0, 0);
         for ((word, entry), gva) in words.iter_mut().zip(entries.iter()).zip(gvas) {
@@ -267,7 +360,15 @@ impl<'a, M: Memory> Lanes<'a, M> {
             outside |= self.ram.outside(page & PageWord::FRAME);
             *word = page;
         }
-        pages.accepts(differing) && elsewhere >> shift(2) == 0 && outside >> 63 == 0
+        pages.accepts(differing) && elsewhere >> Self::shift(2) == 0 && outside >> 63 == 0
+    }
+
+    /// Leaves of each word the entry that is meant.
+    #[inline(always)]
+    fn pick(entries: &mut Column, gvas: &[u64], level: u32) {
+        if SHORT {
+            entries.iter_mut().zip(gvas).for_each(|(entry, gva)| *entry = Self::entry(*entry, *gva, level));
+        }
     }
 
     /// Takes the lanes that are at `LEVEL` one level down.
@@ -285,13 +386,14 @@ impl<'a, M: Memory> Lanes<'a, M> {
         }
         let entries = &mut columns.entries;
         self.ram.load_all(gather, &block.states, gvas.len(), entries);
+        Self::pick(entries, gvas, LEVEL);
         let tables = self.admission.tables(LEVEL);
         if entries.iter().fold(0, |wrong, entry| wrong | tables.wrong(*entry)) != 0 {
             let wrong = mask(entries.iter().map(|entry| tables.wrong(*entry) != 0));
             self.drop_out(block, LEVEL, wrong, entries, gvas, words);
         }
         for ((state, entry), gva) in block.states.iter_mut().zip(entries.iter()).zip(gvas) {
-            *state = tables.through(*state, *entry, offset(*gva, LEVEL - 1));
+            *state = tables.through(*state, *entry, Self::offset(*gva, LEVEL - 1));
         }
         for state in block.states.iter().take(gvas.len()) {
             self.ram.prefetch(*state);
@@ -349,18 +451,20 @@ impl<'a, M: Memory> Lanes<'a, M> {
                 let table = Gpa(first & PageWord::FRAME);
                 if let Some(words) = self.ram.memory.table(table) {
                     for (entry, gva) in entries.iter_mut().zip(gvas) {
-                        let word = &words[(gva >> shift(1) & 511) as usize];
+                        let word = &words[Self::number(*gva, 1) as usize];
                         *entry = u64::from_le(word.load(Ordering::Relaxed));
                     }
                 } else {
                     for (entry, gva) in entries.iter_mut().zip(gvas) {
-                        *entry = self.ram.memory.load_in_table(table, offset(*gva, 1)).unwrap_or(0);
+                        *entry = self.ram.memory.load_in_table(table, Self::offset(*gva, 1)).unwrap_or(0);
                     }
                 }
+                Self::pick(entries, gvas, 1);
                 self.judge(repeat(first), entries, pages)
             }
             _ => {
                 self.ram.load_all(gather, &block.states, gvas.len(), entries);
+                Self::pick(entries, gvas, 1);
                 self.judge(block.states.iter().copied(), entries, pages)
             }
         };

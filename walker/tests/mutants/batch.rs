@@ -22,8 +22,8 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         "a lane minds no reserved bit of a table's entry",
         &[(
             "batch/admission.rs",
-            "LongMode::PRESENT | LongMode::PAGE_SIZE | format.reserved_table_at(level)",
-            "LongMode::PRESENT | LongMode::PAGE_SIZE",
+            "LongMode::PRESENT | format.page_size_bit() | format.reserved_table_at(level)",
+            "LongMode::PRESENT | format.page_size_bit()",
         )],
     ),
     mutant(
@@ -121,5 +121,25 @@ pub(crate) const MUTANTS: &[Mutant] = &[
     mutant(
         "words are gathered by their place in all memory",
         &[("batch/ram.rs", "(state & ADDRESS).wrapping_sub(self.first) >> 3", "(state & ADDRESS) >> 3")],
+    ),
+    mutant(
+        "a lane of 32-bit paging always takes the first entry of a word",
+        &[("batch/pipeline.rs", "word >> ((gva >> Self::shift(level) & 1) << 5)", "word")],
+    ),
+    mutant(
+        "a lane of PAE paging looks for rights in a PDPTE",
+        &[("batch/pipeline.rs", "tables.through(0, pdpte | RIGHTS, 0)", "tables.through(0, pdpte, 0)")],
+    ),
+    mutant(
+        "a lane takes pages of 4 MiB for smaller ones",
+        &[("batch/admission.rs", "2 if self.short => (0x3f_ffff,", "2 if self.short => (0x1f_ffff,")],
+    ),
+    mutant(
+        "a lane finds large pages where CR4.PSE is clear",
+        &[(
+            "batch/admission.rs",
+            "LongMode::PRESENT | format.page_size_bit()",
+            "LongMode::PRESENT | LongMode::PAGE_SIZE",
+        )],
     ),
 ];

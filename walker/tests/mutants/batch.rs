@@ -46,7 +46,7 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         "a lane takes addresses between the canonical halves",
         &[(
             "batch/pipeline.rs",
-            "block.alone = mask(gvas.iter().map(|gva| !is_canonical(*gva, self.width)));",
+            "block.alone = mask(gvas.iter().map(|gva| !self.is_plain(*gva)));",
             "block.alone = 0;",
         )],
     ),
@@ -100,7 +100,7 @@ pub(crate) const MUTANTS: &[Mutant] = &[
     ),
     mutant(
         "a batch walks other addresses through the table it knows",
-        &[("batch/pipeline.rs", "&& elsewhere >> shift(2) == 0 ", "")],
+        &[("batch/pipeline.rs", "&& elsewhere >> Self::shift(2) == 0 ", "")],
     ),
     mutant(
         "a batch takes RAM for granted behind a table it knows",

@@ -131,10 +131,15 @@ fn follow(kernel: &KernelMemory<'_>, layout: &Layout, head: u64, deadline: Insta
 }
 
 fn links(kernel: &KernelMemory<'_>, at: u64) -> Option<[u64; 2]> {
-    let size = kernel.pointer();
+    let size = kernel.pointer() as usize;
+    let mut bytes = [0; 16];
+    let both = bytes.get_mut(..2 * size)?;
     // A pointer that is not aligned is none.
-    let next = at.is_multiple_of(size).then(|| pointer(kernel, at))??;
-    Some([next, pointer(kernel, at.wrapping_add(size))?])
+    if !at.is_multiple_of(size as u64) || !kernel.read(at, both) {
+        return None;
+    }
+    let (next, back) = both.split_at(size);
+    Some([number(next), number(back)])
 }
 
 /// The task there, if it has an address space.
@@ -167,7 +172,12 @@ fn task(kernel: &KernelMemory<'_>, layout: &Layout, at: u64) -> Result<Option<Ta
 fn pointer(kernel: &KernelMemory<'_>, at: u64) -> Option<u64> {
     let mut bytes = [0; 8];
     let pointer = bytes.get_mut(..kernel.pointer() as usize)?;
-    kernel.read(at, pointer).then(|| u64::from_le_bytes(bytes))
+    kernel.read(at, pointer).then(|| number(pointer))
+}
+
+/// A little-endian number of at most eight bytes.
+fn number(bytes: &[u8]) -> u64 {
+    bytes.iter().rev().fold(0, |number, byte| (number << 8) | u64::from(*byte))
 }
 
 /// A name up to its first zero.

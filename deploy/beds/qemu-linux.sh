@@ -7,6 +7,8 @@
 #                                   `initramfs`, for whoever else boots them
 #   qemu-linux.sh boot GUEST RAM    boots a guest with two vCPUs, whose memory is the file RAM (it is made to fit); QMP is
 #                                   on standard input and output, what the guest says on standard error
+#   qemu-linux.sh stand RAM SHARE   a machine of 4 GiB that stands still from power-on: its memory is the file RAM, which
+#                                   it shares (`on`) or has a view of its own of (`off`); ends as a guest does
 #
 # GUEST is one of
 #
@@ -23,6 +25,7 @@
 #   PAGEWALK_BED_QMP       path of a socket for one more QMP; default none
 #   PAGEWALK_BED_APPEND    more of the kernel's command line: `nokaslr`, and `-- kallsyms` has the program tell the
 #                          kernel's symbols; default none
+#   PAGEWALK_BED_SIZE      how much memory the guest has, with `file` and `private`; default as the judges know it
 #   PAGEWALK_BED_MEMORY    `file` or `private`: whether RAM holds the guest's memory; `numa`: RAM holds the first of two nodes of
 #                          512 MiB, and there are slots for DIMMs; default file
 set -euo pipefail
@@ -69,6 +72,7 @@ boot() {
         pae) linux=linux-686-pae bits=32 memory=1G cpu=max,-lm append="pti=on" ;;
         *) fail "there is no guest $guest" ;;
     esac
+    memory=${PAGEWALK_BED_SIZE:-$memory}
     check
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
@@ -98,10 +102,19 @@ boot() {
         -chardev file,id=serial,path=/dev/stderr -serial chardev:serial
 }
 
+stand() {
+    check
+    qemu_command "${PAGEWALK_BED_SECONDS:-600}"
+    exec "${qemu[@]}" -S -machine pc,accel=tcg,memory-backend=ram0 -smp 2 -m 4G \
+        -object "memory-backend-file,id=ram0,size=4G,mem-path=$1,share=$2" \
+        -qmp "unix:$PAGEWALK_BED_QMP,server=on,wait=off"
+}
+
 case "${1-}" in
     build) build ;;
     check) check ;;
     files) [ $# -eq 2 ] || fail "usage: $0 files FOLDER"; files "$2" ;;
     boot) [ $# -eq 3 ] || fail "usage: $0 boot GUEST RAM"; boot "$2" "$3" ;;
-    *) fail "usage: $0 build | check | files FOLDER | boot GUEST RAM" ;;
+    stand) [ $# -eq 3 ] || fail "usage: $0 stand RAM SHARE"; stand "$2" "$3" ;;
+    *) fail "usage: $0 build | check | files FOLDER | boot GUEST RAM | stand RAM SHARE" ;;
 esac

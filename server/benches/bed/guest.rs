@@ -64,22 +64,30 @@ impl Shape {
         (first..first + BATCH as u64).map(|seed| self.address(seed)).collect()
     }
 
-    /// Builds the tables.
-    fn memory(self) -> (GuestRam, u64) {
+    /// Bytes of all its tables.
+    pub(crate) fn size(self) -> u64 {
+        let (tables, stride, _) = self.tables();
+        let directories = (tables * stride).div_ceil(512);
+        (tables + directories + directories.div_ceil(512) + 2) * 4096
+    }
+
+    /// Writes the tables, from `origin` on, and gives the root. Into several memories at once, so that the host's pages for
+    /// them are taken from the same places.
+    pub(crate) fn write(self, memories: &[&GuestRam], origin: u64) -> u64 {
         let (tables, stride, pages) = self.tables();
         let directories = (tables * stride).div_ceil(512);
-        let size = (tables + directories + directories.div_ceil(512) + 2) * 4096;
-        let ram = GuestRam::allocate(&[Region { start: Gpa(0), size, read_only: false }]).unwrap();
-        let write = |gpa: u64, entry: u64| ram.write_u64(Gpa(gpa), entry).unwrap();
-        let directory = tables * 4096;
+        let write = |gpa: u64, entry: u64| {
+            memories.iter().for_each(|memory| memory.write_u64(Gpa(gpa), entry).unwrap());
+        };
+        let directory = origin + tables * 4096;
         let pointers = directory + directories * 4096;
-        let root = size - 4096;
+        let root = origin + self.size() - 4096;
         for table in 0..tables {
             for page in 0..pages {
-                let frame = scramble(table * pages + page) % tables * 4096;
-                write(table * 4096 + slot(table, page, pages) * 8, frame | PLAIN);
+                let frame = origin + scramble(table * pages + page) % tables * 4096;
+                write(origin + table * 4096 + slot(table, page, pages) * 8, frame | PLAIN);
             }
-            write(directory + table * stride * 8, (table * 4096) | PLAIN);
+            write(directory + table * stride * 8, (origin + table * 4096) | PLAIN);
         }
         for at in 0..directories {
             write(pointers + at * 8, (directory + at * 4096) | PLAIN);
@@ -87,11 +95,13 @@ impl Shape {
         for at in 0..directories.div_ceil(512) {
             write(root + (256 + at) * 8, (pointers + at * 4096) | PLAIN);
         }
-        (ram, root)
+        root
     }
 
     pub(crate) fn machine(self) -> Machine {
-        let (ram, root) = self.memory();
+        let ram =
+            GuestRam::allocate(&[Region { start: Gpa(0), size: self.size(), read_only: false }]).unwrap();
+        let root = self.write(&[&ram], 0);
         let registers = Registers {
             cr0: 0x8000_0011 | 1 << 16,
             cr3: root,
@@ -151,7 +161,7 @@ impl Shape {
     }
 }
 
-fn read() -> Option<v1::Access> {
+pub(crate) fn read() -> Option<v1::Access> {
     Some(v1::Access {
         kind: v1::AccessKind::Read.into(),
         privilege: v1::Privilege::Supervisor.into(),

@@ -19,6 +19,15 @@ pub(crate) fn median(rounds: &[f64]) -> f64 {
     sorted[sorted.len() / 2]
 }
 
+/// By round where both sides took part in each: what slows a machine down for a while slows both.
+fn ratio(row: &Row) -> f64 {
+    if row.ours.len() != row.theirs.len() {
+        return median(&row.ours) / median(&row.theirs);
+    }
+    let ratios: Vec<f64> = row.ours.iter().zip(&row.theirs).map(|(ours, theirs)| ours / theirs).collect();
+    median(&ratios)
+}
+
 pub(crate) struct Report {
     bench: &'static str,
     title: &'static str,
@@ -59,7 +68,7 @@ impl Report {
                 self.bench,
                 row.case,
                 row.peer,
-                ours / theirs,
+                ratio(row),
             );
         }
         println!("\n{table}");
@@ -96,7 +105,7 @@ fn line(row: &Row) -> String {
         row.case,
         row.unit,
         row.peer,
-        ours / theirs,
+        ratio(row),
         row.ours.len(),
     )
 }

@@ -21,6 +21,7 @@ mod guest;
 #[path = "../../../walker/tests/bed/judge.rs"]
 mod judge;
 mod judged;
+mod large;
 #[allow(dead_code, reason = "each test target uses its part")]
 #[path = "../../../walker/tests/linux/monitor.rs"]
 mod monitor;
@@ -52,6 +53,7 @@ fn main() {
         bedded("attached_2_level", |script| judged::run(script, "2-level", "file")),
         bedded("attached_pae", |script| judged::run(script, "pae", "file")),
         bedded("attached_5_level_private", |script| judged::run(script, "5-level", "private")),
+        bedded("attached_at_once", large::at_once),
         bedded("numa_nodes_and_dimms", numa::nodes_and_dimms),
         bedded("attached_symbols", symbols::run),
         bedded("attached_tasks_5_level", tasks::five_level),

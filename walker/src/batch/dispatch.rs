@@ -8,9 +8,9 @@
     reason = "code for instructions that not every CPU has is entered, after having asked the CPU"
 )]
 
-#[cfg(target_arch = "x86_64")]
-use crate::batch::gather::Together;
 use crate::batch::gather::{Gather, OneByOne};
+#[cfg(target_arch = "x86_64")]
+use crate::batch::gather::{InPairs, Together};
 
 /// A set of vector instructions that lanes are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,7 +81,7 @@ pub(crate) fn run<W: Work>(instructions: Instructions, work: W) {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 fn run_avx2<W: Work>(work: W) {
-    work.run(OneByOne);
+    work.run(InPairs::new());
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -10,6 +10,9 @@ pub(crate) const WIDTH: usize = 8;
 pub(crate) trait Gather: Copy {
     /// The words with these numbers, each in one atomic access, in the guest's order; 0 for those that there are not.
     fn gather(self, words: &[AtomicU64], numbers: &[u64; WIDTH]) -> [u64; WIDTH];
+
+    /// Loads these words, each in one atomic access, in the guest's order.
+    fn line(self, words: &[AtomicU64; WIDTH], into: &mut [u64; WIDTH]);
 }
 
 /// One load after the other.
@@ -23,6 +26,79 @@ impl Gather for OneByOne {
             let word = usize::try_from(number).ok().and_then(|number| words.get(number));
             word.map_or(0, |word| u64::from_le(word.load(Ordering::Relaxed)))
         })
+    }
+
+    #[inline(always)]
+    fn line(self, words: &[AtomicU64; WIDTH], into: &mut [u64; WIDTH]) {
+        for (own, word) in into.iter_mut().zip(words) {
+            *own = u64::from_le(word.load(Ordering::Relaxed));
+        }
+    }
+}
+
+/// Words side by side two at a time, by AVX; others one after the other.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+pub(super) struct InPairs(());
+
+#[cfg(target_arch = "x86_64")]
+impl InPairs {
+    /// For code that runs only where the CPU has AVX.
+    #[inline]
+    #[target_feature(enable = "avx")]
+    pub(super) fn new() -> Self {
+        Self(())
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Gather for InPairs {
+    #[inline(always)]
+    fn gather(self, words: &[AtomicU64], numbers: &[u64; WIDTH]) -> [u64; WIDTH] {
+        OneByOne.gather(words, numbers)
+    }
+
+    #[inline(always)]
+    fn line(self, words: &[AtomicU64; WIDTH], into: &mut [u64; WIDTH]) {
+        if !words.as_ptr().addr().is_multiple_of(16) {
+            return OneByOne.line(words, into);
+        }
+        // SAFETY: that there is a `Self` says that this CPU has AVX, and the words are aligned to 16 bytes.
+        unsafe { line_avx(words, into) }
+    }
+}
+
+/// A CPU with AVX reads 16 bytes at once where they are aligned to 16 (Intel SDM volume 3, "Guaranteed Atomic Operations"; AMD APM
+/// volume 2, "Access Atomicity"). The compiler knows of no such loads, so that they are written out.
+///
+/// # Safety
+/// `words` have to be aligned to 16 bytes.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx")]
+unsafe fn line_avx(words: &[AtomicU64; WIDTH], into: &mut [u64; WIDTH]) {
+    use core::arch::asm;
+
+    // SAFETY: these are the 64 bytes of `words`, aligned as the instruction asks for, which are only read, and the 64 bytes of
+    // `into`.
+    unsafe {
+        asm!(
+            "vmovdqa {first}, xmmword ptr [{words}]",
+            "vmovdqa {second}, xmmword ptr [{words} + 16]",
+            "vmovdqa {third}, xmmword ptr [{words} + 32]",
+            "vmovdqa {fourth}, xmmword ptr [{words} + 48]",
+            "vmovdqu xmmword ptr [{into}], {first}",
+            "vmovdqu xmmword ptr [{into} + 16], {second}",
+            "vmovdqu xmmword ptr [{into} + 32], {third}",
+            "vmovdqu xmmword ptr [{into} + 48], {fourth}",
+            first = out(xmm_reg) _,
+            second = out(xmm_reg) _,
+            third = out(xmm_reg) _,
+            fourth = out(xmm_reg) _,
+            words = in(reg) words.as_ptr(),
+            into = in(reg) into.as_mut_ptr(),
+            options(nostack, preserves_flags),
+        );
     }
 }
 
@@ -47,6 +123,12 @@ impl Gather for Together {
     fn gather(self, words: &[AtomicU64], numbers: &[u64; WIDTH]) -> [u64; WIDTH] {
         // SAFETY: that there is a `Self` says that this CPU has AVX-512 F.
         unsafe { gather_avx512(words, numbers) }
+    }
+
+    #[inline(always)]
+    fn line(self, words: &[AtomicU64; WIDTH], into: &mut [u64; WIDTH]) {
+        // A CPU with AVX-512 has AVX.
+        InPairs(()).line(words, into);
     }
 }
 
@@ -111,6 +193,20 @@ mod tests {
         assert_eq!(together.gather(&[], &numbers), [0; WIDTH]);
     }
 
+    #[test]
+    fn a_line_is_its_words_wherever_it_lies() {
+        let Some(together) = together() else { return };
+        let words: [AtomicU64; 24] = core::array::from_fn(|number| AtomicU64::new(number as u64 + 1));
+        for start in 0..16 {
+            let line = words[start..].first_chunk().expect("there are more words");
+            let expected = core::array::from_fn(|number| (start + number) as u64 + 1);
+            let mut loaded = [[0; WIDTH]; 2];
+            OneByOne.line(line, &mut loaded[0]);
+            together.line(line, &mut loaded[1]);
+            assert_eq!(loaded, [expected; 2]);
+        }
+    }
+
     /// Halves of a word that is written all the time are never of two writes.
     #[test]
     fn words_are_gathered_whole() {
@@ -132,6 +228,9 @@ mod tests {
                 let numbers = core::array::from_fn(|lane| (round + 9 * lane as u64) % 64);
                 let gathered = together.gather(&words, &numbers);
                 assert!(gathered.iter().all(|word| whole(*word)), "{gathered:x?}");
+                let mut line = [0; WIDTH];
+                together.line(words[round as usize % 57..].first_chunk().expect("more words"), &mut line);
+                assert!(line.iter().all(|word| whole(*word)), "{line:x?}");
                 changes += u32::from(gathered != last);
                 last = gathered;
             }

@@ -1,10 +1,10 @@
 //! The entries of a table, read at once: which are present, and which leaves continue each other.
 //!
 //! Entries are looked at in groups of 64. Most groups are all absent, or all of one run, which is found without a branch an
-//! entry; of the others, bit `n` of a mask tells of entry `n`. These loops become vector instructions. While one group is
-//! looked at the next is loaded, and the table that probably comes next is asked for.
+//! entry; of the others, bit `n` of a mask tells of entry `n`. These loops become vector instructions. While a table is loaded, the
+//! one that probably comes next is asked for.
 
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::AtomicU64;
 
 use crate::addr::Gpa;
 use crate::batch::Instructions;
@@ -251,47 +251,38 @@ struct Find<'a, M> {
 
 impl<M: Memory> Work for Find<'_, M> {
     #[inline(always)]
-    fn run(self, _: impl Gather) {
+    fn run(self, gather: impl Gather) {
         let Self { memory, source, ahead, alike, elsewhere, entries } = self;
         let further: [u64; GROUP] = core::array::from_fn(|number| (number as u64) << (alike.shift & 63));
-        for turn in 0..=GROUPS {
-            if let Some(source) = source
-                && turn < GROUPS
-            {
-                entries.load_group(memory, source, turn, ahead);
-            }
-            // The stores of the group that was loaded last are still on their way.
-            if turn > 0 {
-                entries.find(turn - 1, &alike, elsewhere.as_ref(), &further);
-            }
+        // One after the other: a vector cannot be loaded while the stores of its parts are still on their way.
+        if let Some(source) = source {
+            entries.load_lines(memory, gather, source, ahead);
+        }
+        for group in 0..GROUPS {
+            entries.find(group, &alike, elsewhere.as_ref(), &further);
         }
     }
 }
 
 impl Entries {
+    /// Loads all entries, and asks for those of the table at `ahead`.
     #[inline(always)]
-    fn load_group<M: Memory>(
+    fn load_lines<M: Memory>(
         &mut self,
         memory: &M,
+        gather: impl Gather,
         source: &[AtomicU64; WORDS],
-        group: usize,
         ahead: Option<Gpa>,
     ) {
-        let start = group % GROUPS * GROUP;
-        let (Some(source), Some(own)) =
-            (source[start..].first_chunk::<GROUP>(), self.words[BEFORE + start..].first_chunk_mut::<GROUP>())
-        else {
+        let Some(words) = self.words_mut() else { return };
+        let lines = words.as_chunks_mut::<LINE>().0.iter_mut().zip(source.as_chunks::<LINE>().0);
+        let Some(ahead) = ahead else {
+            lines.for_each(|(own, line)| gather.line(line, own));
             return;
         };
-        let (source, _) = source.as_chunks::<LINE>();
-        let (own, _) = own.as_chunks_mut::<LINE>();
-        for (number, (own, line)) in own.iter_mut().zip(source).enumerate() {
-            if let Some(ahead) = ahead {
-                memory.prefetch(Gpa(ahead.0.wrapping_add((start + number * LINE) as u64 * 8)));
-            }
-            for (entry, word) in own.iter_mut().zip(line) {
-                *entry = u64::from_le(word.load(Ordering::Relaxed));
-            }
+        for ((own, line), offset) in lines.zip((0..).step_by(LINE * 8)) {
+            memory.prefetch(Gpa(ahead.0.wrapping_add(offset)));
+            gather.line(line, own);
         }
     }
 

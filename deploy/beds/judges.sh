@@ -36,9 +36,9 @@ dump|Dumps of those guests, with paging=true as well: addresses and bytes|qemu|2
 dump-volatility|The same dumps read by volatility3, 4-level and 5-level|qemu volatility3|5000|0|0|volatility-4-level-dump volatility-5-level-dump
 attached-symbols|Such guests' kernels by their symbols, KASLR on and off: kallsyms, `gva2gpa`|qemu|4000|0|0|attached-symbols
 attached-spaces|Their address spaces, active or not, and the halves under page-table isolation|qemu|500|0|0|attached-spaces
-validated|A page remapped without pause: validated answers over gRPC mix no two mappings||10000000|0|0|validated
+validated|A page remapped without pause: no validated answer mixes two mappings||10000000|0|0|validated
 validated-kvm|The same on a vCPU of KVM's, whose guest remaps a page of its own|kvm|1000000|0|0|validated-kvm
-attached-tasks|The processes that have them, by the kernel's BTF: what each said of itself, halves included|qemu|10|0|0|attached-tasks-4-level attached-tasks-5-level
+attached-tasks|The processes that have them, halves included, by the kernel's BTF|qemu|10|0|0|attached-tasks-4-level attached-tasks-5-level
 oracle|The independent oracle, odometer and soup||5000000|0|0|oracle
 exhaustive|Loop-free rules, every input: reserved bits, canonicality, rights, keys||30000000|0|0|exhaustive
 fuzz|Fuzzing the walker: panics, step bound, hangs, contradictions||100000|0|SECONDS|fuzz-walk fuzz-registers

@@ -34,6 +34,7 @@ map|The whole map of those guests is the whole of `info tlb`, page by page|qemu|
 attached|The daemon attached to such guests: `info tlb`, `gva2gpa`|qemu|20000|0|0|attached-4-level-translation attached-5-level-translation attached-2-level-translation attached-pae-translation attached-5-level-private-translation
 dump|Dumps of those guests, with paging=true as well: addresses and bytes|qemu|20000|0|0|linux-4-level-dump linux-5-level-dump linux-2-level-dump linux-pae-dump linux-5-level-private-dump linux-5-level-paging-dump linux-pae-paging-dump
 dump-volatility|The same dumps read by volatility3, 4-level and 5-level|qemu volatility3|5000|0|0|volatility-4-level-dump volatility-5-level-dump
+dump-drgn|The kernel's address space in the same dumps, read by drgn|qemu drgn|5000|0|0|drgn-4-level-dump drgn-5-level-dump
 attached-symbols|Such guests' kernels by their symbols, KASLR on and off: kallsyms, `gva2gpa`|qemu|4000|0|0|attached-symbols
 attached-spaces|Their address spaces, active or not, and the halves under page-table isolation|qemu|500|0|0|attached-spaces
 validated|A page remapped without pause: no validated answer mixes two mappings||10000000|0|0|validated

@@ -108,6 +108,12 @@ impl Daemon {
         self.batch(id, index, addresses).map(|(words, _)| words)
     }
 
+    /// The same from another root.
+    pub(crate) fn words_from(&self, id: &str, cr3: u64, addresses: &[u64]) -> Result<Vec<u64>, Status> {
+        let state = v1::WalkerOverride { cr3: Some(cr3), ..Default::default() };
+        self.batch_with(id, 0, addresses, Some(state)).map(|(words, _)| words)
+    }
+
     /// The same, and all faults among them.
     pub(crate) fn batch(
         &self,
@@ -115,11 +121,22 @@ impl Daemon {
         index: u32,
         addresses: &[u64],
     ) -> Result<(Vec<u64>, Vec<v1::BatchFault>), Status> {
+        self.batch_with(id, index, addresses, None)
+    }
+
+    fn batch_with(
+        &self,
+        id: &str,
+        index: u32,
+        addresses: &[u64],
+        state: Option<v1::WalkerOverride>,
+    ) -> Result<(Vec<u64>, Vec<v1::BatchFault>), Status> {
         let request = v1::BatchTranslateRequest {
             head: v1::BatchTranslateRequestHead {
                 vcpu: vcpu(id, index),
                 access: Some(exempt()),
                 max_faults: Some(1 << 16),
+                r#override: state,
                 ..Default::default()
             },
             column: addresses.iter().copied().collect(),

@@ -1,17 +1,17 @@
-//! Judges `linux-*-dump` and `volatility-*-dump`: dumps that QEMU wrote of a paused guest, opened as source `dump`.
+//! Judges `linux-*-dump`: dumps that QEMU wrote of a paused guest, opened as source `dump`.
 //!
 //! What QEMU said of the guest then, `info tlb`, `gva2gpa` and `memsave`, is what the dump has to mean. The same file is
-//! read by volatility3, whose translations are compared as well.
+//! read by others, whose translations are compared as well (`foreign.rs`).
 //!
 //! By rule: with `paging=true` QEMU leaves out of the file what no vCPU's address space maps, tables included. A walk that
 //! ends as *unbacked* at an entry which no segment of the file has is no disagreement, nor is a page that no segment has; the
 //! segments are read here on their own. Any other difference is one.
 
 use std::fs::File;
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Read as _};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Instant;
 
 use libtest_mimic::Failed;
@@ -19,13 +19,12 @@ use pagewalk_proto::v1::FaultKind;
 use tonic::Code;
 
 use crate::daemon::{Daemon, refusal};
+use crate::foreign;
 use crate::guest::Guest;
-use crate::judge::{self, Judge};
+use crate::judge::Judge;
 use crate::judged::{Said, gpa};
 
 const PAGE: u64 = 4096;
-/// Leaves of each vCPU that the other program is asked for.
-const LEAVES: usize = 2500;
 const LEFT_OUT: &str = "paging=true left it out of the file";
 
 /// Every dump of the guest `name`. It is paused, and `said` was said since.
@@ -38,19 +37,24 @@ pub(crate) fn run(
     folder: &Path,
 ) -> Result<(), Failed> {
     let (row, paging, foreign) = match (name, memory) {
-        ("4-level", _) => ("linux-4-level-dump", None, Some("volatility-4-level-dump")),
-        ("5-level", "private") => ("linux-5-level-private-dump", None, None),
-        ("5-level", _) => {
-            ("linux-5-level-dump", Some("linux-5-level-paging-dump"), Some("volatility-5-level-dump"))
+        ("4-level", _) => {
+            ("linux-4-level-dump", None, Some(["volatility-4-level-dump", "drgn-4-level-dump"]))
         }
+        ("5-level", "private") => ("linux-5-level-private-dump", None, None),
+        ("5-level", _) => (
+            "linux-5-level-dump",
+            Some("linux-5-level-paging-dump"),
+            Some(["volatility-5-level-dump", "drgn-5-level-dump"]),
+        ),
         ("2-level", _) => ("linux-2-level-dump", None, None),
         _ => ("linux-pae-dump", Some("linux-pae-paging-dump"), None),
     };
     let file = folder.join("guest.elf");
     write(guest, "", &file)?;
     judge_dump(daemon, row, &file, said, false)?;
-    if let Some(row) = foreign {
-        judge_foreign(daemon, row, name, &file, said)?;
+    if let Some([volatility, drgn]) = foreign {
+        foreign::volatility(daemon, volatility, name, &file, said)?;
+        foreign::drgn(daemon, drgn, name, &file, said)?;
     }
     daemon.detach("dump")?;
     if let Some(row) = paging {
@@ -181,65 +185,6 @@ fn judge_dump(
         ("random, not mapped", None, 10_000),
         ("page of memsave", None, 100),
     ])
-}
-
-/// What volatility3 makes of the file of machine `dump`.
-fn judge_foreign(
-    daemon: &Daemon,
-    row: &'static str,
-    name: &str,
-    file: &Path,
-    said: &[Said],
-) -> Result<(), Failed> {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/attached/volatility.py");
-    let mut python = Command::new("python3");
-    let there = python.args(["-c", "import volatility3.framework"]).stderr(Stdio::piped()).output()?;
-    if !there.status.success() {
-        let problem = String::from_utf8_lossy(&there.stderr);
-        return judge::skipped("volatility3", problem.lines().last().unwrap_or("no python3"));
-    }
-    let mut judge = Judge::new(row)?;
-    // It is not asked for what no CPU takes: it has no notion of canonical.
-    let unused = if name == "5-level" { 7 } else { 16 };
-    let canonical = |gva: &u64| (*gva << unused) as i64 >> unused == *gva as i64;
-    for (index, said) in (0..).zip(said) {
-        let step = said.leaves.len().div_ceil(LEAVES).max(1);
-        let leaves = said.leaves.iter().step_by(step).map(|leaf| leaf.gva);
-        let random = said.random.iter().map(|(gva, _)| *gva);
-        let addresses: Vec<u64> = leaves.chain(random).filter(canonical).collect();
-        let mut child = Command::new("python3")
-            .args([script.as_os_str(), file.as_os_str(), name.as_ref()])
-            .arg(format!("{:#x}", said.control.cr3))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()?;
-        let mut lines: String = String::new();
-        addresses.iter().for_each(|gva| lines.push_str(&format!("{gva:#x}\n")));
-        // It reads all before it says anything.
-        child.stdin.take().ok_or("no standard input")?.write_all(lines.as_bytes())?;
-        let output = child.wait_with_output()?;
-        if !output.status.success() {
-            return Err(format!("volatility3: {}", output.status).into());
-        }
-        let answers = String::from_utf8(output.stdout)?;
-        let answers: Vec<&str> = answers.lines().collect();
-        assert_eq!(answers.len(), addresses.len());
-        let words = daemon.words("dump", index, &addresses)?;
-        for ((gva, word), answer) in addresses.into_iter().zip(words).zip(answers) {
-            judge.case();
-            let theirs = match answer {
-                "-" => None,
-                digits => Some(u64::from_str_radix(digits, 16)?),
-            };
-            judge.count(if theirs.is_some() { "mapped" } else { "not mapped" }, 0);
-            if gpa(word, gva) != theirs {
-                judge.disagree(|| {
-                    format!("vCPU {index}: {gva:#x}: volatility3 {theirs:x?}, the daemon {word:#x}")
-                });
-            }
-        }
-    }
-    judge.finish(&[("mapped", None, 20_000), ("not mapped", None, 10_000)])
 }
 
 /// Address and size of every piece of memory that the file has, by its program headers.

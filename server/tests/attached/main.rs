@@ -5,7 +5,7 @@
 //! tests ask QEMU over another one. While the guest is paused, every leaf of `info tlb` and thousands of random addresses of
 //! `gva2gpa` are compared with `BatchTranslate`, bytes of `ReadMemory` with `memsave` and with what the program in the guest
 //! announced. Each way to the guest's memory has its turn. Dumps that QEMU writes of the paused guest are judged by the same words,
-//! and by volatility3 (`dumped.rs`). Kernels are found by their symbols, wherever they were moved to, and processes by their
+//! and by volatility3 and drgn (`dumped.rs`). Kernels are found by their symbols, wherever they were moved to, and processes by their
 //! kernels (`tasks.rs`).
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that reports on standard output")]
 
@@ -14,6 +14,7 @@
 mod announced;
 mod daemon;
 mod dumped;
+mod foreign;
 #[allow(dead_code, reason = "each test target uses its part")]
 #[path = "../../../walker/tests/linux/guest.rs"]
 mod guest;

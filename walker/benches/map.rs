@@ -27,12 +27,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use pagewalk::map::{Extent, Filter, Map, Progress};
-use pagewalk::{ControlRegisters, CpuProfile, Gpa, NgpaWalk, PageWalk, Vendor, Walker, Window};
+use pagewalk::{ControlRegisters, CpuProfile, Gpa, Instructions, NgpaWalk, PageWalk, Vendor, Walker, Window};
 use support::record::surroundings;
 
 const PLAIN: u64 = 0x67;
 const TABLE: usize = 512;
-const ROUNDS: usize = 15;
+const ROUNDS: usize = 31;
 
 /// What the leaves of a guest look like.
 #[derive(Clone, Copy, PartialEq)]
@@ -311,7 +311,10 @@ fn main() {
 fn heading() -> String {
     format!(
         "# Maps\n\nWritten by `cargo bench -p pagewalk --bench map`; `benches/map.rs` says what is compared. Medians of {ROUNDS} interleaved\n\
-         rounds, on one thread. What is counted are the tables that hold leaves, of both dimensions.\n\n{}",
+         rounds, on one thread. What is counted are the tables that hold leaves, of both dimensions.\n\n\
+         - the map uses {:?}\n- load average meanwhile: {} (a bench wants the machine alone)\n{}",
+        Instructions::best(),
+        fs::read_to_string("/proc/loadavg").unwrap_or_default().split(' ').next().unwrap_or("?"),
         surroundings(&[]),
     )
 }

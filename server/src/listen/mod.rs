@@ -8,7 +8,7 @@ mod uds;
 pub(crate) use incoming::Incoming;
 pub(crate) use tcp::bind as bind_tcp;
 pub use tls::{Tls, TlsError};
-pub(crate) use uds::{SocketFile, UdsListener, claim};
+pub(crate) use uds::{SocketFile, UdsListener, claim, connect};
 
 use std::net::SocketAddr;
 use std::path::PathBuf;

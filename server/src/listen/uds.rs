@@ -1,11 +1,13 @@
 //! A Unix socket: for the daemon's own user and group.
 
 use std::fs;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
-use std::os::unix::net::{UnixListener as StdListener, UnixStream};
+use std::os::unix::net::{SocketAddr, UnixListener as StdListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::net::UnixListener;
 
 use super::ListenError;
@@ -62,8 +64,9 @@ pub(crate) fn claim(path: &Path) -> Result<(StdListener, SocketFile), ClaimError
         Err(error) if error.kind() == ErrorKind::NotFound => {}
         Err(error) => return Err(error.into()),
         Ok(found) if !found.file_type().is_socket() => return Err(ClaimError::Occupied),
-        Ok(_) => match UnixStream::connect(path) {
+        Ok(_) => match connect(path) {
             Err(error) if error.kind() == ErrorKind::ConnectionRefused => fs::remove_file(path)?,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(ClaimError::Taken),
             Err(error) => return Err(error.into()),
             Ok(_) => return Err(ClaimError::Taken),
         },
@@ -72,6 +75,17 @@ pub(crate) fn claim(path: &Path) -> Result<(StdListener, SocketFile), ClaimError
     let file = SocketFile(path.to_owned());
     fs::set_permissions(path, fs::Permissions::from_mode(MODE))?;
     Ok((listener, file))
+}
+
+/// Connects at once, or not at all: where as many clients wait to be served as may, one more would wait without end.
+pub(crate) fn connect(path: &Path) -> io::Result<UnixStream> {
+    // A path with a NUL would be cut off there, or be no path.
+    SocketAddr::from_pathname(path)?;
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    socket.connect(&SockAddr::unix(path)?)?;
+    socket.set_nonblocking(false)?;
+    Ok(OwnedFd::from(socket).into())
 }
 
 #[cfg(test)]
@@ -97,5 +111,20 @@ mod tests {
         fs::write(&path, "precious").unwrap();
         assert!(matches!(UdsListener::bind(&path), Err(ListenError::UdsOccupied(_))));
         assert_eq!(fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_takes_nobody_is_taken() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let socket = tokio::net::UnixSocket::new_stream().unwrap();
+        socket.bind(&path).unwrap();
+        let _listener = socket.listen(0).unwrap();
+        let mut waiting = Vec::new();
+        while let Ok(client) = connect(&path) {
+            waiting.push(client);
+        }
+        assert!(matches!(claim(&path), Err(ClaimError::Taken)));
+        assert_eq!(connect(Path::new("\0s")).unwrap_err().kind(), ErrorKind::InvalidInput);
     }
 }

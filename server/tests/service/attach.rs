@@ -120,6 +120,28 @@ async fn attaches_wait_for_a_place_and_one_whose_client_leaves_takes_none() {
     bed.stop().await;
 }
 
+/// At its socket as many clients wait as may: one more would wait without end, and keep its place.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_socket_that_takes_nobody_keeps_no_place() {
+    let bed = Bed::plain().await;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vm.qmp");
+    let socket = tokio::net::UnixSocket::new_stream().unwrap();
+    socket.bind(&path).unwrap();
+    let _listener = socket.listen(0).unwrap();
+    let mut waiting = Vec::new();
+    while let Ok(client) = tokio::net::UnixStream::connect(&path).await {
+        waiting.push(client);
+    }
+    let spec = format!("q=qemu:qmp={}", path.display());
+    let mut client = bed.machines();
+    let asked = client.attach_machine(attach(&spec));
+    let status = tokio::time::timeout(SOON, asked).await.unwrap().unwrap_err();
+    assert!(status.message().contains("one more -qmp"), "{status:?}");
+    assert_eq!(refusal(Err::<(), _>(status)), (Code::FailedPrecondition, "CANNOT_ATTACH".to_owned()));
+    bed.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_machine_one_is_to_be_attached() {
     let bed = Bed::plain().await;

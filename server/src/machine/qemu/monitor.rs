@@ -19,6 +19,8 @@ use qapi::qmp::QmpCommand;
 use qapi::{ExecuteError, Qmp, Stream, qmp};
 use serde::Deserialize;
 
+use crate::listen::connect;
+
 /// For QEMU to greet: it serves one client of a socket at a time, and lets others wait without a word.
 const GREETING: Duration = Duration::from_secs(3);
 /// For an answer while attaching, so that whoever waits is told why, and not only that it took too long.
@@ -59,11 +61,15 @@ pub enum MonitorError {
     },
 }
 
+const ANOTHER_CLIENT: &str =
+    "another client may hold the socket, which serves one at a time; give QEMU one more -qmp for the daemon";
+
 fn advice(problem: &io::Error) -> &'static str {
     match problem.kind() {
         io::ErrorKind::PermissionDenied => {
             "run the daemon as QEMU's user or as root, or let its user write to the socket"
         }
+        io::ErrorKind::WouldBlock => ANOTHER_CLIENT,
         _ => "start QEMU with -qmp unix:PATH,server=on,wait=off",
     }
 }
@@ -126,7 +132,7 @@ impl Monitor {
     /// Connects, and hears QEMU's greeting.
     pub(super) fn connect(path: &Path, events: Arc<dyn Events>) -> Result<Self, MonitorError> {
         let failed = |problem| MonitorError::Connect { path: path.to_owned(), problem: Arc::new(problem) };
-        let socket = UnixStream::connect(path).map_err(failed)?;
+        let socket = connect(path).map_err(failed)?;
         socket.set_write_timeout(Some(ANSWER)).map_err(failed)?;
         let reading = socket.try_clone().map_err(failed)?;
         let writing = socket.try_clone().map_err(failed)?;
@@ -161,9 +167,9 @@ impl Monitor {
         let greeted = wire.read_capabilities();
         greeted.map_err(|error| {
             let hint = if error.kind() == io::ErrorKind::TimedOut {
-                " and no greeting: another client may hold the socket, which serves one at a time; give QEMU one more -qmp for the daemon"
+                format!(" and no greeting: {ANOTHER_CLIENT}")
             } else {
-                ""
+                String::new()
             };
             self.broken(format!("{error}{hint}"))
         })?;

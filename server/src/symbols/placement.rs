@@ -191,9 +191,11 @@ impl KernelMemory<'_> {
         if self.walker.gva_walk().format().mode().is_long() { 8 } else { 4 }
     }
 
-    /// Where a page of the kernel's lies, by an address in it.
-    pub(crate) fn gpa(&self, gva: u64) -> Option<u64> {
-        page(self.walker, self.memory, gva)
+    /// Where the top table at this address lies, if CR3 can lead there.
+    pub(crate) fn root(&self, gva: u64) -> Option<u64> {
+        // PAE paging has a smaller one.
+        let (unit, end) = if self.pointer() == 8 { (PAGE, u64::MAX) } else { (32, 1 << 32) };
+        page(self.walker, self.memory, gva).filter(|root| root.is_multiple_of(unit) && *root < end)
     }
 
     /// Fills `bytes`; says whether all that is the kernel's, and there.

@@ -5,8 +5,10 @@ use crate::symbols::{KernelMemory, Placed, Symbols};
 
 /// Largest BTF that is read. Distributions' kernels have five to ten megabytes.
 const BTF_MAX: u64 = 32 << 20;
-/// Longest name of a task that is believed: `TASK_COMM_LEN` is 16.
+/// Longest name of a task that is believed.
 const NAME_MAX: u64 = 64;
+/// Bytes of a name that are read: `TASK_COMM_LEN`. An answer has up to 16384 names.
+const NAME_READ: u64 = 16;
 
 /// Offsets in `task_struct`, and in `mm_struct`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,7 +17,7 @@ pub(super) struct Layout {
     pub(super) tasks: u64,
     pub(super) pid: u64,
     pub(super) comm: u64,
-    /// Bytes that a name may have.
+    /// Bytes of a name.
     pub(super) comm_size: usize,
     pub(super) mm: u64,
     /// In `mm_struct`: the address of the top table.
@@ -62,7 +64,7 @@ impl Layout {
             tasks: member("task_struct", "tasks", |size, pointer| size == 2 * pointer)?.offset,
             pid: member("task_struct", "pid", |size, _| size == 4)?.offset,
             comm: comm.offset,
-            comm_size: comm.size as usize,
+            comm_size: comm.size.min(NAME_READ) as usize,
             mm: member("task_struct", "mm", |size, pointer| size == pointer)?.offset,
             pgd: member("mm_struct", "pgd", |size, pointer| size == pointer)?.offset,
         })

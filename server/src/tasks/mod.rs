@@ -30,7 +30,7 @@ const BETWEEN_LOOKS: u32 = 64;
 pub(crate) struct Task {
     /// Its number.
     pub(crate) pid: u32,
-    /// Its name; bytes that are no UTF-8 are written as `\xff`.
+    /// Its name; control characters and bytes that are no UTF-8 are written as `\u{1b}` and `\xff`.
     pub(crate) name: String,
     /// Where its top table lies; under page-table isolation the kernel's.
     pub(crate) root: u64,
@@ -152,7 +152,7 @@ fn task(kernel: &KernelMemory<'_>, layout: &Layout, at: u64) -> Result<Option<Ta
             return Ok(None);
         }
         let pgd = pointer(kernel, before.wrapping_add(layout.pgd));
-        let root = pgd.and_then(|pgd| kernel.gpa(pgd));
+        let root = pgd.and_then(|pgd| kernel.root(pgd));
         let mut pid = [0; 4];
         let mut name = vec![0; layout.comm_size];
         if !kernel.read(at.wrapping_add(layout.pid), &mut pid)
@@ -180,12 +180,18 @@ fn number(bytes: &[u8]) -> u64 {
     bytes.iter().rev().fold(0, |number, byte| (number << 8) | u64::from(*byte))
 }
 
-/// A name up to its first zero.
+/// A name up to its first zero, without characters that steer a terminal.
 fn readable(name: &[u8]) -> String {
     let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
     let mut text = String::new();
     for chunk in name.utf8_chunks() {
-        text.push_str(chunk.valid());
+        for valid in chunk.valid().chars() {
+            if valid.is_control() {
+                text.extend(valid.escape_unicode());
+            } else {
+                text.push(valid);
+            }
+        }
         text.extend(chunk.invalid().iter().flat_map(|byte| byte.escape_ascii()).map(char::from));
     }
     text

@@ -42,11 +42,16 @@ struct Guest {
 }
 
 fn types() -> Vec<u8> {
+    types_with_names(16)
+}
+
+/// Where names may have so many bytes.
+fn types_with_names(bytes: u32) -> Vec<u8> {
     let mut blob = Blob::default();
     let int = blob.add("int", 1, 0, 4, &[32]);
     let char = blob.add("char", 1, 0, 1, &[8]);
     let pointer = blob.add("", 2, 0, 0, &[]);
-    let name = blob.add("", 3, 0, 0, &[char, int, 16]);
+    let name = blob.add("", 3, 0, 0, &[char, int, bytes]);
     let links = blob.add("list_head", 4, 0, 16, &[]);
     blob.structure(
         "task_struct",
@@ -188,10 +193,24 @@ fn processes_with_an_address_space() {
     let (guest, _) = three();
     let task =
         |pid: u32, name: &str| Task { pid, name: name.to_owned(), root: IMAGE + u64::from(pid) * 0x1000 };
-    let tasks = vec![task(1, "init"), task(3, "\\xff\u{f6}\u{1b}sixteen-byte")];
+    let tasks = vec![task(1, "init"), task(3, "\\xff\u{f6}\\u{1b}sixteen-byte")];
     assert_eq!(guest.list(), Ok(TaskList { tasks, count: 3, incomplete: None }));
     guest.link(&[]);
     assert_eq!(guest.list(), Ok(TaskList::default()));
+}
+
+/// Names are the guest's, and are shown on terminals.
+#[test]
+fn names_are_short_and_steer_no_terminal() {
+    let name = b"\x1b[2J\xc2\x9b1m\r\n\\ \xf0\x9f\x90\xa7 and more";
+    for bytes in [16, 64] {
+        let guest = Guest::with(&types_with_names(bytes), None);
+        guest.link(&[guest.task(1, &name[..16], true)]);
+        let [Task { name, .. }] = guest.list().unwrap().tasks.try_into().unwrap();
+        assert_eq!(name, "\\u{1b}[2J\\u{9b}1m\\u{d}\\u{a}\\ \u{1f427}");
+    }
+    let found = Guest::with(&types_with_names(65), None).list();
+    assert!(found.unwrap_err().contains("`task_struct.comm` of 65 bytes"));
 }
 
 #[test]
@@ -233,6 +252,9 @@ fn lists_that_lead_to_nowhere() {
         guest.put(tasks[2] + MM, nowhere);
         assert_eq!(guest.incomplete("no top table").tasks.len(), 1);
     }
+    let (guest, _) = three();
+    guest.put(HEAP + HEAP_BYTES / 2 + 3 * 16 + PGD, TEXT + 0x1008);
+    assert_eq!(guest.incomplete("no top table").tasks.len(), 1);
 }
 
 /// A page of user space is no kernel's: a program cannot show a list of its own.
@@ -352,6 +374,11 @@ fn a_32_bit_kernel() {
     let found = list(&machine, &memory, Instant::now() + Duration::from_secs(30));
     let tasks = vec![Task { pid: 77, name: "narrow".to_owned(), root: IMAGE + 0x5000 }];
     assert_eq!(found, Ok(TaskList { tasks, count: 1, incomplete: None }));
+    // Where a page of 4 MiB can be, and CR3 cannot lead.
+    memory.write(Gpa(IMAGE + 0x3000 + 4 * 0x306), &0x2083_u32.to_le_bytes()).unwrap();
+    put(mm, TEXT + 2 * IMAGE);
+    let found = list(&machine, &memory, Instant::now() + Duration::from_secs(30)).unwrap();
+    assert!(found.incomplete.is_some_and(|why| why.contains("no top table")));
 }
 
 /// Without symbols nothing is guessed.

@@ -505,7 +505,7 @@ class Task:
     """A process of a Linux guest."""
 
     pid: int
-    #: Of the guest's choice; bytes that are no UTF-8 are written as `\\xff`.
+    #: Of the guest's choice; control characters and bytes that are no UTF-8 are written as `\\u{1b}` and `\\xff`.
     name: str
 
     def __str__(self) -> str:

@@ -610,7 +610,9 @@ class Task(google.protobuf.message.Message):
     pid: builtins.int
     """Its number, as the guest's first PID namespace has it."""
     name: builtins.str
-    """Its name (`comm`), at most 15 bytes of the guest's choice. Bytes that are no UTF-8 are written as `\\xff`."""
+    """Its name (`comm`), at most 16 bytes of the guest's choice. Control characters and bytes that are no UTF-8 are written
+    as `\\u{1b}` and `\\xff`.
+    """
     def __init__(
         self,
         *,

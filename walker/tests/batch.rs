@@ -330,6 +330,44 @@ fn a_remembered_table_serves_the_addresses_that_lead_through_it() {
     }
 }
 
+/// A guest that leads its addresses through another table while a batch is under way is followed.
+#[test]
+fn a_remembered_table_that_is_taken_out_serves_no_more() {
+    const BLOCK: usize = 64;
+    let registers = ControlRegisters {
+        cr0: CR0_PE | CR0_PG,
+        cr3: 1 << 12,
+        cr4: CR4_PAE,
+        efer: EFER_LME | EFER_LMA,
+        ..ControlRegisters::default()
+    };
+    let cpu = CpuProfile { vendor: Vendor::Intel, maxphyaddr: 40, gib_pages: true, encryption_bit: None };
+    let walker = Walker::new(PageWalk::new(&registers, &cpu).unwrap());
+    let access = Access::new(AccessKind::Read, Privilege::Supervisor);
+    let gva = |at: usize| (at as u64 * 7 % 512) << 12;
+    let mut gvas: Vec<u64> = (0..32 * BLOCK).map(gva).collect();
+    gvas[2 * BLOCK] |= 1 << 39;
+    // From the entry that leads to it on, every table has a counterpart three pages further on.
+    for (set, changed) in Instructions::ALL.into_iter().flat_map(|set| (1..4).map(move |page| (set, page))) {
+        let words: Vec<AtomicU64> = (0..PAGES as usize * 512).map(|_| AtomicU64::new(0)).collect();
+        let put = |page: usize, index: usize, entry: u64| {
+            words[page * 512 + index].store(entry, Ordering::Relaxed);
+        };
+        for page in [1, 2, 3, 5, 6] {
+            put(page, 0, (page as u64 + 1) << 12 | 7);
+        }
+        (0..512).for_each(|index| put(4, index, 8 << 12 | 7));
+        (0..512).for_each(|index| put(7, index, 9 << 12 | 7));
+        let mut answers = vec![0; gvas.len()];
+        let mut fault = |_, _| put(changed, 0, (changed as u64 + 4) << 12 | 7);
+        walker.translate_batch_by(set, &Window::new(&words), &access, &gvas, &mut answers, &mut fault);
+        let frame = |word: &u64| PageWord::from_bits(*word).gpa(0).map(|gpa| gpa.0 >> 12);
+        assert!(answers[..2 * BLOCK].iter().all(|word| frame(word) == Some(8)), "{set:?}");
+        let last = &answers[31 * BLOCK..];
+        assert!(last.iter().all(|word| frame(word) == Some(9)), "{set:?}: the table of page {changed}");
+    }
+}
+
 /// Every combination of the bits that matter in one entry of 32-bit and PAE paging, met by blocks that share it and by blocks
 /// that do not.
 #[test]

@@ -2,8 +2,8 @@
 //!
 //! One translation is a chain of dependent loads; many need not wait for one another. A batch means exactly what as many
 //! single walks mean, element by element and in the order of the column, on memory that does not change meanwhile; on a
-//! running guest each element is a walk of its own. Nothing is allocated: the caller brings the columns. Nothing is kept
-//! from one batch to the next, either.
+//! running guest each element is a walk made during the batch, which 64 neighbours may share in part. Nothing is allocated:
+//! the caller brings the columns. Nothing is kept from one batch to the next, either.
 
 mod admission;
 mod column;

@@ -4,7 +4,7 @@
 //! one block's PTEs are on their way from memory, the PDEs of the next are judged and its PTEs asked for. Levels whose
 //! entry all addresses of a block share are walked once for the block, so that addresses near one another cost little more
 //! than one load each. The last page table that a whole block shared is remembered until the batch ends: a block of addresses
-//! that lead through it has its words at once, and waits for nothing.
+//! that lead through it has its words at once, and waits for nothing, as long as the entries that lead there are what they were.
 //!
 //! A level is three loops over the lanes: entries are loaded, judged and asked for. Each is loaded in one atomic access,
 //! eight at a time where the CPU can; judging has no branch and touches columns alone, so that the compiler makes vector instructions of it. A lane
@@ -51,6 +51,7 @@ pub(super) struct Lanes<'a, M, const SHORT: bool> {
 struct KnownTable<'a> {
     gva: u64,
     state: State,
+    path: Path,
     entries: &'a [AtomicU64; 512],
 }
 
@@ -59,6 +60,23 @@ impl KnownTable<'_> {
     /// A guess: [`Lanes::at_once`] looks at all of them.
     fn leads(&self, gvas: &[u64]) -> bool {
         gvas.first().is_some_and(|gva| (gva ^ self.gva) >> shift(2) == 0)
+    }
+}
+
+/// The words above level 1 that a walk went through, and where they lie; the first of them in all places that are left.
+#[derive(Clone, Copy)]
+struct Path([(State, u64); 4]);
+
+impl Path {
+    #[inline(always)]
+    fn note(&mut self, level: u32, place: State, word: u64) {
+        self.0[(level.wrapping_sub(2) & 3) as usize] = (place, word);
+    }
+
+    /// Whether the guest has left all of it as it was.
+    #[inline(always)]
+    fn holds<M: Memory>(&self, ram: &Ram<'_, M>) -> bool {
+        self.0.iter().fold(0, |changes, (place, word)| changes | (ram.load(*place) ^ word)) == 0
     }
 }
 
@@ -185,6 +203,7 @@ impl<M: Memory, const SHORT: bool> Walks for Lanes<'_, M, SHORT> {
                 while !entered
                     && let (Some(gvas), Some(words)) = (block(gvas, turn), block_mut(words, turn))
                     && known.leads(gvas)
+                    && known.path.holds(&self.ram)
                     && self.at_once(gather, known, &mut columns.entries, gvas, words)
                 {
                     entered = turn < clear;
@@ -269,6 +288,7 @@ impl<'a, M: Memory, const SHORT: bool> Lanes<'a, M, SHORT> {
         }
 
         let (mut state, mut level) = (self.root, self.levels);
+        let mut path = None;
         if let Some(pdptes) = &self.pdptes {
             if differing >> shift(level) != 0 {
                 self.enter_pae(block, pdptes, gvas);
@@ -282,7 +302,9 @@ impl<'a, M: Memory, const SHORT: bool> Lanes<'a, M, SHORT> {
             level -= 1;
         }
         while level > 1 && differing >> Self::shift(level) == 0 {
-            let word = self.ram.load(state | Self::offset(first, level));
+            let place = state | Self::offset(first, level);
+            let word = self.ram.load(place);
+            path.get_or_insert(Path([(place, word); 4])).note(level, place, word);
             let entry = Self::entry(word, first, level);
             let tables = self.admission.tables(level);
             if tables.wrong(entry) != 0 {
@@ -298,7 +320,7 @@ impl<'a, M: Memory, const SHORT: bool> Lanes<'a, M, SHORT> {
         if level == 1 {
             // They share the table, and are perhaps neighbours.
             block.states[0] = state;
-            *known = self.known(first, state);
+            *known = path.and_then(|path| self.known(first, state, path));
             gvas.iter().step_by(LINE).for_each(|gva| self.ram.prefetch(state | Self::offset(*gva, 1)));
             return;
         }
@@ -328,8 +350,8 @@ impl<'a, M: Memory, const SHORT: bool> Lanes<'a, M, SHORT> {
         block.from = PDE;
     }
 
-    fn known(&self, gva: u64, state: State) -> Option<KnownTable<'a>> {
-        Some(KnownTable { gva, state, entries: self.ram.memory.table(Gpa(state & PageWord::FRAME))? })
+    fn known(&self, gva: u64, state: State, path: Path) -> Option<KnownTable<'a>> {
+        Some(KnownTable { gva, state, path, entries: self.ram.memory.table(Gpa(state & PageWord::FRAME))? })
     }
 
     /// Gives a whole block its words, where all of its addresses lead through this page table to pages in RAM that the access

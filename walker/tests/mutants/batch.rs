@@ -103,6 +103,10 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         &[("batch/pipeline.rs", "&& elsewhere >> Self::shift(2) == 0 ", "")],
     ),
     mutant(
+        "a batch knows a table that the guest has taken out",
+        &[("batch/pipeline.rs", "\n                    && known.path.holds(&self.ram)", "")],
+    ),
+    mutant(
         "a batch takes RAM for granted behind a table it knows",
         &[("batch/pipeline.rs", " && outside >> 63 == 0", "")],
     ),

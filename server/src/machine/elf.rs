@@ -13,6 +13,7 @@ use linux_loader::loader::{Elf, KernelLoader};
 use vm_memory::GuestAddress;
 
 use super::memory::GuestRam;
+use super::regular_file;
 
 const HEADER: usize = 64;
 const PROGRAM_HEADER: usize = 56;
@@ -41,9 +42,6 @@ pub enum ElfProblem {
     /// It cannot be read.
     #[error("cannot be read: {0}")]
     Read(#[from] io::Error),
-    /// It is a directory, a device or a pipe.
-    #[error("is not a regular file")]
-    NotAFile,
     /// It does not begin as an ELF file does.
     #[error("is not an ELF file")]
     Magic,
@@ -148,11 +146,7 @@ struct Segment {
 /// Loads `path` into `memory`, outside the first `boot_area_end` bytes, and gives its entry point.
 pub(super) fn load(memory: &GuestRam, path: &Path, boot_area_end: u64) -> Result<u64, ElfError> {
     let load = || -> Result<u64, ElfProblem> {
-        // Opening a pipe would wait for its other end.
-        if !std::fs::metadata(path)?.is_file() {
-            return Err(ElfProblem::NotAFile);
-        }
-        let mut file = File::open(path)?;
+        let mut file = regular_file(path)?;
         let entry = check(&mut file, memory.size(), boot_area_end)?;
         // An explicit offset makes linux-loader leave PVH notes alone: nothing here uses them.
         Elf::load(memory.map(), Some(GuestAddress(0)), &mut file, None)

@@ -60,7 +60,7 @@ pub enum Report {
 /// How much a map may cost.
 ///
 /// Both are bounds for the whole map, over all calls of [`Map::advance`]. Each map gets somewhere, however small its
-/// budget: entries may be overdrawn by one descent from the root and one table.
+/// budget: entries may be overdrawn by one descent from the root and one table, of each dimension.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Budget {
     /// Entries read, of both dimensions.
@@ -238,7 +238,7 @@ impl Map {
 
     /// Goes on, until about `entries` entries have been read (it always gets somewhere), or `sink` breaks off. The sink
     /// gets one extent at a time, in the order of the addresses; at the end of a call one may be held back that the next
-    /// page might continue. About 20 KiB of stack hold the tables.
+    /// page might continue. About 24 KiB of stack hold the tables.
     pub fn advance<M: Memory>(
         &mut self,
         memory: &M,

@@ -2,6 +2,7 @@
 //! their default are left out.
 
 use std::io;
+use std::sync::OnceLock;
 
 use pagewalk_proto::FILE_DESCRIPTOR_SET;
 use prost::Message;
@@ -11,11 +12,22 @@ const PACKAGE: &str = "pagewalk.v1";
 
 /// A message that knows its fields' names.
 pub(super) fn document<M: Message>(name: &str, message: &M) -> io::Result<DynamicMessage> {
-    let pool = DescriptorPool::decode(FILE_DESCRIPTOR_SET).map_err(io::Error::other)?;
-    let descriptor = pool
+    let descriptor = contract()?
         .get_message_by_name(&format!("{PACKAGE}.{name}"))
         .ok_or_else(|| io::Error::other(format!("the contract has no message {name}")))?;
     DynamicMessage::decode(descriptor, message.encode_to_vec().as_slice()).map_err(io::Error::other)
+}
+
+/// The contract, read once: there may be millions of documents.
+fn contract() -> io::Result<&'static DescriptorPool> {
+    static CONTRACT: OnceLock<DescriptorPool> = OnceLock::new();
+    match CONTRACT.get() {
+        Some(contract) => Ok(contract),
+        None => {
+            let read = DescriptorPool::decode(FILE_DESCRIPTOR_SET).map_err(io::Error::other)?;
+            Ok(CONTRACT.get_or_init(|| read))
+        }
+    }
 }
 
 /// One document, indented.

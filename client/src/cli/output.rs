@@ -63,9 +63,13 @@ impl Output {
 
     /// Writes text, with a newline at its end.
     pub(super) fn print(self, text: &str) -> io::Result<()> {
-        let mut stdout = anstream::stdout().lock();
-        writeln!(stdout, "{}", text.trim_end_matches('\n'))?;
-        stdout.flush()
+        let mut text = text.trim_end_matches('\n').to_owned();
+        text.push('\n');
+        // Written at once: a stream that strips colours itself writes line by line.
+        if anstream::AutoStream::choice(&io::stdout()) == anstream::ColorChoice::Never {
+            text = anstream::adapter::strip_str(&text).to_string();
+        }
+        self.bytes(text.as_bytes())
     }
 
     /// Writes bytes as they are.

@@ -3,10 +3,11 @@
 use std::convert::Infallible;
 use std::marker::PhantomData;
 use std::pin::Pin;
+use std::sync::OnceLock;
 use std::task::{Context, Poll};
 
 use http::uri::PathAndQuery;
-use pagewalk_proto::WithColumn;
+use pagewalk_proto::{WithColumn, v1};
 use prost::Message;
 use prost::bytes::Bytes;
 use tonic::body::Body;
@@ -40,6 +41,11 @@ pub(crate) const BYTES: &str = "/pagewalk.bench.Echo/Bytes";
 pub(crate) const WORDS: &str = "/pagewalk.bench.Echo/Words";
 pub(crate) const COLUMN: &str = "/pagewalk.bench.Echo/Column";
 pub(crate) const STREAM: &str = "/pagewalk.bench.Echo/Stream";
+const KNOWN: &str = "/pagewalk.bench.Echo/Known";
+const KNOW: &str = "/pagewalk.bench.Echo/Know";
+
+/// The answer that [`KNOWN`] gives.
+static ANSWER: OnceLock<v1::TranslateResponse> = OnceLock::new();
 
 #[derive(Clone)]
 pub(crate) struct Echo;
@@ -65,6 +71,11 @@ impl Service<http::Request<Body>> for Echo {
             BYTES => Box::pin(async { Ok(grpc::<Payload>().unary(Same::new(), request).await) }),
             WORDS => Box::pin(async { Ok(grpc::<Words>().unary(Same::new(), request).await) }),
             COLUMN => Box::pin(async { Ok(grpc::<Columned>().unary(Same::new(), request).await) }),
+            KNOW => Box::pin(async { Ok(grpc::<v1::TranslateResponse>().unary(Know, request).await) }),
+            KNOWN => Box::pin(async {
+                let codec = ProstCodec::<v1::TranslateResponse, v1::TranslateRequest>::default();
+                Ok(Grpc::new(codec).unary(Known, request).await)
+            }),
             STREAM => Box::pin(async { Ok(grpc::<Payload>().streaming(Same::new(), request).await) }),
             other => panic!("no method {other}"),
         }
@@ -85,6 +96,32 @@ impl UnaryService<Payload> for OfSize {
         const ZEROS: &[u8] = &[0; 255];
         let data = &ZEROS[..usize::from(request.get_ref().data[0])];
         std::future::ready(Ok(Response::new(Payload { data: Bytes::from_static(data) })))
+    }
+}
+
+/// Takes the answer to give from now on.
+struct Know;
+
+impl UnaryService<v1::TranslateResponse> for Know {
+    type Response = v1::TranslateResponse;
+    type Future = std::future::Ready<Result<Response<Self::Response>, Status>>;
+
+    fn call(&mut self, request: Request<v1::TranslateResponse>) -> Self::Future {
+        let answer = ANSWER.get_or_init(|| request.into_inner());
+        std::future::ready(Ok(Response::new(answer.clone())))
+    }
+}
+
+/// Understands `Translate`'s question and has the answer at hand.
+struct Known;
+
+impl UnaryService<v1::TranslateRequest> for Known {
+    type Response = v1::TranslateResponse;
+    type Future = std::future::Ready<Result<Response<Self::Response>, Status>>;
+
+    fn call(&mut self, request: Request<v1::TranslateRequest>) -> Self::Future {
+        drop(request);
+        std::future::ready(Ok(Response::new(ANSWER.get().unwrap().clone())))
     }
 }
 
@@ -125,6 +162,19 @@ pub(crate) async fn ask<T: Message + Default + 'static>(
     client.ready().await.unwrap();
     let codec = ProstCodec::<T, T>::default();
     client.unary(Request::new(message), PathAndQuery::from_static(path), codec).await.unwrap().into_inner()
+}
+
+/// Says what [`known`] answers.
+pub(crate) async fn know(channel: &Channel, answer: v1::TranslateResponse) {
+    drop(ask(channel, KNOW, answer).await);
+}
+
+/// Asks for the known answer to a question.
+pub(crate) async fn known(channel: &Channel, question: v1::TranslateRequest) -> v1::TranslateResponse {
+    let mut client = tonic::client::Grpc::new(channel.clone());
+    client.ready().await.unwrap();
+    let path = PathAndQuery::from_static(KNOWN);
+    client.unary(Request::new(question), path, ProstCodec::default()).await.unwrap().into_inner()
 }
 
 /// Opens a stream of echoes.

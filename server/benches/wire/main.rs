@@ -1,5 +1,6 @@
 //! What the wire costs: calls of one address, and batches and streams of 65,536, next to a tonic echo with messages of the same
-//! size, and to the same batch in process.
+//! size, and to the same batch in process. What it costs to read and write the messages of a call, whatever they say, a service
+//! shows that understands them and has the answer at hand.
 //!
 //! The daemon and the echoes run in another process, on processor 0 alone; this one, the client, keeps to processor 1. The
 //! sides take turns, a round each, and the table holds the medians of the rounds. Figures of `CPU` are what the daemon's
@@ -82,14 +83,20 @@ impl Bench {
             let mut data = vec![0; request.encoded_len() - 2];
             data[0] = u8::try_from(answer.encoded_len() - 2).unwrap();
             let payload = Payload { data: data.into() };
+            echo::know(&layered, answer).await;
             let calls = if flight == 1 { self.calls / 4 } else { self.calls };
-            let mut times = [Vec::new(), Vec::new(), Vec::new()];
+            let mut times = [Vec::new(), Vec::new(), Vec::new(), Vec::new()];
             for _ in 0..if self.rounds == 1 { 1 } else { rounds } {
                 let ours = in_flight(flight, calls, || {
                     let (mut daemon, request) = (daemon.clone(), request.clone());
                     async move { drop(daemon.translate(request).await.unwrap()) }
                 });
                 times[0].push(ours.await);
+                let known = in_flight(flight, calls, || {
+                    let (channel, request) = (layered.clone(), request.clone());
+                    async move { drop(echo::known(&channel, request).await) }
+                });
+                times[3].push(known.await);
                 for (times, channel) in times[1..].iter_mut().zip([&layered, &bare]) {
                     let call = in_flight(flight, calls, || {
                         let (channel, payload) = (channel.clone(), payload.clone());
@@ -98,10 +105,13 @@ impl Bench {
                     times.push(call.await);
                 }
             }
-            let [ours, layered, bare] = times;
+            let [ours, layered, bare, known] = times;
             let case = format!("Translate, {way:?}, {flight} in flight");
             self.report.add(&case, "ns a call", ours.clone(), "echo behind the same layers", layered.clone());
-            self.report.add(&case, "ns a call", ours, "bare echo", bare.clone());
+            self.report.add(&case, "ns a call", ours.clone(), "bare echo", bare.clone());
+            self.report.add(&case, "ns a call", ours, "the answer known, same layers", known.clone());
+            let floor = format!("the answer known, {way:?}, {flight} in flight");
+            self.report.add(&floor, "ns a call", known, "echo behind the same layers", layered.clone());
             self.report.add(
                 format!("layers, {way:?}, {flight} in flight"),
                 "ns a call",

@@ -261,7 +261,7 @@ fn a_batch_is_as_many_single_walks() {
         std::env::var("PAGEWALK_SEED").ok().map_or_else(|| fastrand::u64(..), |seed| seed.parse().unwrap());
     let sets: Vec<_> = Instructions::ALL.into_iter().filter(|set| set.available()).collect();
     println!("seed {drawn}, instructions {sets:?}");
-    let cases = if cfg!(miri) { 4 } else { 8_000 };
+    let cases = if cfg!(miri) { 4 } else { 3_000 };
     let words: Vec<AtomicU64> = (0..PAGES as usize * 512).map(|_| AtomicU64::new(0)).collect();
     let mut reached = BTreeMap::new();
     for seed in KEPT.into_iter().chain([drawn]) {

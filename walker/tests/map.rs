@@ -562,6 +562,35 @@ fn four_level(root: u64) -> Walker {
     Walker::new(PageWalk::new(&registers, &cpu).unwrap())
 }
 
+/// Pages that continue each other, one of which has another bit than its neighbours.
+#[test]
+fn a_page_that_differs_ends_an_extent() {
+    const RUN: u64 = 200;
+    for (bit, odd, plain) in [1, 2, 3, 4, 7, 8, 59, 63]
+        .into_iter()
+        .flat_map(|bit| [1, 63, 64, 100, 199].map(move |odd| (bit, odd)))
+        .flat_map(|(bit, odd)| [(bit, odd, false), (bit, odd, true)])
+    {
+        let ram = Ram { words: (0..4 * 512).map(|_| AtomicU64::new(0)).collect(), plain };
+        (0..3).for_each(|table| ram.put(table << 12, (table + 1) << 12 | 7));
+        for page in 0..RUN {
+            let differs = u64::from(page == odd) << bit;
+            ram.put(3 << 12 | page << 3, (16 + page) << 12 | 7 ^ differs);
+        }
+        let walker = four_level(0);
+        let (extents, progress) = whole(&mut Map::new(walker.clone()), &ram);
+        assert_eq!(progress, Progress::Done);
+        for gva in (0..RUN).map(|page| page << 12) {
+            let extent = extents.iter().rfind(|extent| extent.start.0 <= gva).unwrap();
+            let walked = walker.translate(&ram, Gva(gva), &EXEMPT);
+            assert!(
+                agrees(extent, gva - extent.start.0, &walked),
+                "bit {bit} of page {odd}: {gva:#x}, {extent:?}"
+            );
+        }
+    }
+}
+
 /// Every entry of the only table refers to the table itself: 512^4 pages.
 #[test]
 fn a_table_that_refers_to_itself_ends_by_the_budget() {

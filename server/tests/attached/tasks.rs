@@ -79,11 +79,15 @@ impl Tasks {
     }
 }
 
-/// A name, with bytes that are no UTF-8 in hex.
+/// A name, with bytes that are no UTF-8 in hex and control characters by their numbers.
 fn written(name: &[u8]) -> String {
-    let one =
-        |byte: &u8| if byte.is_ascii() { char::from(*byte).to_string() } else { format!(r"\x{byte:02x}") };
-    String::from_utf8(name.to_vec()).unwrap_or_else(|_| name.iter().map(one).collect())
+    let shown =
+        |one: char| if one.is_control() { format!(r"\u{{{:x}}}", u32::from(one)) } else { one.to_string() };
+    let byte = |byte: &u8| if byte.is_ascii() { shown(char::from(*byte)) } else { format!(r"\x{byte:02x}") };
+    match std::str::from_utf8(name) {
+        Ok(text) => text.chars().map(shown).collect(),
+        Err(_) => name.iter().map(byte).collect(),
+    }
 }
 
 /// The worker that lives in an address space, by its page of identity.

@@ -1,6 +1,6 @@
 //! What the daemon is told: by flags, the environment and one TOML file, in that order of precedence.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -143,6 +143,24 @@ pub struct Config {
     pub grace: Duration,
     /// Bound on calls in flight.
     pub max_calls: usize,
+}
+
+impl Config {
+    /// A daemon for programs on this machine that serve it themselves: on a free port of loopback, without machines.
+    #[must_use]
+    pub fn on_loopback() -> Self {
+        Self {
+            listen: vec![(Ipv4Addr::LOCALHOST, 0).into()],
+            uds: None,
+            tls: None,
+            machines: Vec::new(),
+            client_files: None,
+            log: "info".to_owned(),
+            log_format: LogFormat::Human,
+            grace: Duration::from_secs(GRACE),
+            max_calls: MAX_CALLS,
+        }
+    }
 }
 
 /// What is wrong with what the daemon was told.

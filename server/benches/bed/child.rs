@@ -6,9 +6,8 @@
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::time::Duration;
 
-use pagewalkd::config::{Config, LogFormat};
+use pagewalkd::config::Config;
 use pagewalkd::machine::{Machine, Machines};
 use pagewalkd::serve::{Server, transport};
 use tokio::net::{TcpListener, UnixListener};
@@ -65,17 +64,8 @@ pub(crate) fn serve_if_asked() {
 }
 
 async fn start(directory: &Path, machines: Vec<Machine>) -> Vec<String> {
-    let config = Config {
-        listen: vec!["127.0.0.1:0".parse().unwrap()],
-        uds: Some(socket(directory, Who::Daemon)),
-        tls: None,
-        machines: Vec::new(),
-        client_files: None,
-        log: "info".to_owned(),
-        log_format: LogFormat::Human,
-        grace: Duration::from_secs(1),
-        max_calls: CALLS,
-    };
+    let config =
+        Config { uds: Some(socket(directory, Who::Daemon)), max_calls: CALLS, ..Config::on_loopback() };
     let server = Server::bind(&config, Machines::new(machines).unwrap()).await.unwrap();
     let mut addresses = vec![server.addresses()[0].to_string()];
     tokio::spawn(server.run(std::future::pending()));

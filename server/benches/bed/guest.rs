@@ -111,27 +111,7 @@ impl Shape {
             ..Registers::default()
         };
         let cpu = CpuProfile { vendor: Vendor::Intel, maxphyaddr: 46, gib_pages: true, encryption_bit: None };
-        let vcpu = Vcpu::spawn(self.name(), 0, cpu, PlainBackend::new(registers, "a bench")).unwrap();
-        let source = LocalSource {
-            kind: "bench",
-            description: "page tables for a bench".to_owned(),
-            vcpus: vec![vcpu],
-            memory: Arc::new(ram),
-            capabilities: Capabilities {
-                live: false,
-                can_pause: false,
-                can_step: false,
-                can_set_registers: true,
-                can_write_memory: true,
-                ends_when_detached: true,
-                real_nested: false,
-                nested_reason: "nothing executes here".to_owned(),
-            },
-            cpu,
-            landmarks: Vec::new(),
-            health: Health::default(),
-        };
-        Machine::new(self.name(), Arc::new(source))
+        machine(self.name(), ram, registers, cpu)
     }
 
     fn vcpu(self) -> Option<v1::VcpuRef> {
@@ -195,4 +175,29 @@ pub(crate) fn in_process(machine: &Machine, batches: &[Vec<u64>]) -> f64 {
         std::hint::black_box(&mut words);
     }
     start.elapsed().as_nanos() as f64 / (batches.len() * BATCH) as f64
+}
+
+/// A machine over this memory, that executes nothing.
+pub(crate) fn machine(id: &str, memory: GuestRam, registers: Registers, cpu: CpuProfile) -> Machine {
+    let vcpu = Vcpu::spawn(id, 0, cpu, PlainBackend::new(registers, "a bench")).unwrap();
+    let source = LocalSource {
+        kind: "bench",
+        description: "page tables for a bench".to_owned(),
+        vcpus: vec![vcpu],
+        memory: Arc::new(memory),
+        capabilities: Capabilities {
+            live: false,
+            can_pause: false,
+            can_step: false,
+            can_set_registers: true,
+            can_write_memory: true,
+            ends_when_detached: true,
+            real_nested: false,
+            nested_reason: "nothing executes here".to_owned(),
+        },
+        cpu,
+        landmarks: Vec::new(),
+        health: Health::default(),
+    };
+    Machine::new(id, Arc::new(source))
 }

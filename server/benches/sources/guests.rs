@@ -8,16 +8,15 @@ use std::io;
 use std::os::fd::{AsRawFd as _, FromRawFd as _};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pagewalk::{CpuProfile, Gpa, Vendor};
-use pagewalkd::machine::{Capabilities, GuestRam, Health, LocalSource, Machine, MachineSpec, Region};
-use pagewalkd::vcpu::{PlainBackend, Registers, Vcpu};
+use pagewalkd::machine::{GuestRam, Machine, MachineSpec, Region};
+use pagewalkd::vcpu::Registers;
 use tempfile::TempDir;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap, GuestMemoryRegion as _};
 
-use super::bed::guest::Shape;
+use super::bed::guest::{Shape, machine};
 
 const SIZE: u64 = 4 << 30;
 /// Where QEMU's memory has a hole for devices.
@@ -81,27 +80,7 @@ pub(crate) fn memory(pages: Pages) -> GuestRam {
 
 /// A guest of our own.
 pub(crate) fn own(id: &str, memory: GuestRam) -> Machine {
-    let vcpu = Vcpu::spawn(id, 0, CPU, PlainBackend::new(Registers::default(), "a bench")).unwrap();
-    let source = LocalSource {
-        kind: "bench",
-        description: "page tables for a bench".to_owned(),
-        vcpus: vec![vcpu],
-        memory: Arc::new(memory),
-        capabilities: Capabilities {
-            live: false,
-            can_pause: false,
-            can_step: false,
-            can_set_registers: true,
-            can_write_memory: true,
-            ends_when_detached: true,
-            real_nested: false,
-            nested_reason: "nothing executes here".to_owned(),
-        },
-        cpu: CPU,
-        landmarks: Vec::new(),
-        health: Health::default(),
-    };
-    Machine::new(id, Arc::new(source))
+    machine(id, memory, Registers::default(), CPU)
 }
 
 /// A file for QEMU's memory, and that memory to be written.

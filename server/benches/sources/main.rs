@@ -30,7 +30,7 @@ use pagewalk::mode::{CR0_PE, CR0_PG, CR0_WP, CR4_PAE, EFER_LMA, EFER_LME, EFER_N
 use pagewalk::{Access, AccessKind, ControlRegisters, Gva, PageWalk, Privilege, Walker};
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::translation_service_client::TranslationServiceClient;
-use pagewalkd::config::{Config, LogFormat};
+use pagewalkd::config::Config;
 use pagewalkd::machine::{GuestRam, Machine, Machines};
 use pagewalkd::serve::Server;
 use tonic::transport::{Channel, Endpoint};
@@ -212,17 +212,7 @@ fn over_the_wire(
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let folder = tempfile::tempdir().unwrap();
     let machines = contestants.iter().map(|contestant| contestant.machine.clone());
-    let config = Config {
-        listen: vec!["127.0.0.1:0".parse().unwrap()],
-        uds: Some(folder.path().join("socket")),
-        tls: None,
-        machines: Vec::new(),
-        client_files: None,
-        log: "info".to_owned(),
-        log_format: LogFormat::Human,
-        grace: Duration::from_secs(1),
-        max_calls: 1024,
-    };
+    let config = Config { uds: Some(folder.path().join("socket")), ..Config::on_loopback() };
     let calls = if short { 16 } else { 256 };
     runtime.block_on(async {
         let server = Server::bind(&config, Machines::new(machines).unwrap()).await.unwrap();

@@ -29,7 +29,7 @@ pub(super) fn answer(
     convert::access::check(&access, &walker)?;
     may_set(policy, target)?;
 
-    let answer = |validated: Validated, steps: &[Step]| {
+    let told = |validated: Validated, steps: &[Step]| {
         let Validated { outcome, repeated, torn } = validated;
         let names = target.names(memory, snapshot, &walker, gva, steps);
         let explanation = if request.explain {
@@ -59,7 +59,7 @@ pub(super) fn answer(
     };
     if !(request.validate || request.trace || request.explain) {
         let outcome = walker.translate_with(memory, Gva(gva), &access, policy, &mut NoTrace);
-        return answer(Validated::not(outcome), &[]);
+        return told(Validated::not(outcome), &[]);
     }
     let mut trace = Box::new(Trace::new());
     let validated = if request.validate {
@@ -67,5 +67,5 @@ pub(super) fn answer(
     } else {
         Validated::not(walker.translate_with(memory, Gva(gva), &access, policy, &mut *trace))
     };
-    answer(validated, trace.steps())
+    told(validated, trace.steps())
 }

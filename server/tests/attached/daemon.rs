@@ -1,7 +1,6 @@
 //! A daemon in this process that starts without a machine.
 
 use std::path::Path;
-use std::time::Duration;
 
 use libtest_mimic::Failed;
 use pagewalk_proto::v1;
@@ -10,7 +9,7 @@ use pagewalk_proto::v1::mapping_service_client::MappingServiceClient;
 use pagewalk_proto::v1::memory_service_client::MemoryServiceClient;
 use pagewalk_proto::v1::translation_service_client::TranslationServiceClient;
 use pagewalk_proto::v1::vcpu_service_client::VcpuServiceClient;
-use pagewalkd::config::{Config, LogFormat};
+use pagewalkd::config::Config;
 use pagewalkd::machine::Machines;
 use pagewalkd::serve::Server;
 use tokio::runtime::Runtime;
@@ -26,17 +25,7 @@ pub(crate) struct Daemon {
 impl Daemon {
     pub(crate) fn start() -> Result<Self, Failed> {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-        let config = Config {
-            listen: vec!["127.0.0.1:0".parse()?],
-            uds: None,
-            tls: None,
-            machines: Vec::new(),
-            client_files: None,
-            log: "info".into(),
-            log_format: LogFormat::Human,
-            grace: Duration::from_secs(5),
-            max_calls: 1024,
-        };
+        let config = Config::on_loopback();
         let channel = runtime.block_on(async {
             let server = Server::bind(&config, Machines::default()).await?;
             let address = server.addresses()[0];

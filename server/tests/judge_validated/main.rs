@@ -18,7 +18,6 @@ mod mapping;
 
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Duration;
 
 use judge::{Judge, skipped};
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -27,7 +26,7 @@ use pagewalk::PageWord;
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::translate_response::Outcome;
 use pagewalk_proto::v1::translation_service_client::TranslationServiceClient;
-use pagewalkd::config::{Config, LogFormat};
+use pagewalkd::config::Config;
 use pagewalkd::machine::{Machine, MachineSpec, Machines};
 use pagewalkd::serve::Server;
 use tokio::runtime::Runtime;
@@ -197,17 +196,7 @@ struct Asked {
 impl Daemon {
     fn serve(machine: &Machine) -> Result<Self, Failed> {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-        let config = Config {
-            listen: vec!["127.0.0.1:0".parse()?],
-            uds: None,
-            tls: None,
-            machines: Vec::new(),
-            client_files: None,
-            log: "info".into(),
-            log_format: LogFormat::Human,
-            grace: Duration::from_secs(5),
-            max_calls: 16,
-        };
+        let config = Config { max_calls: 16, ..Config::on_loopback() };
         let machines = Machines::new([machine.clone()])?;
         let channel = runtime.block_on(async {
             let server = Server::bind(&config, machines).await?;

@@ -8,7 +8,7 @@ use pagewalk_proto::v1::machine_service_client::MachineServiceClient;
 use pagewalk_proto::v1::translation_service_client::TranslationServiceClient;
 use pagewalk_proto::v1::vcpu_service_client::VcpuServiceClient;
 use pagewalk_proto::v1::walker_service_client::WalkerServiceClient;
-use pagewalkd::config::{Config, LogFormat};
+use pagewalkd::config::Config;
 use pagewalkd::machine::{Machine, MachineSpec, Machines};
 use pagewalkd::serve::{ServeError, Server};
 use tokio::sync::oneshot;
@@ -21,17 +21,7 @@ use tonic_types::StatusExt as _;
 pub(crate) const SOON: Duration = Duration::from_secs(20);
 
 pub(crate) fn config() -> Config {
-    Config {
-        listen: vec!["127.0.0.1:0".parse().unwrap()],
-        uds: None,
-        tls: None,
-        machines: Vec::new(),
-        client_files: None,
-        log: "info".into(),
-        log_format: LogFormat::Human,
-        grace: Duration::from_secs(5),
-        max_calls: 1024,
-    }
+    Config::on_loopback()
 }
 
 pub(crate) fn open(spec: &str) -> Machine {

@@ -6,7 +6,6 @@
 use crate::access::{Access, AccessKind};
 use crate::batch::word::{NO_EXECUTE, PageWord, SIZE, USER, WRITE, size_code};
 use crate::entry::{EntryLayout, LongMode, TwoLevel};
-
 use crate::format::PageFormat;
 use crate::mode::PagingMode;
 use crate::permission::{Rights, key_field};
@@ -42,7 +41,7 @@ pub(super) type State = u64;
 pub(super) const ADDRESS: u64 = LongMode::FRAME | 0xff8;
 
 impl Admission {
-    /// What `format` lets lanes accept for `access`; `None` where its entries are not those of long mode, or lanes would
+    /// What `format` lets lanes accept for `access`; `None` where there are none or they are EPT's, or lanes would
     /// accept nothing.
     pub(super) fn new(format: &PageFormat, access: &Access) -> Option<Self> {
         if format.levels() == 0 || format.is_ept() {

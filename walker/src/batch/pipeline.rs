@@ -3,7 +3,7 @@
 //! A block is 64 addresses. Four blocks are in flight at a time, each one level further down than the one behind it: while
 //! one block's PTEs are on their way from memory, the PDEs of the next are judged and its PTEs asked for. Levels whose
 //! entry all addresses of a block share are walked once for the block, so that addresses near one another cost little more
-//! than one load each. The last page table that a whole block shared is remembered until the batch ends: a block of addresses
+//! than one load each. The last page table that a whole block shared is remembered within the batch: a block of addresses
 //! that lead through it has its words at once, and waits for nothing, as long as the entries that lead there are what they were.
 //!
 //! A level is three loops over the lanes: entries are loaded, judged and asked for. Each is loaded in one atomic access,
@@ -41,9 +41,9 @@ pub(super) struct Lanes<'a, M, const SHORT: bool> {
     levels: u32,
     /// PAE paging: the state behind each PDPTE; they are loaded once.
     pdptes: Option<[Option<State>; 4]>,
-    /// Addresses are walked as they are, whatever pointer bits a CPU ignores, whose bits from this one on are all clear, or ...
+    /// An address is walked as it is, whatever pointer bits a CPU ignores, if its bits from this one on are all clear, or
+    /// those of `sign`.
     linear_bits: u32,
-    /// ... all as this says.
     sign: u64,
 }
 
@@ -56,8 +56,8 @@ struct KnownTable<'a> {
 }
 
 impl KnownTable<'_> {
+    /// A guess by the first address: [`Lanes::at_once`] looks at all of them.
     #[inline(always)]
-    /// A guess: [`Lanes::at_once`] looks at all of them.
     fn leads(&self, gvas: &[u64]) -> bool {
         gvas.first().is_some_and(|gva| (gva ^ self.gva) >> shift(2) == 0)
     }

@@ -385,8 +385,12 @@ impl<'a, M: Memory, S: FnMut(Extent) -> ControlFlow<()>> Scan<'a, M, S> {
             if end_of_these == end {
                 return Ok(());
             }
-            number = index::<E>(level, self.cursor.next);
-            entry = table.load::<E, M>(self.memory, number).unwrap_or(0);
+            // What lies behind a page may change within it; its entry has been judged, and is not read again.
+            let next = index::<E>(level, self.cursor.next);
+            if next != number {
+                number = next;
+                entry = table.load::<E, M>(self.memory, number).unwrap_or(0);
+            }
         }
     }
 

@@ -102,7 +102,7 @@ class TranslationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def BatchTranslate(self, request, context):
-        """Translates up to 262144 guest virtual addresses for one access, each by a walk of its own. Faults are answers, not
+        """Translates up to 262144 guest virtual addresses for one access, each by a walk during the call, of which neighbours may share a part. Faults are answers, not
         errors. Large batches yield to small calls.
 
         Role: `read`.

@@ -224,7 +224,7 @@ class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _T
     """
 
     BatchTranslate: _TranslationServiceBatchTranslateType
-    """Translates up to 262144 guest virtual addresses for one access, each by a walk of its own. Faults are answers, not
+    """Translates up to 262144 guest virtual addresses for one access, each by a walk during the call, of which neighbours may share a part. Faults are answers, not
     errors. Large batches yield to small calls.
 
     Role: `read`.
@@ -349,7 +349,7 @@ class TranslationServiceServicer(metaclass=abc.ABCMeta):
         request: pagewalk.v1.translation_pb2.BatchTranslateRequest,
         context: _ServicerContext,
     ) -> typing.Union[pagewalk.v1.translation_pb2.BatchTranslateResponse, collections.abc.Awaitable[pagewalk.v1.translation_pb2.BatchTranslateResponse]]:
-        """Translates up to 262144 guest virtual addresses for one access, each by a walk of its own. Faults are answers, not
+        """Translates up to 262144 guest virtual addresses for one access, each by a walk during the call, of which neighbours may share a part. Faults are answers, not
         errors. Large batches yield to small calls.
 
         Role: `read`.

@@ -197,6 +197,7 @@ mod tests {
 
     /// What the fast lane rests on: every address it takes means the same with and without masking.
     #[test]
+    #[cfg_attr(miri, ignore = "enumerates too much for an interpreter")]
     fn addresses_of_the_unchanged_width_stay_as_they_are() {
         let mut rng = fastrand::Rng::with_seed(1);
         for (mode, width) in [(PagingMode::FourLevel, 48), (PagingMode::FiveLevel, 57)] {

@@ -401,6 +401,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "enumerates too much for an interpreter")]
     fn a_run_compares_every_bit_that_has_a_meaning() {
         let mut rng = fastrand::Rng::with_seed(1);
         let mut leaves = 0;
@@ -437,6 +438,7 @@ mod tests {
 
     /// Every length that is possible, whatever ends the run, and never over a frame's carry.
     #[test]
+    #[cfg_attr(miri, ignore = "enumerates too much for an interpreter")]
     fn a_run_ends_where_the_frames_do() {
         let mut rng = fastrand::Rng::with_seed(2);
         for choice in (0..1 << 8).filter(|choice| choice & 1 != 0) {
@@ -472,6 +474,7 @@ mod tests {
 
     /// Masks say of every entry what it says by itself.
     #[test]
+    #[cfg_attr(miri, ignore = "enumerates too much for an interpreter")]
     fn groups_are_what_their_entries_are() {
         let mut rng = fastrand::Rng::with_seed(3);
         let format = format(1);

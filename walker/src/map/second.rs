@@ -373,6 +373,7 @@ mod tests {
     /// After a walk, another entry in the place of its last one: each that differs in one bit or in two, of every level and
     /// format.
     #[test]
+    #[cfg_attr(miri, ignore = "enumerates too much for an interpreter")]
     fn accepting_implies_agreement() {
         let mut rng = fastrand::Rng::with_seed(5);
         let (mut accepted, mut walked, mut refused) = ([0; 5], 0, 0);
@@ -429,6 +430,7 @@ mod tests {
 
     /// Pages of a table that continue each other, up to where frames carry.
     #[test]
+    #[cfg_attr(miri, ignore = "enumerates too much for an interpreter")]
     fn a_stretch_is_what_its_pages_are() {
         let mut rng = fastrand::Rng::with_seed(6);
         let (mut long, mut carried) = (0, 0);

@@ -318,6 +318,14 @@ fn counts_are_bounded() {
     let problem = spec(dump.path()).open().unwrap_err().to_string();
     assert!(problem.contains("has 5242880 bytes of notes, where 4194304 are the most"), "{problem}");
 
+    // Two of them, neither too large by itself.
+    let mut bytes = plain(0x1_2000).bytes();
+    bytes[0x80 + 56..][..4].copy_from_slice(&object::elf::PT_NOTE.to_le_bytes());
+    bytes[0x80 + 56 + 32..][..8].copy_from_slice(&(4_u64 << 20).to_le_bytes());
+    dump.as_file().write_all_at(&bytes, 0).unwrap();
+    let problem = spec(dump.path()).open().unwrap_err().to_string();
+    assert!(problem.contains("bytes of notes, where 4194304 are the most"), "{problem}");
+
     let pieces = (0..5000).map(|index| Load::new(index * 0x2000, vec![0; 0x1000])).collect();
     let problem = refused(&DumpFile::new(&[cpu(CR0, 0, PAE)], pieces).bytes());
     assert!(problem.contains("has 5000 separate pieces of memory, where 4096 are the most"), "{problem}");

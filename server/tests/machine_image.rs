@@ -10,6 +10,7 @@ use pagewalk::{
     Access, AccessKind, AdPolicy, Backing, ControlRegisters, EptCapabilities, EptControls, Gva, NgpaWalk,
     NoTrace, NptControls, PagingMode, Privilege, Translation,
 };
+use pagewalkd::machine::image::VcpuEntry;
 use pagewalkd::machine::{Machine, MachineSpec};
 use pagewalkd::vcpu::{NestedMode, RunState};
 use tempfile::TempDir;
@@ -112,6 +113,16 @@ fn the_registers_are_those_of_the_description() {
     assert!(snapshot.assumed.is_empty(), "{:?}", snapshot.assumed);
 }
 
+/// What was assumed when the image was made is assumed of the image, however often it is saved.
+#[test]
+fn what_was_assumed_stays_so() {
+    let folder = folder();
+    let machine = open(&folder, &format!("{PLAIN}pat = 0\nassumed = [\"EFER=0xd00\", \"PAT=0x0\"]\n"));
+    let snapshot = machine.vcpu(0).unwrap().latest();
+    assert_eq!(snapshot.assumed, ["EFER=0xd00", "PAT=0x0"]);
+    assert_eq!(VcpuEntry::of(&snapshot).registers().1, snapshot.assumed);
+}
+
 #[test]
 fn pdpte_registers_stand_in_for_memory() {
     let folder = folder();
@@ -170,6 +181,9 @@ fn what_cannot_be_is_refused_by_key() {
         (String::new(), "missing field `version`"),
         ("\0".to_owned(), "is no description of an image: line 1"),
         (replaced("version = 1", "version = 2"), "version: 2 is not known: 1 is the only one"),
+        (format!("{PLAIN}assumed = [\"\\u001b[2J\"]\n"), "vcpu[0].assumed: at most 64 lines"),
+        (format!("{PLAIN}assumed = [\"{}\"]\n", "x".repeat(257)), "vcpu[0].assumed: at most 64 lines"),
+        (format!("{PLAIN}assumed = [{}]\n", "\"\",".repeat(65)), "vcpu[0].assumed: at most 64 lines"),
         (format!("{PLAIN}cr9 = 1\n"), "line 15: unknown field `cr9`"),
         (format!("colour = 1\n{PLAIN}"), "line 1: unknown field `colour`"),
         (replaced("gpa = 0", "gpa = 0\nsise = 1"), "unknown field `sise`"),

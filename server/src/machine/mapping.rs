@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, MmapRegion};
@@ -17,6 +18,9 @@ pub struct FileMapping {
     // Before the mapping that it guards.
     guard: Guard,
     region: MmapRegion,
+    file: File,
+    /// A fetch met its end too early.
+    short: AtomicBool,
 }
 
 impl FileMapping {
@@ -38,7 +42,7 @@ impl FileMapping {
         // SAFETY: the range is `region`, which is unmapped after the guard is dropped, by the order of the fields. All access
         // to it is atomic or volatile, so that any contents will do.
         let guard = unsafe { Guard::register(region.as_ptr(), region.size())? };
-        Ok(Arc::new(Self { guard, region }))
+        Ok(Arc::new(Self { guard, region, file: file.try_clone()?, short: AtomicBool::new(false) }))
     }
 
     /// Its size in bytes, as it was when it was mapped.
@@ -50,7 +54,7 @@ impl FileMapping {
     /// Whether the file was found shorter than it was: what was read since may be zeroes that nobody wrote.
     #[must_use]
     pub fn is_broken(&self) -> bool {
-        self.guard.is_broken()
+        self.guard.is_broken() || self.short.load(Ordering::Acquire)
     }
 
     /// Where byte `offset` of the file is; `None` where `size` bytes from there do not lie in the file.
@@ -70,9 +74,14 @@ pub trait Fetch: Send + Sync {
     fn fetch(&self, offset: u64, into: &mut [u8]) -> io::Result<()>;
 }
 
-impl Fetch for File {
+/// Not through the mapping: there, to read a hole of a file in memory allocates it, for good and at the guest's cost.
+impl Fetch for FileMapping {
     fn fetch(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        self.read_exact_at(into, offset)
+        let read = self.file.read_exact_at(into, offset);
+        if matches!(&read, Err(e) if e.kind() == io::ErrorKind::UnexpectedEof) {
+            self.short.store(true, Ordering::Release);
+        }
+        read
     }
 }
 
@@ -109,6 +118,12 @@ mod tests {
         assert!(mapping.is_broken());
         assert_eq!((read(&intact, 0xfff), intact.is_broken()), (9, false));
         assert!(mapping.place(0x3fff, 2).is_none() && mapping.place(u64::MAX, 2).is_none());
+        // By a fetch, too, which the mapping's pages that are still there do not need.
+        let fetched = FileMapping::of(&other).unwrap();
+        fetched.fetch(0xff8, &mut [0; 8]).unwrap();
+        assert!(!fetched.is_broken());
+        other.set_len(0xffc).unwrap();
+        assert!(fetched.fetch(0xff8, &mut [0; 8]).is_err() && fetched.is_broken());
         // The slot is used again, and remembers nothing.
         drop(mapping);
         assert!(!FileMapping::of(&other).unwrap().is_broken());

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::save_image_response::Part;
+use pagewalkd::machine::image::Description;
 use tonic::Code;
 
 use crate::bed::{Bed, access, fault, nested_off, nested_on, number, page, read, refusal};
@@ -128,5 +129,34 @@ async fn an_image_of_a_vcpu_in_guest_mode_is_of_its_l2() {
     assert_eq!(said(&bed, "again").await, nested);
     let hole = v1::TranslateRequest { vcpu: of("again"), ..read(bed.landmark("l2-npt-hole")) };
     assert_eq!(fault(&bed.translate(hole).await.unwrap()).kind(), v1::FaultKind::NestedPageFault);
+    bed.stop().await;
+}
+
+/// Whether its words are mapped, or fetched because the file has them at odd places.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_truncated_under_its_readers_is_lost() {
+    let bed = Bed::plain().await;
+    let saved = tempfile::tempdir().unwrap();
+    let description = save(&bed, "demo", saved.path()).await;
+    let memory = std::fs::read(saved.path().join("memory.bin")).unwrap();
+    for (id, shift) in [("mapped", 0), ("fetched", 4)] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut description = Description::parse(&description).unwrap();
+        for region in &mut description.regions {
+            region.offset.0 += shift as u64;
+        }
+        std::fs::write(folder.path().join("image.toml"), description.to_toml().unwrap()).unwrap();
+        let file = File::create(folder.path().join("memory.bin")).unwrap();
+        file.write_all_at(&memory, shift as u64).unwrap();
+        attach(&bed, id, folder.path()).await;
+        let asked = || v1::TranslateRequest { vcpu: of(id), ..read(bed.landmark("kernel-data")) };
+        page(&bed.translate(asked()).await.unwrap());
+        file.set_len(0x1000).unwrap();
+        let lost = bed.translate(asked()).await.unwrap_err();
+        assert_eq!(lost.code(), Code::Unavailable, "{lost}");
+        assert!(lost.message().contains("truncated"), "{lost}");
+        let other = v1::TranslateRequest { vcpu: of("demo"), ..asked() };
+        page(&bed.translate(other).await.unwrap());
+    }
     bed.stop().await;
 }

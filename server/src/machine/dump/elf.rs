@@ -22,7 +22,7 @@ const PHYSICAL: u64 = 1 << 52;
 const HEADERS_MAX: u64 = 1 << 18;
 /// Pieces of memory, after those that touch are joined.
 const STRETCHES_MAX: usize = 1 << 12;
-/// Bytes of notes in one segment.
+/// Bytes of notes, in however many segments.
 const NOTES_MAX: u64 = 4 << 20;
 /// vCPUs. Each has a thread of its own here.
 const CPUS_MAX: usize = 1024;
@@ -228,17 +228,16 @@ fn read_as<'a, H: FileHeader<Endian = Endianness>, R: ReadRef<'a>>(
         header.program_headers(endian, data).map_err(|e| corrupt("the program header table", table, e))?;
 
     let (mut stretches, mut cpus) = (Vec::new(), Vec::new());
+    let mut noted = 0;
     for (index, segment) in (0..).zip(segments) {
         let (at, bytes): (u64, u64) = (segment.p_offset(endian).into(), segment.p_filesz(endian).into());
         match segment.p_type(endian) {
             PT_NOTE => {
                 fits("a segment of notes", at, bytes)?;
-                if bytes > NOTES_MAX {
-                    return Err(DumpProblem::TooMany {
-                        what: "bytes of notes",
-                        count: bytes,
-                        most: NOTES_MAX,
-                    });
+                noted += bytes;
+                if noted > NOTES_MAX {
+                    let (count, most) = (noted, NOTES_MAX);
+                    return Err(DumpProblem::TooMany { what: "bytes of notes", count, most });
                 }
                 let wrong = |problem| DumpProblem::Corrupt { what: "the notes", at, problem };
                 let notes = segment.notes(endian, data).map_err(|e| corrupt("the notes", at, e))?;

@@ -70,18 +70,9 @@ pub(super) fn open(id: &str, path: &Path) -> Result<LocalSource, OpenError> {
 
 fn memory(file: &File, dump: &Dump) -> Result<GuestRam, DumpProblem> {
     let mapping = FileMapping::of(file)?;
-    let unaligned = Arc::new(file.try_clone()?);
-    let mut stretches: Vec<&Stretch> = dump.stretches.iter().collect();
-    // The largest one is looked into first.
-    stretches.sort_by_key(|stretch| std::cmp::Reverse(stretch.size));
-    let regions = stretches.into_iter().map(|stretch| {
-        // Entries are loaded as whole words: where the file does not have them at such, they are fetched.
-        let place = if stretch.offset % 8 == 0 {
-            Place::Mapped(Arc::clone(&mapping), stretch.offset)
-        } else {
-            Place::Fetched(unaligned.clone(), stretch.offset)
-        };
-        (Region { start: stretch.gpa, size: stretch.size, read_only: false }, place)
+    let regions = dump.stretches.iter().map(|stretch| {
+        let region = Region { start: stretch.gpa, size: stretch.size, read_only: false };
+        (region, Place::Mapped(Arc::clone(&mapping), stretch.offset))
     });
     GuestRam::of_others(regions).map_err(|e| DumpProblem::Memory(e.to_string()))
 }

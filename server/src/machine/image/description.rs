@@ -19,6 +19,8 @@ const PAGE: u64 = 4096;
 const REGIONS_MAX: usize = 4096;
 const VCPUS_MAX: usize = 1024;
 const LANDMARKS_MAX: usize = 4096;
+const ASSUMED_MAX: usize = 64;
+const ASSUMED_LENGTH_MAX: usize = 256;
 
 /// What is wrong with a description.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -141,6 +143,9 @@ macro_rules! vcpu_entry {
             /// The four PDPTE registers, for PAE paging. Default: as in memory at CR3.
             #[serde(default, skip_serializing_if = "Option::is_none")]
             pub pdptes: Option<[Number; 4]>,
+            /// What of it was not known when it was recorded, but assumed: `EFER=0xd00`. Default: nothing.
+            #[serde(default, skip_serializing_if = "Vec::is_empty")]
+            pub assumed: Vec<String>,
             $($(#[$doc])* #[serde(default)] pub $register: Number,)*
             /// Visible parts of the segment registers. Default: 0.
             #[serde(default)]
@@ -169,6 +174,7 @@ macro_rules! vcpu_entry {
                     pdptes: pdptes.map(|pdptes| pdptes.map(Number)),
                     $($register: Number(registers.$register),)*
                     selectors: Selectors { cs, ss, ds, es, fs, gs },
+                    assumed: snapshot.assumed.clone(),
                     nested: NestedEntry::of(&snapshot.nested),
                 }
             }
@@ -177,7 +183,7 @@ macro_rules! vcpu_entry {
             #[must_use]
             pub fn registers(&self) -> (Registers, Vec<String>) {
                 let Selectors { cs, ss, ds, es, fs, gs } = self.selectors;
-                let mut assumed = Vec::new();
+                let mut assumed = self.assumed.clone();
                 let pat = self.pat.map_or_else(|| {
                     assumed.push(format!("PAT={PAT_RESET:#x}"));
                     PAT_RESET
@@ -443,6 +449,14 @@ impl VcpuEntry {
             if let Some(Number(value)) = value.filter(|value| value.0 > u32::MAX.into()) {
                 return Err(key(format!("{name}.{register}"), format!("{value:#x} has more than 32 bits")));
             }
+        }
+        let said =
+            |assumed: &String| assumed.len() <= ASSUMED_LENGTH_MAX && !assumed.contains(char::is_control);
+        if self.assumed.len() > ASSUMED_MAX || !self.assumed.iter().all(said) {
+            let problem = format!(
+                "at most {ASSUMED_MAX} lines of {ASSUMED_LENGTH_MAX} bytes, without control characters"
+            );
+            return Err(key(format!("{name}.assumed"), problem));
         }
         let (registers, _) = self.registers();
         registers.gva_walk(cpu).map_err(|problem| key(name, problem.to_string()))?;

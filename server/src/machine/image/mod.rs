@@ -9,7 +9,6 @@ mod nested;
 mod number;
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -125,11 +124,11 @@ fn read(path: &Path) -> Result<Description, ImageProblem> {
 
 /// Maps each file once.
 fn memory(description: &Description, folder: &Path) -> Result<GuestRam, ImageProblem> {
-    let mut files: BTreeMap<PathBuf, (Arc<FileMapping>, Arc<File>)> = BTreeMap::new();
+    let mut files: BTreeMap<PathBuf, Arc<FileMapping>> = BTreeMap::new();
     let mut regions = Vec::new();
     for (index, region) in description.regions.iter().enumerate() {
         let path = folder.join(&region.file);
-        let (mapping, file) = match files.get(&path) {
+        let mapping = match files.get(&path) {
             Some(known) => known,
             None => {
                 let unusable = |problem| ImageProblem::Memory {
@@ -139,7 +138,7 @@ fn memory(description: &Description, folder: &Path) -> Result<GuestRam, ImagePro
                 };
                 let file = regular_file(&path).map_err(unusable)?;
                 let mapping = FileMapping::of(&file).map_err(unusable)?;
-                files.entry(path.clone()).or_insert((mapping, Arc::new(file)))
+                files.entry(path.clone()).or_insert(mapping)
             }
         };
         let (offset, size, end) = (region.offset.0, region.size.0, mapping.size() as u64);
@@ -147,16 +146,9 @@ fn memory(description: &Description, folder: &Path) -> Result<GuestRam, ImagePro
             let key = format!("region[{index}]");
             return Err(ImageProblem::Beyond { key, memory: path, offset, size, end });
         }
-        // Entries are loaded as whole words: where the file does not have them at such, they are fetched.
-        let place = if offset % 8 == 0 {
-            Place::Mapped(Arc::clone(mapping), offset)
-        } else {
-            Place::Fetched(Arc::clone(file) as _, offset)
-        };
         let start = pagewalk::Gpa(region.gpa.0);
-        regions.push((Region { start, size, read_only: region.read_only }, place));
+        let region = Region { start, size, read_only: region.read_only };
+        regions.push((region, Place::Mapped(Arc::clone(mapping), offset)));
     }
-    // The largest one is looked into first.
-    regions.sort_by_key(|(region, _)| std::cmp::Reverse(region.size));
     GuestRam::of_others(regions).map_err(|e| ImageProblem::Map(e.to_string()))
 }

@@ -6,7 +6,8 @@
 //! cannot write (a ROM) is known as such, and the walker never writes it either.
 //!
 //! Memory of others (an attached guest's, a dump's) is only ever read: mapped from a file where that can be done, and walked
-//! at the same speed; fetched piece by piece where it cannot. Stretches that have to be fetched are looked for last.
+//! at the same speed; fetched piece by piece where it cannot. Stretches that have to be fetched are looked for last. Bytes are
+//! fetched from a file, too, where many are wanted that nobody may have written.
 #![allow(unsafe_code)] // That a window's memory stays mapped can only be promised by who keeps it.
 
 mod walked;
@@ -59,8 +60,8 @@ pub enum MemoryError {
     /// Two regions share an address.
     #[error("memory regions overlap at {0:#x}")]
     Overlap(u64),
-    /// A region lies outside the file, or not at a word of it.
-    #[error("memory region {start:#x}+{size:#x} does not lie in whole words of its file at {offset:#x}")]
+    /// A region lies outside the file.
+    #[error("memory region {start:#x}+{size:#x} does not lie in its file at {offset:#x}")]
     Outside {
         /// Start of the region.
         start: u64,
@@ -82,7 +83,7 @@ pub enum MemoryError {
 /// Where the bytes of a region are that belongs to somebody else.
 #[derive(Clone)]
 pub enum Place {
-    /// In a mapped file, from this byte on, which must be a whole word's.
+    /// In a mapped file, from this byte on. Where that is no multiple of 8, entries are fetched: they are loaded as whole words.
     Mapped(Arc<FileMapping>, u64),
     /// To be fetched, from this offset on.
     Fetched(Arc<dyn Fetch>, u64),
@@ -93,16 +94,18 @@ fn largest_first(windows: &mut [Window]) {
     windows.sort_by_key(|window| std::cmp::Reverse(window.words));
 }
 
-/// A stretch whose bytes have to be fetched.
-struct Fetched {
+/// A stretch of somebody else's memory.
+struct Stretch {
     start: u64,
     size: u64,
     read_only: bool,
     from: Arc<dyn Fetch>,
     offset: u64,
+    /// There is a window on it.
+    is_mapped: bool,
 }
 
-impl Fetched {
+impl Stretch {
     /// Offset of `gpa` where the bytes come from, and how many there are from there on.
     fn find(&self, gpa: Gpa) -> Option<(u64, u64)> {
         let offset = gpa.0.checked_sub(self.start).filter(|offset| *offset < self.size)?;
@@ -118,7 +121,8 @@ pub struct GuestRam {
     map: GuestMemoryMmap,
     /// The files that windows lead into where it is not.
     files: Box<[Arc<FileMapping>]>,
-    fetched: Box<[Fetched]>,
+    /// All that is somebody else's.
+    others: Box<[Stretch]>,
     regions: Box<[Region]>,
 }
 
@@ -188,8 +192,8 @@ impl GuestRam {
         largest_first(&mut windows);
         let mut windows = windows.into_iter();
         let first = windows.next().ok_or(MemoryError::Empty)?;
-        let (files, fetched) = Default::default();
-        Ok(Self { first, rest: windows.collect(), map, files, fetched, regions: regions.into() })
+        let (files, others) = Default::default();
+        Ok(Self { first, rest: windows.collect(), map, files, others, regions: regions.into() })
     }
 
     /// Memory that belongs to somebody else, and is only ever read.
@@ -197,31 +201,32 @@ impl GuestRam {
     /// # Errors
     /// When there is no region, one is not made of whole pages or not in its file, or two overlap.
     pub fn of_others(regions: impl IntoIterator<Item = (Region, Place)>) -> Result<Self, MemoryError> {
-        let (mut windows, mut files, mut fetched, mut all) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut windows, mut files, mut others, mut all) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for (region, place) in regions {
             let Region { start: Gpa(start), size, read_only } = region;
             if start % PAGE != 0 || size % PAGE != 0 || size == 0 || start.checked_add(size).is_none() {
                 return Err(MemoryError::Unaligned { start, size });
             }
-            match place {
+            let (from, offset, is_mapped): (Arc<dyn Fetch>, _, _) = match place {
                 Place::Mapped(file, offset) => {
-                    let host = file
-                        .place(offset, size)
-                        .filter(|host| host.cast::<u64>().is_aligned())
-                        .ok_or(MemoryError::Outside { start, size, offset })?;
-                    // SAFETY: the file's mapping is kept next to the window, and is accessed by windows alone.
-                    windows.push(unsafe { Window::new(&region, host) });
+                    let host =
+                        file.place(offset, size).ok_or(MemoryError::Outside { start, size, offset })?;
+                    let is_mapped = host.cast::<u64>().is_aligned();
+                    if is_mapped {
+                        // SAFETY: the file's mapping is kept next to the window, and is accessed by windows alone.
+                        windows.push(unsafe { Window::new(&region, host) });
+                    }
                     if !files.iter().any(|known| Arc::ptr_eq(known, &file)) {
-                        files.push(file);
+                        files.push(Arc::clone(&file));
                     }
+                    (file, offset, is_mapped)
                 }
-                Place::Fetched(from, offset) => {
-                    if offset.checked_add(size).is_none() {
-                        return Err(MemoryError::Outside { start, size, offset });
-                    }
-                    fetched.push(Fetched { start, size, read_only, from, offset });
+                Place::Fetched(_, offset) if offset.checked_add(size).is_none() => {
+                    return Err(MemoryError::Outside { start, size, offset });
                 }
-            }
+                Place::Fetched(from, offset) => (from, offset, false),
+            };
+            others.push(Stretch { start, size, read_only, from, offset, is_mapped });
             all.push(region);
         }
         all.sort_by_key(|region| region.start.0);
@@ -242,15 +247,15 @@ impl GuestRam {
             rest: windows.collect(),
             map: GuestMemoryMmap::new(),
             files: files.into(),
-            fetched: fetched.into(),
+            others: others.into(),
             regions: all.into(),
         })
     }
 
     /// No memory at all, until it is known where it lies.
     pub(super) fn none() -> Self {
-        let (rest, files, fetched, regions) = Default::default();
-        Self { first: Window::NONE, rest, map: GuestMemoryMmap::new(), files, fetched, regions }
+        let (rest, files, others, regions) = Default::default();
+        Self { first: Window::NONE, rest, map: GuestMemoryMmap::new(), files, others, regions }
     }
 
     /// The regions, by address.
@@ -268,13 +273,13 @@ impl GuestRam {
     /// Whether it can be written: memory of others cannot.
     #[must_use]
     pub fn is_ours(&self) -> bool {
-        self.files.is_empty() && self.fetched.is_empty()
+        self.others.is_empty()
     }
 
     /// Whether none of it has to be fetched.
     #[must_use]
     pub fn is_mapped(&self) -> bool {
-        self.fetched.is_empty()
+        self.others.iter().all(|stretch| stretch.is_mapped)
     }
 
     /// Whether most of it has to be fetched, so that a walk may block: to be done where that holds up nobody.
@@ -283,7 +288,8 @@ impl GuestRam {
     /// microseconds for an entry.
     #[must_use]
     pub fn blocks(&self) -> bool {
-        self.fetched.iter().map(|stretch| stretch.size).sum::<u64>() > self.size() / 2
+        let fetched = self.others.iter().filter(|stretch| !stretch.is_mapped);
+        fetched.map(|stretch| stretch.size).sum::<u64>() > self.size() / 2
     }
 
     /// Whether a file behind it was found shorter than it was: some of what was read may be zeroes that nobody wrote.
@@ -302,13 +308,13 @@ impl GuestRam {
         while let Some(rest) = into.get_mut(done..).filter(|rest| !rest.is_empty())
             && let Some(at) = gpa.0.checked_add(done as u64).map(Gpa)
         {
-            if let Some(bytes) = self.windows().find_map(|window| window.bytes(at, rest.len())) {
-                done += bytes.copy_to(rest);
-            } else if let Some((from, offset, left)) = self.fetched_at(at) {
+            if let Some((from, offset, left)) = self.other_at(at) {
                 let size = usize::try_from(left).map_or(rest.len(), |left| left.min(rest.len()));
                 from.fetch(offset, &mut rest[..size])
                     .map_err(|e| MemoryError::Access { gpa: at.0, problem: e.to_string() })?;
                 done += size;
+            } else if let Some(bytes) = self.windows().find_map(|window| window.bytes(at, rest.len())) {
+                done += bytes.copy_to(rest);
             } else {
                 break;
             }
@@ -356,8 +362,8 @@ impl GuestRam {
         std::iter::once(&self.first).chain(&self.rest)
     }
 
-    fn fetched_at(&self, gpa: Gpa) -> Option<(&dyn Fetch, u64, u64)> {
-        self.fetched
+    fn other_at(&self, gpa: Gpa) -> Option<(&dyn Fetch, u64, u64)> {
+        self.others
             .iter()
             .find_map(|stretch| stretch.find(gpa).map(|(offset, left)| (stretch.from.as_ref(), offset, left)))
     }
@@ -366,6 +372,8 @@ impl GuestRam {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+
     use pagewalk::{Backing, ExchangeError, Memory as _};
 
     use super::walked::tests::two_regions;
@@ -396,8 +404,8 @@ mod tests {
         let mapping = FileMapping::of(&file).unwrap();
         let region = |start, size, read_only| Region { start: Gpa(start), size, read_only };
         GuestRam::of_others([
-            (region(0x2000, 0x2000, false), Place::Mapped(mapping, 0x1000)),
-            (region(0x1000, 0x1000, true), Place::Fetched(Arc::new(file), 0)),
+            (region(0x2000, 0x2000, false), Place::Mapped(Arc::clone(&mapping), 0x1000)),
+            (region(0x1000, 0x1000, true), Place::Fetched(mapping, 0)),
         ])
         .unwrap()
     }
@@ -430,6 +438,55 @@ mod tests {
         assert_eq!(bytes[..2], [5, 6]);
     }
 
+    /// At any byte of the file.
+    #[test]
+    fn entries_that_are_no_words_of_their_file_are_fetched() {
+        use std::io::Write as _;
+        let mut file = tempfile::tempfile().unwrap();
+        let bytes: Vec<u8> = (0..0x2000_u32).map(|at| (at % 251) as u8).collect();
+        file.write_all(&bytes).unwrap();
+        for offset in 0..16_usize {
+            let mapping = FileMapping::of(&file).unwrap();
+            let region = Region { start: Gpa(0x1000), size: 0x1000, read_only: false };
+            let ram = GuestRam::of_others([(region, Place::Mapped(mapping, offset as u64))]).unwrap();
+            assert_eq!((ram.is_mapped(), ram.blocks()), (offset % 8 == 0, offset % 8 != 0));
+            for at in [0, 8, 0xff8] {
+                let word = bytes[offset + at..][..8].try_into().unwrap();
+                assert_eq!(ram.load_u64(Gpa(0x1000 + at as u64)), Some(u64::from_le_bytes(word)));
+            }
+            let mut entries = [0; 512];
+            assert!(ram.load_table(Gpa(0x1000), &mut entries));
+            assert_eq!(entries[1], u64::from_le_bytes(bytes[offset + 8..][..8].try_into().unwrap()));
+            // Truncated to one byte less than the last entry needs.
+            file.set_len((offset + 0xfff) as u64).unwrap();
+            let whole = ram.load_u64(Gpa(0x1ff8));
+            // A page that the file still has in part is mapped whole.
+            assert!(offset % 8 == 0 || (whole.is_none() && ram.is_broken()), "{offset}");
+            file.set_len(0).unwrap();
+            file.write_all_at(&bytes, 0).unwrap();
+        }
+    }
+
+    /// A guest's memory that nobody has touched stays so.
+    #[test]
+    fn to_read_a_hole_does_not_fill_it() {
+        let Ok(file) = tempfile::tempfile_in("/dev/shm") else {
+            eprintln!("SKIPPED: there is no /dev/shm");
+            return;
+        };
+        file.set_len(16 << 20).unwrap();
+        file.write_all_at(&[7], 5 << 20).unwrap();
+        let before = file.metadata().unwrap().blocks();
+        let mapping = FileMapping::of(&file).unwrap();
+        let region = Region { start: Gpa(0), size: 16 << 20, read_only: false };
+        let ram = GuestRam::of_others([(region, Place::Mapped(mapping, 0))]).unwrap();
+        let mut bytes = vec![1; 16 << 20];
+        assert_eq!(ram.read(Gpa(0), &mut bytes).unwrap(), bytes.len());
+        assert_eq!(bytes.iter().filter(|byte| **byte != 0).count(), 1);
+        assert_eq!(bytes[5 << 20], 7);
+        assert_eq!(file.metadata().unwrap().blocks(), before);
+    }
+
     #[test]
     fn refuses_regions_of_others_that_cannot_be() {
         let file = tempfile::tempfile().unwrap();
@@ -441,7 +498,6 @@ mod tests {
         };
         assert!(matches!(GuestRam::of_others([]), Err(MemoryError::Empty)));
         assert!(matches!(GuestRam::of_others([at(0, 0x3000, 0)]), Err(MemoryError::Outside { .. })));
-        assert!(matches!(GuestRam::of_others([at(0, 0x1000, 4)]), Err(MemoryError::Outside { .. })));
         assert!(matches!(GuestRam::of_others([at(0, 0x1000, u64::MAX)]), Err(MemoryError::Outside { .. })));
         assert!(matches!(GuestRam::of_others([at(1, 0x1000, 0)]), Err(MemoryError::Unaligned { .. })));
         assert!(matches!(

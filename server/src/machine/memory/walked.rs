@@ -15,7 +15,7 @@ impl GuestRam {
             return Some(u64::from_le(word.load(Ordering::Relaxed)));
         }
         // Stretches are whole pages, so that an aligned word lies in one.
-        let (from, offset, _) = self.fetched_at(gpa).filter(|_| gpa.0.is_multiple_of(8))?;
+        let (from, offset, _) = self.other_at(gpa).filter(|_| gpa.0.is_multiple_of(8))?;
         let mut word = [0; 8];
         from.fetch(offset, &mut word).ok()?;
         Some(u64::from_le_bytes(word))
@@ -26,7 +26,7 @@ impl GuestRam {
     #[cold]
     fn fetch_table(&self, table: Gpa, entries: &mut [u64; 512]) -> bool {
         let mut bytes = [0; PAGE as usize];
-        let Some((from, offset, _)) = self.fetched_at(Gpa(table.0 & !(PAGE - 1))) else { return false };
+        let Some((from, offset, _)) = self.other_at(Gpa(table.0 & !(PAGE - 1))) else { return false };
         if from.fetch(offset, &mut bytes).is_err() {
             return false;
         }
@@ -106,7 +106,7 @@ impl Memory for GuestRam {
     #[inline]
     fn backing(&self, gpa: Gpa) -> Backing {
         let read_only = self.window(gpa).map(|window| window.read_only).or_else(|| {
-            self.fetched.iter().find(|stretch| stretch.find(gpa).is_some()).map(|stretch| stretch.read_only)
+            self.others.iter().find(|stretch| stretch.find(gpa).is_some()).map(|stretch| stretch.read_only)
         });
         match read_only {
             None => Backing::None,

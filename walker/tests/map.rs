@@ -336,6 +336,8 @@ fn a_map_says_what_single_walks_say() {
             assert_eq!(position(&walker, extent.start), next, "{seed}: {extent:x?}");
             assert!(extent.bytes > 0, "{seed}");
             next += extent.bytes;
+            let last = Gva(extent.start.0.wrapping_add(extent.bytes - 1));
+            assert_eq!(gva(&walker, next - 1), last, "{seed}: an extent is of addresses: {extent:x?}");
         }
         assert_eq!(next, end, "{seed}: {progress:?}");
         assert_eq!(map.tally().extents, extents.len() as u64, "{seed}");

@@ -164,11 +164,17 @@ impl<'a, M: Memory, S: FnMut(Extent) -> ControlFlow<()>> Scan<'a, M, S> {
         let mut level = top;
         if let Some(pdptes) = walk.pdptes() {
             table(&mut tables, level).registers(pdptes);
-        } else if let Err(fault) =
-            self.open::<E>(table(&mut tables, level), level, walk.root(), Grants::ALL, None)?
-        {
-            self.refused(self.cursor.last, fault)?;
-            return Ok(());
+        } else {
+            // A refusal of the root says which entry it was about; the halves of the address space are extents of their own.
+            while let Err(fault) =
+                self.open::<E>(table(&mut tables, level), level, walk.root(), Grants::ALL, None)?
+            {
+                let end = self.cursor.last.min(self.cursor.next | within_half(self.format()));
+                self.refused(end, fault)?;
+                if self.is_done() {
+                    return Ok(());
+                }
+            }
         }
         loop {
             let ended = match self.along::<E>(table(&mut tables, level), level)? {

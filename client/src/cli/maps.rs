@@ -117,6 +117,10 @@ impl WhichArgs {
         self.range.as_ref().map(|range| GvaRange { start: message(&range.start), end: message(&range.end) })
     }
 
+    fn end(&self) -> Option<&Written> {
+        self.range.as_ref()?.end.as_ref()
+    }
+
     fn filter(&self) -> Option<MappingFilter> {
         let size = |size: &SizeArg| match size {
             SizeArg::Small => PageSize::PageSize4k,
@@ -171,7 +175,7 @@ pub(super) async fn maps(context: &Context, args: &MapsArgs) -> Result<ExitCode,
         problems: args.problems,
     };
     let parts = context.client().await?.list_mappings(request).await?;
-    let found = print(context, parts, "continue with --range").await?;
+    let found = print(context, parts, which.end()).await?;
     why_nothing(context, which, &found).await?;
     Ok(if found.truncated { ExitCode::from(NEGATIVE) } else { ExitCode::SUCCESS })
 }
@@ -189,7 +193,7 @@ pub(super) async fn find(context: &Context, args: &FindArgs) -> Result<ExitCode,
         r#override: which.walker.message(),
     };
     let parts = context.client().await?.find_mappings(request).await?;
-    let found = print(context, parts, "continue with --range").await?;
+    let found = print(context, parts, which.end()).await?;
     why_nothing(context, which, &found).await?;
     let complete = found.extents > 0 && !found.truncated;
     Ok(if complete { ExitCode::SUCCESS } else { ExitCode::from(NEGATIVE) })
@@ -255,7 +259,7 @@ const PATIENCE: Duration = Duration::from_millis(500);
 async fn print<T: Into<Part>>(
     context: &Context,
     mut parts: Answers<T>,
-    advice: &str,
+    end: Option<&Written>,
 ) -> Result<Found, Failure> {
     let json = context.output.is_json();
     let terminal = std::io::stderr().is_terminal() && !std::io::stdout().is_terminal();
@@ -298,7 +302,7 @@ async fn print<T: Into<Part>>(
                     tally: part.tally.as_ref(),
                     truncation: part.truncation.as_ref(),
                     provenance: part.provenance.as_ref(),
-                    advice,
+                    end,
                 };
                 lines.push(render::mappings::summary(&summary));
             }

@@ -138,5 +138,6 @@ pub(crate) fn truncation(progress: Progress) -> Option<v1::Truncation> {
         Limit::Entries => v1::MappingLimit::Entries,
         Limit::Extents => v1::MappingLimit::Extents,
     };
-    Some(v1::Truncation { limit: limit.into(), continue_at: at.0 })
+    // Ranges begin with a page; a search stops within one only right before the memory that it looks for.
+    Some(v1::Truncation { limit: limit.into(), continue_at: at.0 & !(PAGE - 1) })
 }

@@ -251,6 +251,26 @@ async fn a_budget_truncates_and_the_rest_can_be_had() {
 }
 
 #[tokio::test]
+async fn a_search_that_stops_within_a_page_goes_on() {
+    let bed = Bed::plain().await;
+    let request = |start, extents| v1::FindMappingsRequest {
+        gpa: number(0x1_0123),
+        range: Some(v1::GvaRange { start, end: None }),
+        budget: Some(v1::MappingBudget { extents, entries: None }),
+        ..Default::default()
+    };
+    let (all, _) = find(&bed, request(None, None)).await;
+    let (mut found, last) = find(&bed, request(None, Some(1))).await;
+    assert_eq!((all.len(), found.len()), (2, 1));
+    let continue_at = last.truncation.expect("truncated").continue_at;
+    assert_eq!(continue_at, all[1].start & !0xfff);
+    let (rest, last) = find(&bed, request(number(continue_at), Some(1))).await;
+    found.extend(rest);
+    assert_eq!((found, last.truncation), (all, None));
+    bed.stop().await;
+}
+
+#[tokio::test]
 async fn refuses_what_is_no_list() {
     let bed = Bed::plain().await;
     let field = (Code::InvalidArgument, "INVALID_FIELD".to_owned());

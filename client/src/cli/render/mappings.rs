@@ -1,6 +1,7 @@
 //! Extents as lines of a table whose widths are known before its rows are.
 
 use super::{hex, names, outcome, paint, provenance};
+use crate::cli::address::Written;
 use crate::v1::{
     Backing, Extent, MappingLimit, MappingTally, Provenance, Translation, Truncation, extent::Outcome,
 };
@@ -82,7 +83,8 @@ pub(in crate::cli) struct Summary<'a> {
     pub(in crate::cli) tally: Option<&'a MappingTally>,
     pub(in crate::cli) truncation: Option<&'a Truncation>,
     pub(in crate::cli) provenance: Option<&'a Provenance>,
-    pub(in crate::cli) advice: &'a str,
+    /// Where the range that was asked for ends, as it was written.
+    pub(in crate::cli) end: Option<&'a Written>,
 }
 
 pub(in crate::cli) fn summary(summary: &Summary<'_>) -> String {
@@ -113,9 +115,13 @@ pub(in crate::cli) fn summary(summary: &Summary<'_>) -> String {
             MappingLimit::Unspecified => "unknown",
         };
         lines.push(paint::bad(format!(
-            "truncated: the budget of {limit} is used up; {} {}..",
-            summary.advice,
-            hex(truncation.continue_at)
+            "truncated: the budget of {limit} is used up; continue with --range {}..{}",
+            hex(truncation.continue_at),
+            match summary.end {
+                Some(Written::Number(end)) => hex(*end),
+                Some(Written::Symbol(end)) => end.clone(),
+                None => String::new(),
+            }
         )));
     }
     lines.join("\n")

@@ -221,8 +221,8 @@ class Truncation(google.protobuf.message.Message):
     limit: Global___MappingLimit.ValueType
     """What was used up."""
     continue_at: builtins.int
-    """The first address that was not looked at, aligned to 4 KiB in all but `FindMappings`: the same request with a range from
-    here on goes on. An extent that reaches over it comes as two.
+    """Everything before it was looked at; aligned to 4 KiB. The same request with a range from here on goes on. An extent that
+    reaches over it comes as two.
     """
     def __init__(
         self,

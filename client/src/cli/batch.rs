@@ -1,24 +1,19 @@
 //! `batch`: what many guest virtual addresses mean, for one access.
 
-use std::{
-    fs,
-    io::{self, Read as _},
-    path::{Path, PathBuf},
-    process::ExitCode,
-};
+use std::{path::PathBuf, process::ExitCode};
 
 use super::{
     Context,
     access::AccessArgs,
+    addresses::Addresses,
     exit::{Failure, NEGATIVE},
-    json, number, render,
+    json, number,
+    progress::Progress,
+    render,
     vcpu::FreshnessArgs,
     walker_override::OverrideArgs,
 };
 use crate::v1::{BatchTranslateRequest, BatchTranslateRequestHead, BatchTranslateResponse};
-
-/// As many addresses as one request may have; more go in several.
-const ADDRESSES: usize = 1 << 18;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -46,26 +41,11 @@ pub(super) struct Args {
 }
 
 impl Args {
-    fn addresses(&self) -> Result<Vec<u64>, Failure> {
-        let Some(path) = &self.file else { return Ok(self.addresses.clone()) };
-        let name = path.display();
-        let bytes = read(path).map_err(|error| Failure::Usage(format!("{name}: {error}")))?;
-        let problem = |what: String| Failure::Usage(format!("{name}: {what}"));
-        let addresses = if self.raw {
-            let (words, rest) = bytes.as_chunks();
-            if !rest.is_empty() {
-                return Err(problem(format!("{} bytes are not made of 8-byte words", bytes.len())));
-            }
-            words.iter().map(|word| u64::from_le_bytes(*word)).collect()
-        } else {
-            let text = String::from_utf8(bytes)
-                .map_err(|_| problem("it is no text; --raw takes columns of 64-bit words".into()))?;
-            parse(&text).map_err(problem)?
-        };
-        if addresses.is_empty() {
-            return Err(problem("there is no address in it".into()));
+    fn source(&self) -> Result<Addresses<'_>, Failure> {
+        match &self.file {
+            Some(path) => Addresses::of(path, self.raw),
+            None => Ok(Addresses::given(&self.addresses)),
         }
-        Ok(addresses)
     }
 
     fn request(&self, context: &Context, addresses: &[u64]) -> BatchTranslateRequest {
@@ -83,53 +63,45 @@ impl Args {
     }
 }
 
-fn read(path: &Path) -> io::Result<Vec<u8>> {
-    if path.as_os_str() == "-" {
-        let mut bytes = Vec::new();
-        io::stdin().lock().read_to_end(&mut bytes)?;
-        return Ok(bytes);
-    }
-    fs::read(path)
-}
-
-fn parse(text: &str) -> Result<Vec<u64>, String> {
-    let mut addresses = Vec::new();
-    for (line, content) in (1..).zip(text.lines()) {
-        let content = content.split('#').next().unwrap_or_default();
-        for word in content.split_whitespace() {
-            let address = number::u64(word).map_err(|problem| format!("line {line}: {word}: {problem}"))?;
-            addresses.push(address);
-        }
-    }
-    Ok(addresses)
-}
-
 pub(super) async fn run(context: &Context, args: &Args) -> Result<ExitCode, Failure> {
-    let addresses = args.addresses()?;
+    let mut source = args.source()?;
+    let Some(mut addresses) = source.next()? else {
+        let name = args.file.as_ref().map(|path| path.display().to_string()).unwrap_or_default();
+        return Err(Failure::Usage(format!("{name}: there is no address in it")));
+    };
     let client = context.client().await?;
-    let mut documents = Vec::new();
-    let mut faults = 0;
-    for addresses in addresses.chunks(ADDRESSES) {
-        let answer = client.batch_translate(args.request(context, addresses)).await?;
+    let progress = Progress::new();
+    let (mut requests, mut answered, mut faults) = (0_u64, 0_u64, 0_u64);
+    loop {
+        // One answer is a document, several are an array: what comes next has to be known.
+        let next = source.next()?;
+        let answer = client.batch_translate(args.request(context, &addresses)).await?;
         if answer.column.len() != Some(addresses.len()) {
             let problem = "the answer has not as many words as there were addresses; update this client";
             return Err(Failure::Own(problem.into()));
         }
-        faults += answer.head.fault_count;
-        if context.output.is_json() {
-            documents.push(json::document("BatchTranslateResponse", &answer)?);
-        } else if args.raw {
-            context.output.bytes(answer.column.as_bytes())?;
+        requests += 1;
+        answered += addresses.len() as u64;
+        faults += u64::from(answer.head.fault_count);
+        if args.raw {
+            progress.aside(|| context.output.bytes(answer.column.as_bytes()))?;
         } else {
-            context.output.print(&text(addresses, &answer))?;
+            let text = if context.output.is_json() {
+                let document = json::document("BatchTranslateResponse", &answer)?;
+                json::element(&document, requests == 1, next.is_none())?
+            } else {
+                text(&addresses, &answer)
+            };
+            progress.aside(|| context.output.print(&text))?;
         }
-    }
-    if context.output.is_json() {
-        let text = match documents.as_slice() {
-            [document] => json::pretty(document)?,
-            several => json::pretty(&several)?,
-        };
-        context.output.print(&text)?;
+        match next {
+            Some(next) => addresses = next,
+            None => break,
+        }
+        progress.tell(|| {
+            let share = source.percent().map(|percent| format!("{percent} %, ")).unwrap_or_default();
+            format!("{share}{answered} addresses, {faults} faults")
+        });
     }
     Ok(if faults > 0 { ExitCode::from(NEGATIVE) } else { ExitCode::SUCCESS })
 }
@@ -144,16 +116,4 @@ fn text(addresses: &[u64], answer: &BatchTranslateResponse) -> String {
     }
     let provenance = render::provenance::short(answer.head.provenance.as_ref());
     text + &format!("{} addresses, {} faults  {provenance}", addresses.len(), answer.head.fault_count)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn text_has_blanks_lines_and_comments() {
-        assert_eq!(parse("0x10 32\n\n# none\n 7 # one\n"), Ok(vec![0x10, 32, 7]));
-        let error = parse("1\n2 x3\n").expect_err("no number");
-        assert!(error.starts_with("line 2: x3: "), "{error}");
-    }
 }

@@ -35,6 +35,17 @@ pub(super) fn pretty(document: &impl serde::Serialize) -> io::Result<String> {
     serde_json::to_string_pretty(document).map_err(io::Error::other)
 }
 
+/// One document of those that a verb answers with, as they come: several are an array.
+pub(super) fn element(document: &impl serde::Serialize, first: bool, last: bool) -> io::Result<String> {
+    let text = pretty(document)?;
+    if first && last {
+        return Ok(text);
+    }
+    let (opening, closing) = (if first { "[\n" } else { "" }, if last { "\n]" } else { "," });
+    // Newlines in strings are written as escapes.
+    Ok(format!("{opening}  {}{closing}", text.replace('\n', "\n  ")))
+}
+
 /// One document on one line.
 pub(super) fn line(document: &impl serde::Serialize) -> io::Result<String> {
     serde_json::to_string(document).map_err(io::Error::other)

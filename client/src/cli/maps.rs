@@ -1,8 +1,6 @@
 //! `maps` and `find`: what an address space maps, and what maps an address.
 
-use std::io::IsTerminal as _;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use serde_json::json;
@@ -12,6 +10,7 @@ use super::{
     address::{Written, address},
     exit::{Failure, NEGATIVE},
     json, number,
+    progress::Progress,
     render::{self, mappings::Summary},
     vcpu::FreshnessArgs,
     walker_override::OverrideArgs,
@@ -252,9 +251,6 @@ struct Found {
     truncated: bool,
 }
 
-/// How long nothing has to come before a terminal is told how far the list is.
-const PATIENCE: Duration = Duration::from_millis(500);
-
 /// Prints extents as they come, and what is to be said of all of them behind.
 async fn print<T: Into<Part>>(
     context: &Context,
@@ -262,8 +258,8 @@ async fn print<T: Into<Part>>(
     end: Option<&Written>,
 ) -> Result<Found, Failure> {
     let json = context.output.is_json();
-    let terminal = std::io::stderr().is_terminal() && !std::io::stdout().is_terminal();
-    let (mut extents, mut told) = (0, Instant::now());
+    let progress = Progress::new();
+    let mut extents = 0;
     loop {
         let part: Part = match parts.next().await {
             Some(part) => part?.into(),
@@ -306,16 +302,16 @@ async fn print<T: Into<Part>>(
                 };
                 lines.push(render::mappings::summary(&summary));
             }
-            context.output.print(&lines.join("\n"))?;
+            progress.aside(|| context.output.print(&lines.join("\n")))?;
             return Ok(Found { extents, truncated: part.truncation.is_some() });
         }
         if !lines.is_empty() {
-            context.output.print(&lines.join("\n"))?;
+            progress.aside(|| context.output.print(&lines.join("\n")))?;
         }
-        if terminal && told.elapsed() >= PATIENCE {
-            told = Instant::now();
+        progress.tell(|| {
+            let entries = part.tally.as_ref().map_or(0, |tally| tally.entries);
             let position = render::hex(part.position);
-            anstream::eprintln!("{extents} extents, at {position}");
-        }
+            format!("at {position}: {extents} extents, {entries} table entries read")
+        });
     }
 }

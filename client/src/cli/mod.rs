@@ -4,6 +4,7 @@
 
 mod access;
 mod address;
+mod addresses;
 mod attach;
 mod batch;
 mod connection;
@@ -19,6 +20,7 @@ mod nested;
 mod nested_gpa;
 mod number;
 mod output;
+mod progress;
 mod regs;
 mod render;
 mod run_control;

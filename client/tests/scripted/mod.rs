@@ -26,6 +26,8 @@ pub(crate) const SILENT: u64 = 0x4000;
 pub(crate) const MUTE_REFUSAL: u64 = 0x5000;
 pub(crate) const STEERING: u64 = 0x6000;
 pub(crate) const EMPTY: u64 = 0x7000;
+/// How long machine `slow` takes for each part of an answer.
+pub(crate) const SLOW: Duration = Duration::from_millis(300);
 
 /// Starts one on a free port of the loopback, for as long as the test process lives.
 pub(crate) fn start(tls: Option<ServerTlsConfig>) -> SocketAddr {
@@ -114,6 +116,10 @@ fn known(reference: Option<&v1::VcpuRef>) -> Result<(), Status> {
         return Err(not_found("machine `nobody`"));
     }
     Ok(())
+}
+
+fn is_slow(reference: Option<&v1::VcpuRef>) -> bool {
+    reference.is_some_and(|reference| reference.machine == "slow")
 }
 
 fn info(index: u32, state: v1::RunState) -> v1::VcpuInfo {
@@ -230,6 +236,9 @@ impl translation::TranslationService for Scripted {
     ) -> Result<Response<v1::BatchTranslateResponse>, Status> {
         let request = request.into_inner();
         known(request.head.vcpu.as_ref())?;
+        if is_slow(request.head.vcpu.as_ref()) {
+            tokio::time::sleep(SLOW).await;
+        }
         Ok(Response::new(batch(&request)))
     }
 
@@ -390,19 +399,22 @@ impl mapping::MappingService for Scripted {
 
     type ListMappingsStream = Parts<v1::ListMappingsResponse>;
 
-    /// Two messages and an end; with a budget of one extent, one message that is truncated; from `cut` on the end is missing.
+    /// Two messages and an end; with a budget of one extent, the end is truncated; of machine `cut`, the end is missing; of `slow`,
+    /// each message takes its time, and three with nothing but a position come first.
     async fn list_mappings(
         &self,
         request: Request<v1::ListMappingsRequest>,
     ) -> Result<Response<Self::ListMappingsStream>, Status> {
         let request = request.into_inner();
         known(request.vcpu.as_ref())?;
+        let slow = is_slow(request.vcpu.as_ref());
         let cut = request.vcpu.is_some_and(|vcpu| vcpu.machine == "cut");
         let truncated = request.budget.is_some_and(|budget| budget.extents == Some(1));
         let truncation =
             v1::Truncation { limit: v1::MappingLimit::Extents.into(), continue_at: 0xffff_8000_0000_2000 };
         let tally = v1::MappingTally {
             tables: 4,
+            entries: 2048,
             extents: 2,
             mapped_bytes: 0x2000,
             reserved_entries: 1,
@@ -420,11 +432,17 @@ impl mapping::MappingService for Scripted {
             truncation: truncated.then_some(truncation),
             ..part(0)
         };
-        let mut parts = vec![Ok(part(0x1000)), Ok(part(0xffff_8000_0000_0000))];
+        let mut parts = Vec::new();
+        if slow {
+            let reached = |position| v1::ListMappingsResponse { extents: Vec::new(), position, ..part(0) };
+            parts.extend([0x1000_0000, 0x2000_0000, 0x3000_0000].map(|position| Ok(reached(position))));
+        }
+        parts.extend([Ok(part(0x1000)), Ok(part(0xffff_8000_0000_0000))]);
         if !cut {
             parts.push(Ok(end));
         }
-        Ok(Response::new(Box::pin(tokio_stream::iter(parts))))
+        let parts = tokio_stream::iter(parts);
+        Ok(Response::new(if slow { Box::pin(parts.throttle(SLOW)) } else { Box::pin(parts) }))
     }
 
     type FindMappingsStream = Parts<v1::FindMappingsResponse>;

@@ -11,6 +11,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::convert::nested::request_field;
+use crate::layer::STALLED;
 use crate::machine::{AttachError, DetachError, LookupError};
 use crate::vcpu::VcpuError;
 
@@ -63,8 +64,17 @@ pub(crate) enum Error {
     )]
     RanOn { machine: String },
     /// The client does not read its stream.
-    #[error("nothing was read of the stream for {0:?}: save to a faster disk, or over a faster connection")]
-    Stalled(std::time::Duration),
+    #[error(
+        "nothing was read of the stream for {:?}: read it as it comes, and save to a faster disk or over a faster connection",
+        STALLED
+    )]
+    Stalled,
+    /// The client does not send what it has begun.
+    #[error(
+        "the call waited {:?} for its client to send more: end a call that has nothing to send, and make another when there is",
+        STALLED
+    )]
+    Silent,
     /// A defect of the daemon's.
     #[error("the daemon failed: {0}; its log says more")]
     Failed(String),
@@ -140,7 +150,7 @@ impl Error {
             Self::Vcpu(VcpuError::NotTaken { .. }) => (FailedPrecondition, "REGISTER_NOT_TAKEN"),
             Self::Vcpu(VcpuError::Hypervisor(_)) => (Internal, "HYPERVISOR"),
             Self::RanOn { .. } => (Aborted, "MACHINE_RAN_ON"),
-            Self::Stalled(_) => (DeadlineExceeded, "STREAM_STALLED"),
+            Self::Stalled | Self::Silent => (DeadlineExceeded, "STREAM_STALLED"),
             Self::Failed(_) => (Internal, "DAEMON_FAILED"),
             Self::Deadline => (DeadlineExceeded, "DEADLINE"),
             Self::Busy => (ResourceExhausted, "BUSY"),

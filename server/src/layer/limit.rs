@@ -1,50 +1,89 @@
-//! A bound on the calls in flight over all connections, and a lower one on those that carry batches. What comes on top is
-//! refused at once.
+//! Bounds on the calls in flight over all connections, and on how long a call may wait for its client. What comes on top of a
+//! bound is refused at once.
+//!
+//! All calls together have their places, and of these only a part is for calls that may last: for streams, and for those that
+//! carry batches. So calls that are answered at once find a place whatever the others do.
 
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 
-use http::{Request, Response};
+use http::{Extensions, Request, Response};
 use http_body::{Frame, SizeHint};
 use pin_project_lite::pin_project;
+use tokio::time::{Instant, Sleep, sleep_until};
 use tonic::Status;
 use tonic::body::Body;
+use tonic::transport::server::{TcpConnectInfo, UdsConnectInfo};
 use tower::{Layer, Service};
 
+use super::line::{Line, Peer, STALLED, Unread};
 use crate::status::Error;
 
 /// Methods whose messages are megabytes.
 const BULK: [&str; 2] =
     ["/pagewalk.v1.TranslationService/BatchTranslate", "/pagewalk.v1.TranslationService/StreamTranslate"];
-/// Calls of these methods in flight. Each holds two requests and two answers at most: 10 MiB where they are as large as can be.
-const BULK_CALLS: usize = 128;
+/// The other methods whose answers are streams: how long these last is up to the client.
+const STREAMS: [&str; 8] = [
+    "/pagewalk.v1.TranslationService/TranslateRange",
+    "/pagewalk.v1.MappingService/ListMappings",
+    "/pagewalk.v1.MappingService/FindMappings",
+    "/pagewalk.v1.WalkerService/WatchWalkerState",
+    "/pagewalk.v1.MachineService/SaveImage",
+    "/grpc.health.v1.Health/Watch",
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+];
+/// Bulk calls in flight. Each holds two requests and two answers at most: 10 MiB where they are as large as can be.
+pub(super) const BULK_CALLS: usize = 128;
 
-/// Adds the bound to a service.
+/// Whether calls of this method carry batches.
+pub(crate) fn is_bulk(path: &str) -> bool {
+    BULK.contains(&path)
+}
+
+/// Adds the bounds to a service.
 #[derive(Clone, Debug)]
 pub struct LimitLayer {
     calls: Arc<Places>,
+    streams: Arc<Places>,
     bulk: Arc<Places>,
 }
 
 impl LimitLayer {
-    /// `calls` in flight.
+    /// `calls` in flight: half of them streams at most, a quarter and no more than 128 with batches.
     #[must_use]
     pub fn new(calls: usize) -> Self {
-        let bulk = BULK_CALLS.min(calls);
-        Self { calls: Arc::new(Places::new(calls)), bulk: Arc::new(Places::new(bulk)) }
+        let places = |all: usize| Arc::new(Places::new(all.max(1)));
+        Self { calls: places(calls), streams: places(calls / 2), bulk: places(BULK_CALLS.min(calls / 4)) }
+    }
+
+    fn take(&self, path: &str, line: Option<&Line>) -> Option<Taken> {
+        let call = self.calls.take()?;
+        let (kind, share) = if is_bulk(path) {
+            let share = match line {
+                Some(line) => Some(line.bulk.take()?),
+                None => None,
+            };
+            (Some(self.bulk.take()?), share)
+        } else if STREAMS.contains(&path) {
+            (Some(self.streams.take()?), None)
+        } else {
+            (None, None)
+        };
+        Some(Taken { _call: call, _kind: kind, _share: share })
     }
 }
 
 #[derive(Debug)]
-struct Places {
+pub(super) struct Places {
     taken: AtomicUsize,
     all: usize,
 }
 
 impl Places {
-    fn new(all: usize) -> Self {
+    pub(super) fn new(all: usize) -> Self {
         Self { taken: AtomicUsize::new(0), all }
     }
 
@@ -65,7 +104,13 @@ impl Drop for Place {
     }
 }
 
-type Taken = (Place, Option<Place>);
+/// The places of a call: among all, among those of its kind, and of its connection's share.
+#[derive(Debug)]
+struct Taken {
+    _call: Place,
+    _kind: Option<Place>,
+    _share: Option<Place>,
+}
 
 impl<S> Layer<S> for LimitLayer {
     type Service = LimitService<S>;
@@ -75,18 +120,11 @@ impl<S> Layer<S> for LimitLayer {
     }
 }
 
-/// A service with a bound on its calls.
+/// A service with bounds on its calls.
 #[derive(Clone, Debug)]
 pub struct LimitService<S> {
     inner: S,
     places: LimitLayer,
-}
-
-impl<S> LimitService<S> {
-    fn take(&self, path: &str) -> Option<Taken> {
-        let place = self.places.calls.take()?;
-        Some((place, if BULK.contains(&path) { Some(self.places.bulk.take()?) } else { None }))
-    }
 }
 
 impl<S> Service<Request<Body>> for LimitService<S>
@@ -102,11 +140,20 @@ where
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        match self.take(request.uri().path()) {
-            Some(place) => Limited::Taken { answer: self.inner.call(request), place: Some(place) },
-            None => Limited::Refused,
-        }
+        let line = line(request.extensions());
+        let Some(taken) = self.places.take(request.uri().path(), line.as_ref()) else {
+            return Limited::Refused;
+        };
+        let request = request.map(|body| Body::new(Awaited { body, bound: None, waits: false }));
+        Limited::Taken { answer: self.inner.call(request), held: Some((taken, line)) }
     }
+}
+
+/// The connection of a request. One that this daemon did not accept has none.
+fn line(of: &Extensions) -> Option<Line> {
+    let tcp = || of.get::<Peer<TcpConnectInfo>>().map(|peer| &peer.line);
+    let uds = || of.get::<Peer<UdsConnectInfo>>().map(|peer| &peer.line);
+    tcp().or_else(uds).cloned()
 }
 
 pin_project! {
@@ -118,7 +165,7 @@ pin_project! {
         Taken {
             #[pin]
             answer: F,
-            place: Option<Taken>,
+            held: Option<(Taken, Option<Line>)>,
         },
         /// There was none.
         Refused,
@@ -130,20 +177,61 @@ impl<F: Future<Output = Result<Response<Body>, E>>, E> Future for Limited<F> {
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         match self.project() {
-            LimitedProjection::Taken { answer, place } => {
+            LimitedProjection::Taken { answer, held } => {
                 let answer = ready!(answer.poll(context));
-                let place = place.take();
-                Poll::Ready(answer.map(|answer| answer.map(|body| Body::new(Held { body, _place: place }))))
+                let Some((taken, line)) = held.take() else { return Poll::Ready(answer) };
+                let held = |body| Body::new(Held { body, unread: None, line, _taken: taken });
+                Poll::Ready(answer.map(|answer| answer.map(held)))
             }
             LimitedProjection::Refused => Poll::Ready(Ok(Status::from(Error::Busy).into_http())),
         }
     }
 }
 
+/// The body of a request, which fails when nothing more of it has come for [`STALLED`].
+struct Awaited {
+    body: Body,
+    bound: Option<Pin<Box<Sleep>>>,
+    waits: bool,
+}
+
+impl http_body::Body for Awaited {
+    type Data = <Body as http_body::Body>::Data;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+        let awaited = &mut *self;
+        if let Poll::Ready(frame) = Pin::new(&mut awaited.body).poll_frame(context) {
+            awaited.waits = false;
+            return Poll::Ready(frame);
+        }
+        let until = Instant::now() + STALLED;
+        let bound = awaited.bound.get_or_insert_with(|| Box::pin(sleep_until(until)));
+        if !std::mem::replace(&mut awaited.waits, true) {
+            bound.as_mut().reset(until);
+        }
+        bound.as_mut().poll(context).map(|()| Some(Err(Error::Silent.into())))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
 /// The body of an answer, whose call is in flight until it has been sent: a stream counts as long as it is open.
 struct Held {
     body: Body,
-    _place: Option<Taken>,
+    /// The client has to read before the transport asks for more.
+    unread: Option<Unread>,
+    line: Option<Line>,
+    _taken: Taken,
 }
 
 impl http_body::Body for Held {
@@ -154,7 +242,13 @@ impl http_body::Body for Held {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
-        Pin::new(&mut self.body).poll_frame(context)
+        let held = &mut *self;
+        held.unread = None;
+        let frame = Pin::new(&mut held.body).poll_frame(context);
+        if let Poll::Ready(Some(Ok(_))) = frame {
+            held.unread = held.line.as_ref().map(Line::unread);
+        }
+        frame
     }
 
     fn is_end_stream(&self) -> bool {
@@ -163,5 +257,44 @@ impl http_body::Body for Held {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::collections::BTreeSet;
+
+    use prost::Message as _;
+    use prost_types::FileDescriptorSet;
+
+    use super::*;
+
+    /// A stream that is taken for a small call has the places of small calls.
+    #[test]
+    fn every_stream_is_known_as_one() {
+        let mut streams = BTreeSet::new();
+        for set in [
+            pagewalk_proto::FILE_DESCRIPTOR_SET,
+            tonic_health::pb::FILE_DESCRIPTOR_SET,
+            tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET,
+            tonic_reflection::pb::v1alpha::FILE_DESCRIPTOR_SET,
+        ] {
+            for file in FileDescriptorSet::decode(set).unwrap().file {
+                for service in &file.service {
+                    let stream = |method: &&prost_types::MethodDescriptorProto| {
+                        method.server_streaming() || method.client_streaming()
+                    };
+                    streams.extend(
+                        service.method.iter().filter(stream).map(|method| {
+                            format!("/{}.{}/{}", file.package(), service.name(), method.name())
+                        }),
+                    );
+                }
+            }
+        }
+        streams.retain(|stream| !is_bulk(stream));
+        assert_eq!(streams.len(), STREAMS.len());
+        assert!(streams.iter().all(|stream| STREAMS.contains(&stream.as_str())), "{streams:?}");
     }
 }

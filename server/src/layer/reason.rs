@@ -80,6 +80,8 @@ pub(crate) fn reason(status: Status) -> Error {
         Code::OutOfRange => Error::TooLarge(status.message().to_owned()),
         Code::Internal => Error::Malformed(status.message().to_owned()),
         Code::Unimplemented => Error::NoSuchMethod,
+        // Of a request's body, which has this bound alone.
+        Code::DeadlineExceeded => Error::Silent,
         _ => Error::Transport(status),
     }
 }

@@ -1,7 +1,8 @@
-//! Accepted connections, bounded in number, and in how long they may stay silent at first.
+//! Accepted connections, bounded in number, in how long they may stay silent at first, and in how long they may leave an answer
+//! unread.
 //!
 //! tonic accepts whatever comes, tries again at once when the process is out of file descriptors, and gives a client that
-//! never says a word all the time in the world. The TLS handshake has a bound of its own.
+//! never says a word, or reads none, all the time in the world. The TLS handshake has a bound of its own.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -11,9 +12,11 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::{Sleep, sleep};
+use tokio::time::{Instant, Sleep, sleep};
 use tokio_stream::Stream;
 use tonic::transport::server::Connected;
+
+use crate::layer::{Line, Peer, STALLED};
 
 /// Connections that one address or socket may have open. Each costs a file descriptor, of which processes commonly have
 /// 1024.
@@ -59,7 +62,14 @@ where
                 Some(Ok(io)) => match Arc::clone(&self.places).try_acquire_owned() {
                     Ok(place) => {
                         let hello = Hello { missing: HELLO, bound: Box::pin(sleep(self.hello_bound)) };
-                        return Poll::Ready(Some(Ok(Connection { io, hello: Some(hello), _place: place })));
+                        let connection = Connection {
+                            io,
+                            hello: Some(hello),
+                            line: Line::new(),
+                            look: Box::pin(sleep(STALLED)),
+                            _place: place,
+                        };
+                        return Poll::Ready(Some(Ok(connection)));
                     }
                     // Dropped, and thus closed: the client is told at once.
                     Err(_) => tracing::debug!("too many connections: one is refused"),
@@ -74,7 +84,24 @@ pub(crate) struct Connection<IO> {
     io: IO,
     /// Until the client has said enough.
     hello: Option<Hello>,
+    line: Line,
+    /// When it is looked next whether the client reads.
+    look: Pin<Box<Sleep>>,
     _place: OwnedSemaphorePermit,
+}
+
+impl<IO> Connection<IO> {
+    /// Fails once an answer has waited for the client for too long.
+    fn look(&mut self, context: &mut Context<'_>) -> io::Result<()> {
+        while self.look.as_mut().poll(context).is_ready() {
+            if self.line.is_stalled() {
+                tracing::debug!("a client does not read its answers: its connection ends");
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            self.look.as_mut().reset(Instant::now() + STALLED);
+        }
+        Ok(())
+    }
 }
 
 struct Hello {
@@ -83,10 +110,10 @@ struct Hello {
 }
 
 impl<IO: Connected> Connected for Connection<IO> {
-    type ConnectInfo = IO::ConnectInfo;
+    type ConnectInfo = Peer<IO::ConnectInfo>;
 
     fn connect_info(&self) -> Self::ConnectInfo {
-        self.io.connect_info()
+        Peer { info: self.io.connect_info(), line: self.line.clone() }
     }
 }
 
@@ -96,6 +123,7 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Connection<IO> {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        self.look(context)?;
         let before = buffer.filled().len();
         let read = Pin::new(&mut self.io).poll_read(context, buffer);
         let Some(hello) = &mut self.hello else { return read };
@@ -118,6 +146,7 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Connection<IO> {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        self.look(context)?;
         Pin::new(&mut self.io).poll_write(context, bytes)
     }
 
@@ -126,6 +155,7 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Connection<IO> {
         context: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.look(context)?;
         Pin::new(&mut self.io).poll_write_vectored(context, slices)
     }
 

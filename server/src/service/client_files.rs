@@ -9,6 +9,7 @@ use tokio::net::UnixStream;
 use tonic::Request;
 use tonic::transport::server::UdsConnectInfo;
 
+use crate::layer::Peer;
 use crate::machine::MachineSpec;
 use crate::status::Error;
 
@@ -47,8 +48,9 @@ impl ClientFiles {
     }
 
     fn is_own_user<T>(&self, request: &Request<T>) -> bool {
-        let peer = request.extensions().get::<UdsConnectInfo>().and_then(|connection| connection.peer_cred);
-        peer.is_some_and(|peer| Some(peer.uid()) == self.own_user)
+        let peer = request.extensions().get::<Peer<UdsConnectInfo>>();
+        let user = peer.and_then(|peer| peer.info.peer_cred);
+        user.is_some_and(|user| Some(user.uid()) == self.own_user)
     }
 }
 

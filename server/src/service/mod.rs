@@ -8,6 +8,7 @@ mod mapping;
 mod memory;
 mod names;
 mod nested_gpa;
+mod outlet;
 mod parts;
 mod range;
 mod resolve;

@@ -2,7 +2,7 @@
 //!
 //! A slice takes about a millisecond at most, and runs on a thread that may block, a few at a time over all calls: unary calls go
 //! by. The next slice begins when the client has taken the part before, so that a client that does not read costs one part
-//! of memory, and one that leaves is noticed between two slices.
+//! of memory until its stream ends for that, and one that leaves is noticed between two slices.
 
 use std::ops::ControlFlow;
 use std::pin::Pin;
@@ -11,12 +11,12 @@ use std::time::{Duration, Instant};
 
 use pagewalk::map::{Map, Progress};
 use pagewalk_proto::v1;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::Semaphore;
 use tokio_stream::Stream;
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use super::Daemon;
+use super::outlet::Outlet;
 use super::resolve::{Target, gone};
 use crate::convert;
 use crate::status::Error;
@@ -74,12 +74,12 @@ pub(super) struct Sending {
 
 impl Sending {
     pub(super) fn stream<T: From<Part> + Send + 'static>(self) -> Parts<T> {
-        let (parts, stream) = mpsc::channel(1);
+        let (parts, stream) = Outlet::new(1);
         tokio::spawn(self.run(parts));
-        Box::pin(ReceiverStream::new(stream))
+        Box::pin(stream)
     }
 
-    async fn run<T: From<Part>>(self, parts: mpsc::Sender<Result<T, Status>>) {
+    async fn run<T: From<Part>>(self, parts: Outlet<T>) {
         let mut draining = self.daemon.draining.clone();
         let machine = Arc::clone(&self.target.machine);
         let until = self.until;
@@ -97,16 +97,18 @@ impl Sending {
             lost = machine.when_gone() => Some(gone(&machine, lost)),
         };
         if let Some(error) = ended {
-            // Waits for a slow reader; one that has gone needs no reason.
-            let _ = parts.send(Err(error.into())).await;
+            parts.end(error);
         }
     }
 
-    async fn send_all<T: From<Part>>(self, parts: &mpsc::Sender<Result<T, Status>>) -> Option<Error> {
+    async fn send_all<T: From<Part>>(self, parts: &Outlet<T>) -> Option<Error> {
         let Self { daemon, target, snapshot, map, .. } = self;
         let mut map = Box::new(map);
         loop {
-            let place = parts.reserve().await.ok()?;
+            let place = match parts.place().await {
+                Ok(place) => place,
+                Err(error) => return Some(error),
+            };
             let begun = Instant::now();
             let (extents, progress) = loop {
                 let (extents, progress);

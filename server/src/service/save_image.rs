@@ -8,13 +8,12 @@ use std::time::{Duration, Instant};
 
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::save_image_response::Part;
-use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
-use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use super::Daemon;
+use super::outlet::Outlet;
 use super::resolve::{gone, still_there};
 use crate::machine::image::{Cpu, Description, LandmarkEntry, MemoryRegion, Number, VcpuEntry};
 use crate::machine::{GuestRam, Machine, MemoryError};
@@ -28,14 +27,12 @@ const PAGE: usize = 4096;
 const PIECE: usize = 1 << 20;
 /// Most zeroes that are skipped before somebody may look whether the client is still there.
 const SKIPPED: u64 = 64 << 20;
-/// How long a client may leave its stream unread: the guest stands still meanwhile.
-const STALLED: Duration = Duration::from_secs(30);
 /// How long the guest has to run on, afterwards.
 const RESUME: Duration = Duration::from_secs(5);
 /// Parts that wait for the client.
 const PLACES: usize = 2;
 
-type Parts = mpsc::Sender<Result<v1::SaveImageResponse, Status>>;
+type Parts = Outlet<v1::SaveImageResponse>;
 
 /// The memory file's name, as the request wants it.
 pub(super) fn memory_file(name: String) -> Result<String, Error> {
@@ -56,7 +53,7 @@ pub(super) fn start(
     memory_file: String,
     deadline: Instant,
 ) -> ReceiverStream<Result<v1::SaveImageResponse, Status>> {
-    let (parts, stream) = mpsc::channel(PLACES);
+    let (parts, stream) = Outlet::new(PLACES);
     tokio::spawn(async move {
         let mut draining = daemon.draining.clone();
         let mut held = Held(Vec::new());
@@ -69,11 +66,10 @@ pub(super) fn start(
         };
         held.release().await;
         if let Err(error) = ended {
-            // A client that does not read will not be told, either.
-            let _ = timeout(STALLED, parts.send(Err(error.into()))).await;
+            parts.end(error);
         }
     });
-    ReceiverStream::new(stream)
+    stream
 }
 
 /// The vCPUs that ran, and do not while they are held.
@@ -142,12 +138,8 @@ async fn save(
 }
 
 async fn send(parts: &Parts, part: Part) -> Result<(), Error> {
-    let part = v1::SaveImageResponse { part: Some(part) };
-    match timeout(STALLED, parts.send(Ok(part))).await {
-        // A client that has gone is noticed by the task.
-        Ok(_) => Ok(()),
-        Err(_) => Err(Error::Stalled(STALLED)),
-    }
+    parts.place().await?.send(Ok(v1::SaveImageResponse { part: Some(part) }));
+    Ok(())
 }
 
 /// Pauses what runs, and gives the state of each vCPU at rest.

@@ -7,32 +7,30 @@ use std::pin::Pin;
 use std::time::Instant;
 
 use pagewalk_proto::v1;
-use tokio::sync::mpsc;
 use tokio::time::sleep_until;
 use tokio_stream::Stream;
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Status, Streaming};
 
+use super::outlet::Outlet;
 use super::resolve::{PATIENCE, client_deadline};
 use super::{Daemon, batch};
 use crate::layer::reason;
 use crate::status::Error;
 
-type Answer = Result<v1::StreamTranslateResponse, Status>;
-pub(super) type Answers = Pin<Box<dyn Stream<Item = Answer> + Send>>;
+pub(super) type Answers = Pin<Box<dyn Stream<Item = Result<v1::StreamTranslateResponse, Status>> + Send>>;
 
 pub(super) fn translate(daemon: &Daemon, request: Request<Streaming<v1::StreamTranslateRequest>>) -> Answers {
-    let (answers, stream) = mpsc::channel(1);
+    let (answers, stream) = Outlet::new(1);
     let deadline = client_deadline(&request);
     tokio::spawn(run(daemon.clone(), request.into_inner(), deadline, answers));
-    Box::pin(ReceiverStream::new(stream))
+    Box::pin(stream)
 }
 
 async fn run(
     daemon: Daemon,
     requests: Streaming<v1::StreamTranslateRequest>,
     deadline: Option<Instant>,
-    answers: mpsc::Sender<Answer>,
+    answers: Outlet<v1::StreamTranslateResponse>,
 ) {
     let mut draining = daemon.draining.clone();
     let too_late = async {
@@ -48,8 +46,7 @@ async fn run(
         () = too_late => Err(Error::Deadline),
     };
     if let Err(error) = ended {
-        // Waits for a slow reader; one that has gone needs no reason.
-        let _ = answers.send(Err(error.into())).await;
+        answers.end(error);
     }
 }
 
@@ -57,7 +54,7 @@ async fn answer_all(
     daemon: &Daemon,
     mut requests: Streaming<v1::StreamTranslateRequest>,
     deadline: Option<Instant>,
-    answers: &mpsc::Sender<Answer>,
+    answers: &Outlet<v1::StreamTranslateResponse>,
 ) -> Result<(), Error> {
     while let Some(request) = requests.message().await.map_err(reason)? {
         let sequence = request.sequence;
@@ -65,9 +62,7 @@ async fn answer_all(
         let patience = Instant::now() + PATIENCE;
         let deadline = deadline.map_or(patience, |deadline| deadline.min(patience));
         let answer = batch::translate(daemon, batch, deadline).await?;
-        if answers.send(Ok(v1::StreamTranslateResponse { sequence, answer: Some(answer) })).await.is_err() {
-            break;
-        }
+        answers.place().await?.send(Ok(v1::StreamTranslateResponse { sequence, answer: Some(answer) }));
     }
     Ok(())
 }

@@ -7,13 +7,13 @@ use std::time::Duration;
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::set_nested_mode_request::Mode;
 use pagewalk_proto::v1::walker_service_server::WalkerService;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::time::sleep;
 use tokio_stream::Stream;
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::Daemon;
+use super::outlet::Outlet;
 use super::resolve::{Target, deadline, gone};
 use crate::convert;
 use crate::status::Error;
@@ -104,7 +104,7 @@ impl WalkerService for Daemon {
             return Err(Error::invalid("max_updates", "from 1, or leave it out for no end").into());
         }
         // One place: a reader who is slow finds the newest state next, not a queue of old ones.
-        let (updates, stream) = mpsc::channel(1);
+        let (updates, stream) = Outlet::new(1);
         let watcher = Watcher {
             daemon: self.clone(),
             generation: target.vcpu.subscribe(),
@@ -113,7 +113,7 @@ impl WalkerService for Daemon {
             left: request.max_updates,
         };
         tokio::spawn(watcher.run(updates));
-        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+        Ok(Response::new(Box::pin(stream)))
     }
 }
 
@@ -140,7 +140,7 @@ struct Watcher {
 }
 
 impl Watcher {
-    async fn run(mut self, updates: mpsc::Sender<Result<v1::GetWalkerStateResponse, Status>>) {
+    async fn run(mut self, updates: Outlet<v1::GetWalkerStateResponse>) {
         let mut draining = self.daemon.draining.clone();
         let machine = Arc::clone(&self.target.machine);
         let ended = tokio::select! {
@@ -150,19 +150,18 @@ impl Watcher {
             lost = machine.when_gone() => Some(gone(&machine, lost)),
         };
         if let Some(error) = ended {
-            // Waits for a slow reader; one that has gone needs no reason.
-            let _ = updates.send(Err(error.into())).await;
+            updates.end(error);
         }
     }
 
-    async fn send_all(
-        &mut self,
-        updates: &mpsc::Sender<Result<v1::GetWalkerStateResponse, Status>>,
-    ) -> Option<Error> {
+    async fn send_all(&mut self, updates: &Outlet<v1::GetWalkerStateResponse>) -> Option<Error> {
         let mut sent = 0;
         loop {
             // Wait for a place first, so that what goes into it is new.
-            let place = updates.reserve().await.ok()?;
+            let place = match updates.place().await {
+                Ok(place) => place,
+                Err(error) => return Some(error),
+            };
             self.generation.borrow_and_update();
             let snapshot = self.target.vcpu.latest();
             if snapshot.generation == sent {

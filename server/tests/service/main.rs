@@ -14,6 +14,7 @@ mod client_files;
 #[path = "../demo_landmarks/mod.rs"]
 mod demo_landmarks;
 mod explain;
+mod idle;
 mod mapping;
 mod memory;
 mod nested;

@@ -330,7 +330,7 @@ async fn refuses_what_is_no_list() {
 const BOMB: u64 = 0x30_0000;
 
 /// The demo machine with a table whose every entry refers to the table itself.
-fn bomb() -> Machine {
+pub(crate) fn bomb() -> Machine {
     let machine = open("demo:plain");
     let memory = machine.source().memory();
     for entry in (0..4096).step_by(8) {
@@ -339,7 +339,7 @@ fn bomb() -> Machine {
     machine
 }
 
-fn all_of_the_bomb() -> v1::ListMappingsRequest {
+pub(crate) fn all_of_the_bomb() -> v1::ListMappingsRequest {
     let state = v1::WalkerOverride { cr3: Some(BOMB), ..Default::default() };
     v1::ListMappingsRequest { r#override: Some(state), ..Default::default() }
 }

@@ -16,13 +16,13 @@ type Answers = Streaming<v1::StreamTranslateResponse>;
 type Requests = mpsc::Sender<v1::StreamTranslateRequest>;
 
 /// The most streams and batches that are served at a time.
-const STREAMS: usize = 128;
+pub(crate) const STREAMS: usize = 128;
 
 fn request(sequence: u64, addresses: &[u64]) -> v1::StreamTranslateRequest {
     v1::StreamTranslateRequest { sequence, batch: Some(batch(addresses)) }
 }
 
-async fn open(channel: Channel) -> Result<(Requests, Answers), Status> {
+pub(crate) async fn open(channel: Channel) -> Result<(Requests, Answers), Status> {
     let (requests, stream) = mpsc::channel(1);
     let mut client = v1::translation_service_client::TranslationServiceClient::new(channel)
         .max_decoding_message_size(16 << 20);

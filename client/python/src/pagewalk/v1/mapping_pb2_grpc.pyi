@@ -114,16 +114,17 @@ class MappingServiceStub(typing.Generic[_MappingServiceListMappingsType, _Mappin
     once; a guest that changes them meanwhile may be seen before the change in one extent and after it in the next.
 
     The stream ends with a message that has `last` set. It says if the list was truncated by the budget, and where to go
-    on: tables that refer to themselves map more pages than anybody can list. A client that does not read stops the work;
-    one that leaves ends it.
+    on: tables that refer to themselves map more pages than anybody can list. A client that does not read stops the work, and
+    after a while ends it; one that leaves ends it at once.
 
     Addresses are linear: pointers with metadata (LAM, UAI) are not listed a second time.
 
     Role: `read`.
     Errors: INVALID_ARGUMENT for a range that is inverted, empty, not aligned to 4 KiB or not canonical, for page sizes that
     do not exist, for a budget that is 0 or above the daemon's, or registers that no CPU accepts; NOT_FOUND for an unknown
-    machine or vCPU; DEADLINE_EXCEEDED when the call's deadline passes before the last message, or with FRESHNESS_SYNC when
-    the vCPU does not come out in time; UNAVAILABLE when the daemon stops meanwhile.
+    machine or vCPU; DEADLINE_EXCEEDED when the call's deadline passes before the last message, when nothing is read of the
+    stream for 30 seconds, or with FRESHNESS_SYNC when the vCPU does not come out in time; UNAVAILABLE when the daemon stops
+    meanwhile.
     """
 
     FindMappings: _MappingServiceFindMappingsType
@@ -133,7 +134,7 @@ class MappingServiceStub(typing.Generic[_MappingServiceListMappingsType, _Mappin
 
     Role: `read`.
     Errors: as `ListMappings`; also INVALID_ARGUMENT for a missing address, one that does not parse, or a range of GPAs that
-    is empty or ends above 2^64.
+    is empty or ends above 2^64. A range of GVAs need not be aligned.
     """
 
     ListAddressSpaces: _MappingServiceListAddressSpacesType
@@ -174,16 +175,17 @@ class MappingServiceServicer(metaclass=abc.ABCMeta):
         once; a guest that changes them meanwhile may be seen before the change in one extent and after it in the next.
 
         The stream ends with a message that has `last` set. It says if the list was truncated by the budget, and where to go
-        on: tables that refer to themselves map more pages than anybody can list. A client that does not read stops the work;
-        one that leaves ends it.
+        on: tables that refer to themselves map more pages than anybody can list. A client that does not read stops the work, and
+        after a while ends it; one that leaves ends it at once.
 
         Addresses are linear: pointers with metadata (LAM, UAI) are not listed a second time.
 
         Role: `read`.
         Errors: INVALID_ARGUMENT for a range that is inverted, empty, not aligned to 4 KiB or not canonical, for page sizes that
         do not exist, for a budget that is 0 or above the daemon's, or registers that no CPU accepts; NOT_FOUND for an unknown
-        machine or vCPU; DEADLINE_EXCEEDED when the call's deadline passes before the last message, or with FRESHNESS_SYNC when
-        the vCPU does not come out in time; UNAVAILABLE when the daemon stops meanwhile.
+        machine or vCPU; DEADLINE_EXCEEDED when the call's deadline passes before the last message, when nothing is read of the
+        stream for 30 seconds, or with FRESHNESS_SYNC when the vCPU does not come out in time; UNAVAILABLE when the daemon stops
+        meanwhile.
         """
 
     @abc.abstractmethod
@@ -198,7 +200,7 @@ class MappingServiceServicer(metaclass=abc.ABCMeta):
 
         Role: `read`.
         Errors: as `ListMappings`; also INVALID_ARGUMENT for a missing address, one that does not parse, or a range of GPAs that
-        is empty or ends above 2^64.
+        is empty or ends above 2^64. A range of GVAs need not be aligned.
         """
 
     @abc.abstractmethod

@@ -108,7 +108,7 @@ class TranslationServiceServicer(object):
         Role: `read`.
         Errors: as `Translate`; also INVALID_ARGUMENT for no address, for more than 262144 or for a column that is not made of
         whole words; RESOURCE_EXHAUSTED for a message of more bytes than that many addresses take, or when more than 128
-        batches and streams of batches are being served: retry after a moment.
+        batches and streams of batches are being served, or 64 of one connection: retry after a moment.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -117,11 +117,11 @@ class TranslationServiceServicer(object):
     def StreamTranslate(self, request_iterator, context):
         """Translates batches, one after another: each request is answered by one response, in order. A request is read when the
         answers to those before it have been taken: a client that stops reading stops the stream, and holds at most two
-        answers. It may stay open as long as the client likes.
+        answers. It may stay open as long as requests come and answers are taken.
 
         Role: `read`.
-        Errors: as `BatchTranslate`; they end the stream, after the answers to all requests before. UNAVAILABLE when the
-        daemon shuts down.
+        Errors: as `BatchTranslate`; they end the stream, after the answers to all requests before. DEADLINE_EXCEEDED when no
+        request comes, or no answer is taken, for 30 seconds; UNAVAILABLE when the daemon shuts down.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

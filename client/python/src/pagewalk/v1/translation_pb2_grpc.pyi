@@ -230,17 +230,17 @@ class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _T
     Role: `read`.
     Errors: as `Translate`; also INVALID_ARGUMENT for no address, for more than 262144 or for a column that is not made of
     whole words; RESOURCE_EXHAUSTED for a message of more bytes than that many addresses take, or when more than 128
-    batches and streams of batches are being served: retry after a moment.
+    batches and streams of batches are being served, or 64 of one connection: retry after a moment.
     """
 
     StreamTranslate: _TranslationServiceStreamTranslateType
     """Translates batches, one after another: each request is answered by one response, in order. A request is read when the
     answers to those before it have been taken: a client that stops reading stops the stream, and holds at most two
-    answers. It may stay open as long as the client likes.
+    answers. It may stay open as long as requests come and answers are taken.
 
     Role: `read`.
-    Errors: as `BatchTranslate`; they end the stream, after the answers to all requests before. UNAVAILABLE when the
-    daemon shuts down.
+    Errors: as `BatchTranslate`; they end the stream, after the answers to all requests before. DEADLINE_EXCEEDED when no
+    request comes, or no answer is taken, for 30 seconds; UNAVAILABLE when the daemon shuts down.
     """
 
     TranslateRange: _TranslationServiceTranslateRangeType
@@ -355,7 +355,7 @@ class TranslationServiceServicer(metaclass=abc.ABCMeta):
         Role: `read`.
         Errors: as `Translate`; also INVALID_ARGUMENT for no address, for more than 262144 or for a column that is not made of
         whole words; RESOURCE_EXHAUSTED for a message of more bytes than that many addresses take, or when more than 128
-        batches and streams of batches are being served: retry after a moment.
+        batches and streams of batches are being served, or 64 of one connection: retry after a moment.
         """
 
     @abc.abstractmethod
@@ -366,11 +366,11 @@ class TranslationServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[collections.abc.Iterator[pagewalk.v1.translation_pb2.StreamTranslateResponse], collections.abc.AsyncIterator[pagewalk.v1.translation_pb2.StreamTranslateResponse]]:
         """Translates batches, one after another: each request is answered by one response, in order. A request is read when the
         answers to those before it have been taken: a client that stops reading stops the stream, and holds at most two
-        answers. It may stay open as long as the client likes.
+        answers. It may stay open as long as requests come and answers are taken.
 
         Role: `read`.
-        Errors: as `BatchTranslate`; they end the stream, after the answers to all requests before. UNAVAILABLE when the
-        daemon shuts down.
+        Errors: as `BatchTranslate`; they end the stream, after the answers to all requests before. DEADLINE_EXCEEDED when no
+        request comes, or no answer is taken, for 30 seconds; UNAVAILABLE when the daemon shuts down.
         """
 
     @abc.abstractmethod

@@ -89,7 +89,8 @@ class WalkerServiceServicer(object):
         generations and always gets the newest; nothing queues up.
 
         Role: `read`.
-        Errors: as `GetWalkerState`. Ends with UNAVAILABLE when the machine goes or the daemon stops.
+        Errors: as `GetWalkerState`. Ends with UNAVAILABLE when the machine goes or the daemon stops, and with DEADLINE_EXCEEDED
+        when there is something to read and nothing is read for 30 seconds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

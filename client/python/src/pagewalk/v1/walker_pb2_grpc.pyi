@@ -135,7 +135,8 @@ class WalkerServiceStub(typing.Generic[_WalkerServiceGetWalkerStateType, _Walker
     generations and always gets the newest; nothing queues up.
 
     Role: `read`.
-    Errors: as `GetWalkerState`. Ends with UNAVAILABLE when the machine goes or the daemon stops.
+    Errors: as `GetWalkerState`. Ends with UNAVAILABLE when the machine goes or the daemon stops, and with DEADLINE_EXCEEDED
+    when there is something to read and nothing is read for 30 seconds.
     """
 
 WalkerServiceAsyncStub: typing_extensions.TypeAlias = WalkerServiceStub[
@@ -198,7 +199,8 @@ class WalkerServiceServicer(metaclass=abc.ABCMeta):
         generations and always gets the newest; nothing queues up.
 
         Role: `read`.
-        Errors: as `GetWalkerState`. Ends with UNAVAILABLE when the machine goes or the daemon stops.
+        Errors: as `GetWalkerState`. Ends with UNAVAILABLE when the machine goes or the daemon stops, and with DEADLINE_EXCEEDED
+        when there is something to read and nothing is read for 30 seconds.
         """
 
 def add_WalkerServiceServicer_to_server(servicer: WalkerServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

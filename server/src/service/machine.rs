@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::machine_service_server::MachineService;
 use tokio::time::timeout_at;
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::Daemon;
+use super::outlet::Answers;
 use super::resolve::{client_deadline, deadline, still_there};
 use super::save_image;
 use crate::convert;
@@ -93,7 +93,7 @@ impl MachineService for Daemon {
         Ok(Response::new(v1::DetachMachineResponse { provenance }))
     }
 
-    type SaveImageStream = ReceiverStream<Result<v1::SaveImageResponse, Status>>;
+    type SaveImageStream = Answers<v1::SaveImageResponse>;
 
     async fn save_image(
         &self,

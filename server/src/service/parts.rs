@@ -74,7 +74,7 @@ pub(super) struct Sending {
 
 impl Sending {
     pub(super) fn stream<T: From<Part> + Send + 'static>(self) -> Parts<T> {
-        let (parts, stream) = Outlet::new(1);
+        let (parts, stream) = Outlet::new();
         tokio::spawn(self.run(parts));
         Box::pin(stream)
     }

@@ -1,7 +1,7 @@
 //! `SaveImage`: a machine as a stream of an image's parts.
 //!
 //! One task pauses the guest, sends what there is, and lets the guest run on, whatever becomes of the client meanwhile. Memory
-//! is read piece by piece on the blocking pool, and never more of it is held than the stream has places.
+//! is read piece by piece on the blocking pool, each once the client is ready for it.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,11 +9,9 @@ use std::time::{Duration, Instant};
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::save_image_response::Part;
 use tokio::task::spawn_blocking;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::Status;
 
 use super::Daemon;
-use super::outlet::Outlet;
+use super::outlet::{Answers, Outlet};
 use super::resolve::{gone, still_there};
 use crate::machine::image::{Cpu, Description, LandmarkEntry, MemoryRegion, Number, VcpuEntry};
 use crate::machine::{GuestRam, Machine, MemoryError};
@@ -29,8 +27,6 @@ const PIECE: usize = 1 << 20;
 const SKIPPED: u64 = 64 << 20;
 /// How long the guest has to run on, afterwards.
 const RESUME: Duration = Duration::from_secs(5);
-/// Parts that wait for the client.
-const PLACES: usize = 2;
 
 type Parts = Outlet<v1::SaveImageResponse>;
 
@@ -52,8 +48,8 @@ pub(super) fn start(
     machine: Arc<Machine>,
     memory_file: String,
     deadline: Instant,
-) -> ReceiverStream<Result<v1::SaveImageResponse, Status>> {
-    let (parts, stream) = Outlet::new(PLACES);
+) -> Answers<v1::SaveImageResponse> {
+    let (parts, stream) = Outlet::new();
     tokio::spawn(async move {
         let mut draining = daemon.draining.clone();
         let mut held = Held(Vec::new());

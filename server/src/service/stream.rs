@@ -1,6 +1,6 @@
 //! Streams of batches: each request is answered before the next one is read.
 //!
-//! One answer may wait for the client to take it, while the next is being made; then nothing more is read, until the
+//! One answer is made while the one before is on its way to the client, and waits; then nothing more is read, until the
 //! client's window is full and it stops sending.
 
 use std::pin::Pin;
@@ -20,7 +20,7 @@ use crate::status::Error;
 pub(super) type Answers = Pin<Box<dyn Stream<Item = Result<v1::StreamTranslateResponse, Status>> + Send>>;
 
 pub(super) fn translate(daemon: &Daemon, request: Request<Streaming<v1::StreamTranslateRequest>>) -> Answers {
-    let (answers, stream) = Outlet::new(1);
+    let (answers, stream) = Outlet::new();
     let deadline = client_deadline(&request);
     tokio::spawn(run(daemon.clone(), request.into_inner(), deadline, answers));
     Box::pin(stream)
@@ -56,13 +56,15 @@ async fn answer_all(
     deadline: Option<Instant>,
     answers: &Outlet<v1::StreamTranslateResponse>,
 ) -> Result<(), Error> {
-    while let Some(request) = requests.message().await.map_err(reason)? {
+    loop {
+        // An answer that has nowhere to go is not begun.
+        let place = answers.place().await?;
+        let Some(request) = requests.message().await.map_err(reason)? else { return Ok(()) };
         let sequence = request.sequence;
         let batch = request.batch.ok_or_else(|| Error::invalid("batch", "required"))?;
         let patience = Instant::now() + PATIENCE;
         let deadline = deadline.map_or(patience, |deadline| deadline.min(patience));
         let answer = batch::translate(daemon, batch, deadline).await?;
-        answers.place().await?.send(Ok(v1::StreamTranslateResponse { sequence, answer: Some(answer) }));
+        place.send(Ok(v1::StreamTranslateResponse { sequence, answer: Some(answer) }));
     }
-    Ok(())
 }

@@ -103,8 +103,7 @@ impl WalkerService for Daemon {
         if request.max_updates == Some(0) {
             return Err(Error::invalid("max_updates", "from 1, or leave it out for no end").into());
         }
-        // One place: a reader who is slow finds the newest state next, not a queue of old ones.
-        let (updates, stream) = Outlet::new(1);
+        let (updates, stream) = Outlet::new();
         let watcher = Watcher {
             daemon: self.clone(),
             generation: target.vcpu.subscribe(),

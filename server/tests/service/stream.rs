@@ -1,8 +1,12 @@
 //! `StreamTranslate`: batches one after another, and clients that do not play along.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use pagewalk_proto::v1;
+use pagewalkd::machine::{Health, LocalSource, Machine};
+use pagewalkd::vcpu::{Backend, Exit, RegisterChanges, Registers, Vcpu, VcpuError};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
@@ -10,7 +14,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Request, Status, Streaming};
 
 use crate::batch::batch;
-use crate::bed::{Bed, SOON, connect, refusal};
+use crate::bed::{Bed, SOON, config, connect, open as open_machine, refusal};
 
 type Answers = Streaming<v1::StreamTranslateResponse>;
 type Requests = mpsc::Sender<v1::StreamTranslateRequest>;
@@ -109,6 +113,69 @@ async fn a_stream_that_never_reads() {
     drop(answers);
     bed.unharmed().await;
     bed.stop().await;
+}
+
+/// One answer is on its way to the client and one waits: a third is not made.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_does_not_read_holds_two_answers() {
+    let made = Arc::new(AtomicUsize::new(0));
+    let bed = Bed::of(config(), vec![counting(&made)]).await;
+    // Registers that are asked for anew tell of each answer that is begun.
+    let large = vec![bed.landmark("kernel-text"); 1 << 18];
+    let mut request = request(0, &large);
+    request.batch.as_mut().unwrap().head.freshness = v1::Freshness::Sync.into();
+    let narrow = Channel::from_shared(format!("http://{}", bed.address)).unwrap();
+    let narrow = narrow.initial_stream_window_size(1 << 16).connect().await.unwrap();
+    let before = made.load(Ordering::Relaxed);
+    let (requests, answers) = open(narrow).await.unwrap();
+    let sending = tokio::spawn(async move { while requests.send(request.clone()).await.is_ok() {} });
+    let end = Instant::now() + SOON;
+    while made.load(Ordering::Relaxed) < before + 2 {
+        assert!(Instant::now() < end, "nothing is answered");
+        sleep(Duration::from_millis(10)).await;
+    }
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(made.load(Ordering::Relaxed) - before, 2);
+    drop(answers);
+    sending.abort();
+}
+
+/// The demo machine, with a vCPU that counts how often its registers are read.
+fn counting(reads: &Arc<AtomicUsize>) -> Machine {
+    struct Counting(Registers, Arc<AtomicUsize>);
+    impl Backend for Counting {
+        fn static_reason(&self) -> Option<String> {
+            Some("it is plain memory".into())
+        }
+        fn run(&mut self) -> Exit {
+            Exit::Halted
+        }
+        fn step(&mut self) -> Result<Exit, VcpuError> {
+            Err(VcpuError::Unsupported("no steps here".into()))
+        }
+        fn registers(&mut self) -> Result<Registers, String> {
+            self.1.fetch_add(1, Ordering::Relaxed);
+            Ok(self.0.clone())
+        }
+        fn set_registers(&mut self, _: &RegisterChanges) -> Result<(), VcpuError> {
+            Err(VcpuError::Unsupported("registers stay".into()))
+        }
+    }
+    let demo = open_machine("demo:plain");
+    let source = demo.source();
+    let registers = demo.vcpu(0).unwrap().latest().registers.clone();
+    let vcpu = Vcpu::spawn("demo", 0, source.cpu(), Counting(registers, Arc::clone(reads))).unwrap();
+    let source = LocalSource {
+        kind: "counting",
+        description: "a vCPU that counts".into(),
+        vcpus: vec![vcpu],
+        memory: source.memory(),
+        capabilities: source.capabilities().clone(),
+        cpu: source.cpu(),
+        landmarks: source.landmarks().to_vec(),
+        health: Health::default(),
+    };
+    Machine::new("demo", Arc::new(source))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -13,7 +13,7 @@ use pagewalk_proto::v1::translation_service_server::TranslationServiceServer;
 use pagewalk_proto::v1::vcpu_service_server::VcpuServiceServer;
 use pagewalk_proto::v1::walker_service_server::WalkerServiceServer;
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::service::Routes;
@@ -26,7 +26,7 @@ use crate::config::Config;
 use crate::layer::{DeadlineLayer, LimitLayer, ReasonLayer, TraceLayer};
 use crate::listen::{Incoming, ListenError, TlsError, UdsListener, bind_tcp};
 use crate::machine::Machines;
-use crate::service::{ATTACHING, BLOCKING, ClientFiles, Daemon, Turns, add_to, slices};
+use crate::service::{Daemon, add_to};
 
 /// Streams that one connection may have open.
 const STREAMS: u32 = 256;
@@ -92,16 +92,7 @@ impl Server {
         }
         let uds = config.uds.as_deref().map(UdsListener::bind).transpose()?;
         let (draining, observer) = watch::channel(false);
-        let daemon = Daemon {
-            machines: Arc::new(machines),
-            host: host_name(),
-            draining: observer,
-            slices: slices(),
-            blocking: Arc::new(Semaphore::new(BLOCKING)),
-            turns: Arc::new(Turns::new()),
-            attaching: Arc::new(Semaphore::new(ATTACHING)),
-            client_files: Arc::new(ClientFiles::new(config.client_files.clone())),
-        };
+        let daemon = Daemon::new(machines, host_name(), observer, config.client_files.clone());
         let (health, health_service) = health_reporter();
         let reflection = || {
             tonic_reflection::server::Builder::configure()

@@ -30,16 +30,18 @@ const LONG_SLICE: usize = 1024;
 /// Both together; and in memory that has to be fetched entry by entry, a walk takes microseconds.
 const BLOCKING_SLICE: usize = 256;
 
+/// Waits for the vCPU until `patience` ends, and walks for as long as the client lets it.
 pub(super) async fn translate(
     daemon: &Daemon,
     request: v1::BatchTranslateRequest,
-    deadline: Instant,
+    patience: Instant,
+    deadline: Option<Instant>,
 ) -> Result<v1::BatchTranslateResponse, Error> {
     let v1::BatchTranslateRequest { head, column } = request;
     let count = count(&column)?;
     let max_faults = max_faults(head.max_faults)?;
     let target = daemon.target(head.vcpu)?;
-    let snapshot = target.snapshot(head.freshness, deadline).await?;
+    let snapshot = target.snapshot(head.freshness, patience).await?;
     let access = convert::access::access(head.access, &snapshot.registers)?;
     let walker = walker(head.r#override.as_ref(), &snapshot)?;
     convert::access::check(&access, &walker)?;
@@ -176,5 +178,86 @@ impl Answer {
             *bytes = word.to_le_bytes();
         }
         size
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::Duration;
+
+    use tokio::sync::watch;
+
+    use super::*;
+    use crate::machine::{Fetch, LocalSource, Machine, MachineSpec, Machines, Place};
+    use crate::service::resolve::PATIENCE;
+
+    const TEXT: u64 = 0xffff_8000_0001_0000;
+
+    /// Memory that has to be fetched, at some cost.
+    struct Fetched {
+        from: Arc<GuestRam>,
+        fetches: AtomicUsize,
+        cost: Duration,
+    }
+
+    impl Fetch for Fetched {
+        fn fetch(&self, offset: u64, into: &mut [u8]) -> std::io::Result<()> {
+            self.fetches.fetch_add(1, Ordering::Relaxed);
+            let begun = Instant::now();
+            while begun.elapsed() < self.cost {}
+            self.from.read(pagewalk::Gpa(offset), into).map(drop).map_err(std::io::Error::other)
+        }
+    }
+
+    /// A daemon that serves the demo machine out of such memory.
+    fn daemon(cost: Duration) -> (Daemon, Arc<Fetched>, watch::Sender<bool>) {
+        let demo = "demo:plain".parse::<MachineSpec>().unwrap().open().unwrap();
+        let source = demo.source();
+        let from = source.memory();
+        let fetched = Arc::new(Fetched { from: Arc::clone(&from), fetches: AtomicUsize::new(0), cost });
+        let place = |gpa| Place::Fetched(Arc::clone(&fetched) as Arc<dyn Fetch>, gpa);
+        let regions = from.regions().iter().map(|region| (*region, place(region.start.0)));
+        let source = LocalSource {
+            kind: "fetched",
+            description: "memory that has to be fetched".into(),
+            vcpus: source.vcpus().to_vec(),
+            memory: Arc::new(GuestRam::of_others(regions).unwrap()),
+            capabilities: source.capabilities().clone(),
+            cpu: source.cpu(),
+            landmarks: Vec::new(),
+            health: crate::machine::Health::default(),
+        };
+        let machines = Machines::new(vec![Machine::new("demo", Arc::new(source))]).unwrap();
+        let (stop, draining) = watch::channel(false);
+        (Daemon::new(machines, "here".into(), draining, None), fetched, stop)
+    }
+
+    fn reads(count: usize) -> v1::BatchTranslateRequest {
+        let access = v1::Access { kind: v1::AccessKind::Read.into(), ..Default::default() };
+        v1::BatchTranslateRequest {
+            head: v1::BatchTranslateRequestHead { access: Some(access), ..Default::default() },
+            column: vec![TEXT; count].as_slice().into(),
+        }
+    }
+
+    /// The patience that vCPUs get is none of a walk's.
+    #[tokio::test(start_paused = true)]
+    async fn a_batch_without_a_deadline_waits_for_a_place() {
+        let (daemon, _, _stop) = daemon(Duration::ZERO);
+        let taken = Arc::clone(&daemon.blocking).acquire_many_owned(16).await.unwrap();
+        let waiting = tokio::spawn({
+            let daemon = daemon.clone();
+            async move { translate(&daemon, reads(300), Instant::now() + PATIENCE, None).await }
+        });
+        tokio::time::sleep(3 * PATIENCE).await;
+        assert!(!waiting.is_finished(), "{:?}", waiting.await.unwrap().map(|answer| answer.head));
+        let deadline = Instant::now();
+        let late = translate(&daemon, reads(300), deadline, Some(deadline)).await;
+        assert!(matches!(late, Err(Error::Deadline)));
+        drop(taken);
+        assert_eq!(waiting.await.unwrap().unwrap().column.len(), Some(300));
     }
 }

@@ -21,9 +21,7 @@ mod turns;
 mod vcpu;
 mod walker;
 
-pub(crate) use client_files::ClientFiles;
-pub(crate) use parts::slices;
-
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use pagewalk_proto::v1::machine_service_server::MachineServiceServer;
@@ -35,34 +33,56 @@ use pagewalk_proto::v1::walker_service_server::WalkerServiceServer;
 use tokio::sync::{Semaphore, watch};
 use tonic::service::Routes;
 
-pub(crate) use turns::Turns;
+use client_files::ClientFiles;
+use turns::Turns;
 
 use crate::machine::Machines;
 
 /// What all services share. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Daemon {
-    pub(crate) machines: Arc<Machines>,
-    pub(crate) host: Arc<str>,
+    machines: Arc<Machines>,
+    host: Arc<str>,
     /// Turns true when the daemon drains: streams end.
-    pub(crate) draining: watch::Receiver<bool>,
+    draining: watch::Receiver<bool>,
     /// Places for calls that read memory which may block: see `resolve::Target::read`.
-    pub(crate) blocking: Arc<Semaphore>,
+    blocking: Arc<Semaphore>,
     /// Turns of bulk work.
-    pub(crate) turns: Arc<Turns>,
+    turns: Arc<Turns>,
     /// Places for slices of maps.
-    pub(crate) slices: Arc<Semaphore>,
+    slices: Arc<Semaphore>,
     /// Places for machines that are being attached.
-    pub(crate) attaching: Arc<Semaphore>,
+    attaching: Arc<Semaphore>,
     /// Where clients may have files made.
-    pub(crate) client_files: Arc<ClientFiles>,
+    client_files: Arc<ClientFiles>,
+}
+
+impl Daemon {
+    /// A daemon that serves `machines`, until `draining` says so. To be called within a runtime.
+    pub(crate) fn new(
+        machines: Machines,
+        host: Arc<str>,
+        draining: watch::Receiver<bool>,
+        client_files: Option<PathBuf>,
+    ) -> Self {
+        Self {
+            machines: Arc::new(machines),
+            host,
+            draining,
+            blocking: Arc::new(Semaphore::new(BLOCKING)),
+            turns: Arc::new(Turns::new()),
+            slices: parts::slices(),
+            attaching: Arc::new(Semaphore::new(ATTACHING)),
+            client_files: Arc::new(ClientFiles::new(client_files)),
+        }
+    }
 }
 
 /// Calls that may wait for the host to give them memory, at once. More wait for a place, up to their deadlines.
-pub(crate) const BLOCKING: usize = 16;
+const BLOCKING: usize = 16;
 /// Machines that are attached at once: each may read a file of symbols, and wait for a QEMU that says nothing. More wait for a
 /// place, up to their deadlines.
-pub(crate) const ATTACHING: usize = 4;
+const ATTACHING: usize = 4;
 
 /// Largest request that is decoded. No request of this contract, but for batches, needs a tenth of it.
 const REQUEST_BYTES: usize = 64 << 10;

@@ -32,7 +32,7 @@ const ENTRIES: u64 = 1 << 15;
 const SILENCE: Duration = Duration::from_millis(250);
 
 /// How many slices may run at a time: half of the CPUs stay with those who serve.
-pub(crate) fn slices() -> Arc<Semaphore> {
+pub(super) fn slices() -> Arc<Semaphore> {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     Arc::new(Semaphore::new((cpus / 2).max(1)))
 }

@@ -83,20 +83,23 @@ pub(super) fn gone(machine: &Machine, lost: Option<Arc<str>>) -> Error {
 }
 
 impl Target {
-    /// Has `work` read the machine's memory. Where that may block, it waits for one of a few places first, and holds up no
-    /// other call.
+    /// Has `work` read the machine's memory. Where that may block, it waits for one of a few places first, until `deadline` if
+    /// there is one, and holds up no other call.
     pub(super) async fn read<T>(
         &self,
         daemon: &Daemon,
-        deadline: Instant,
+        deadline: impl Into<Option<Instant>>,
         work: impl FnOnce(&GuestRam) -> T,
     ) -> Result<T, Error> {
         let memory = self.machine.source().memory();
         if !memory.blocks() {
             return Ok(work(&memory));
         }
-        let place = timeout_at(deadline.into(), daemon.blocking.acquire()).await;
-        let _place = place.map_err(|_| Error::Deadline)?;
+        let place = daemon.blocking.acquire();
+        let _place = match deadline.into() {
+            Some(deadline) => timeout_at(deadline.into(), place).await.map_err(|_| Error::Deadline)?,
+            None => place.await,
+        };
         Ok(match Handle::current().runtime_flavor() {
             // This thread has nobody to hand its other work to.
             RuntimeFlavor::CurrentThread => work(&memory),

@@ -63,8 +63,8 @@ async fn answer_all(
         let sequence = request.sequence;
         let batch = request.batch.ok_or_else(|| Error::invalid("batch", "required"))?;
         let patience = Instant::now() + PATIENCE;
-        let deadline = deadline.map_or(patience, |deadline| deadline.min(patience));
-        let answer = batch::translate(daemon, batch, deadline).await?;
+        let patience = deadline.map_or(patience, |deadline| deadline.min(patience));
+        let answer = batch::translate(daemon, batch, patience, deadline).await?;
         place.send(Ok(v1::StreamTranslateResponse { sequence, answer: Some(answer) }));
     }
 }

@@ -48,8 +48,8 @@ impl TranslationService for Daemon {
         &self,
         request: Request<v1::BatchTranslateRequest>,
     ) -> Result<Response<v1::BatchTranslateResponse>, Status> {
-        let deadline = deadline(&request);
-        Ok(Response::new(batch::translate(self, request.into_inner(), deadline).await?))
+        let (patience, deadline) = (deadline(&request), client_deadline(&request));
+        Ok(Response::new(batch::translate(self, request.into_inner(), patience, deadline).await?))
     }
 
     type StreamTranslateStream = stream::Answers;

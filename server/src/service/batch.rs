@@ -29,6 +29,8 @@ const SLICE: usize = 4096;
 const LONG_SLICE: usize = 1024;
 /// Both together; and in memory that has to be fetched entry by entry, a walk takes microseconds.
 const BLOCKING_SLICE: usize = 256;
+/// By how much a slice is smaller where some of memory has to be fetched: all of its walks may lead there.
+const PARTLY_FETCHED: usize = 16;
 
 /// Waits for the vCPU until `patience` ends, and walks for as long as the client lets it.
 pub(super) async fn translate(
@@ -72,6 +74,7 @@ pub(super) async fn translate(
             (Some(_), true) => BLOCKING_SLICE,
             _ => LONG_SLICE,
         };
+        let size = if memory.is_mapped() { size } else { size / PARTLY_FETCHED };
         let slice = || {
             start += answer.walk(&walker, &memory, &access, &column, start, size);
             if start < count { Slice::More } else { Slice::Last }
@@ -191,7 +194,7 @@ mod tests {
     use tokio::sync::watch;
 
     use super::*;
-    use crate::machine::{Fetch, LocalSource, Machine, MachineSpec, Machines, Place};
+    use crate::machine::{Fetch, FileMapping, LocalSource, Machine, MachineSpec, Machines, Place, Region};
     use crate::service::resolve::PATIENCE;
 
     const TEXT: u64 = 0xffff_8000_0001_0000;
@@ -212,14 +215,21 @@ mod tests {
         }
     }
 
-    /// A daemon that serves the demo machine out of such memory.
-    fn daemon(cost: Duration) -> (Daemon, Arc<Fetched>, watch::Sender<bool>) {
+    /// A daemon that serves the demo machine out of such memory, beside which there is as much that is `mapped`.
+    fn daemon(cost: Duration, mapped: bool) -> (Daemon, Arc<Fetched>, watch::Sender<bool>) {
         let demo = "demo:plain".parse::<MachineSpec>().unwrap().open().unwrap();
         let source = demo.source();
         let from = source.memory();
         let fetched = Arc::new(Fetched { from: Arc::clone(&from), fetches: AtomicUsize::new(0), cost });
         let place = |gpa| Place::Fetched(Arc::clone(&fetched) as Arc<dyn Fetch>, gpa);
-        let regions = from.regions().iter().map(|region| (*region, place(region.start.0)));
+        let mut regions: Vec<_> =
+            from.regions().iter().map(|region| (*region, place(region.start.0))).collect();
+        if mapped {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(from.size()).unwrap();
+            let region = Region { start: pagewalk::Gpa(1 << 40), size: from.size(), read_only: false };
+            regions.push((region, Place::Mapped(FileMapping::of(&file).unwrap(), 0)));
+        }
         let source = LocalSource {
             kind: "fetched",
             description: "memory that has to be fetched".into(),
@@ -246,7 +256,7 @@ mod tests {
     /// The patience that vCPUs get is none of a walk's.
     #[tokio::test(start_paused = true)]
     async fn a_batch_without_a_deadline_waits_for_a_place() {
-        let (daemon, _, _stop) = daemon(Duration::ZERO);
+        let (daemon, _, _stop) = daemon(Duration::ZERO, false);
         let taken = Arc::clone(&daemon.blocking).acquire_many_owned(16).await.unwrap();
         let waiting = tokio::spawn({
             let daemon = daemon.clone();
@@ -259,5 +269,23 @@ mod tests {
         assert!(matches!(late, Err(Error::Deadline)));
         drop(taken);
         assert_eq!(waiting.await.unwrap().unwrap().column.len(), Some(300));
+    }
+
+    /// However little of it, a small call waits for what is fetched between two turns.
+    #[tokio::test]
+    async fn a_turn_in_memory_that_is_half_fetched_is_short() {
+        let (daemon, fetched, _stop) = daemon(Duration::from_micros(2), true);
+        assert!(!daemon.machines.get("").unwrap().source().memory().blocks());
+        let patience = Instant::now() + PATIENCE;
+        let batch = tokio::spawn(async move { translate(&daemon, reads(20_000), patience, None).await });
+        let (mut longest, mut before) = (0, 0);
+        while !batch.is_finished() {
+            tokio::task::yield_now().await;
+            let now = fetched.fetches.load(Ordering::Relaxed);
+            longest = longest.max(now - before);
+            before = now;
+        }
+        assert_eq!(batch.await.unwrap().unwrap().column.len(), Some(20_000));
+        assert!(before >= 20_000 && longest < 2000, "{longest} of {before}");
     }
 }

@@ -4,7 +4,7 @@
 //! by. The next slice begins when the client has taken the part before, so that a client that does not read costs one part
 //! of memory until its stream ends for that, and one that leaves is noticed between two slices.
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, RangeInclusive};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,10 +24,11 @@ use crate::vcpu::Snapshot;
 
 /// Extents in one message.
 const EXTENTS: usize = 2048;
-/// How long a slice takes, give or take [`ENTRIES`].
+/// How long a slice takes, give or take the last of its steps.
 const SLICE: Duration = Duration::from_millis(1);
-/// Entries read between two looks at the clock: many more than a descent from the root, with which each begins.
-const ENTRIES: u64 = 1 << 15;
+/// Entries read before the first look at the clock, and at most between two. What an entry costs is known by then: memory may
+/// have to be fetched. Each step begins with a descent from the root, of which the largest are many times as much.
+const ENTRIES: RangeInclusive<u64> = 1 << 12..=1 << 15;
 /// How long a client that waits for the next extent hears nothing of what has been reached.
 const SILENCE: Duration = Duration::from_millis(250);
 
@@ -149,14 +150,64 @@ fn slice<M: pagewalk::Memory>(map: &mut Map, memory: &M) -> (Vec<v1::Extent>, Pr
     let format = map.walker().gva_walk().format().clone();
     let mut extents = Vec::new();
     let begun = Instant::now();
+    let mut entries = *ENTRIES.start();
     loop {
-        let progress = map.advance(memory, ENTRIES, |extent| {
+        let progress = map.advance(memory, entries, |extent| {
             extents.push(convert::mapping::extent(&extent, &format));
             // The map may have one more in hand when it ends.
             if extents.len() + 1 < EXTENTS { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         });
-        if progress != Progress::Going || extents.len() + 1 >= EXTENTS || begun.elapsed() >= SLICE {
+        let elapsed = begun.elapsed();
+        if progress != Progress::Going || extents.len() + 1 >= EXTENTS || elapsed >= SLICE {
             return (extents, progress);
         }
+        if elapsed < SLICE / 8 {
+            entries = (2 * entries).min(*ENTRIES.end());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::thread::sleep;
+
+    use pagewalk::{Backing, ExchangeError, Gpa, Memory};
+
+    use super::*;
+
+    /// One table, which refers to itself, and takes its time.
+    struct Slow(Duration);
+
+    impl Memory for Slow {
+        fn load_u64(&self, _: Gpa) -> Option<u64> {
+            Some(7)
+        }
+        fn load_table(&self, _: Gpa, entries: &mut [u64; 512]) -> bool {
+            sleep(self.0);
+            *entries = [7; 512];
+            true
+        }
+        fn compare_exchange_u64(&self, _: Gpa, _: u64, _: u64) -> Result<(), ExchangeError> {
+            Err(ExchangeError::ReadOnly)
+        }
+        fn backing(&self, _: Gpa) -> Backing {
+            Backing::Ram
+        }
+    }
+
+    /// A client that leaves is noticed between two slices.
+    #[test]
+    fn a_slice_is_short_however_slow_memory_is() {
+        let demo = "demo:plain".parse::<crate::machine::MachineSpec>().unwrap().open().unwrap();
+        let walker = demo.vcpu(0).unwrap().latest().walker.clone().unwrap();
+        // Nothing leads there, so that a slice ends for its time alone.
+        let gpas = (Gpa(1 << 40), Gpa(1 << 40));
+        let filter = pagewalk::map::Filter { gpas, ..Default::default() };
+        let mut map = Map::new(walker).filtered(filter);
+        let begun = Instant::now();
+        let (extents, progress) = slice(&mut map, &Slow(Duration::from_millis(2)));
+        assert_eq!((extents.len(), progress), (0, Progress::Going));
+        assert!(begun.elapsed() < Duration::from_millis(100), "{:?}", begun.elapsed());
     }
 }

@@ -1,6 +1,7 @@
 //! The services. Each call resolves what it names, calls the vCPU or the walker, and converts the answer.
 
 mod batch;
+mod by_size;
 mod client_files;
 mod explain;
 mod machine;
@@ -33,6 +34,7 @@ use pagewalk_proto::v1::walker_service_server::WalkerServiceServer;
 use tokio::sync::{Semaphore, watch};
 use tonic::service::Routes;
 
+use by_size::BySize;
 use client_files::ClientFiles;
 use turns::Turns;
 
@@ -95,26 +97,22 @@ const BATCH_RESPONSE_BYTES: usize = 12 << 20;
 
 /// Adds every service to `routes`.
 pub(crate) fn add_to(routes: Routes, daemon: &Daemon) -> Routes {
-    macro_rules! add {
-        ($routes:expr, $request:expr, $response:expr, $($server:ident),*) => {{
-            let routes = $routes;
-            $(let routes = routes.add_service(
-                $server::new(daemon.clone())
-                    .max_decoding_message_size($request)
-                    .max_encoding_message_size($response),
-            );)*
-            routes
-        }};
+    macro_rules! server {
+        ($server:ident, $request:expr, $response:expr) => {
+            $server::new(daemon.clone())
+                .max_decoding_message_size($request)
+                .max_encoding_message_size($response)
+        };
+        ($server:ident) => {
+            server!($server, REQUEST_BYTES, RESPONSE_BYTES)
+        };
     }
-    let routes = add!(routes, BATCH_REQUEST_BYTES, BATCH_RESPONSE_BYTES, TranslationServiceServer);
-    add!(
-        routes,
-        REQUEST_BYTES,
-        RESPONSE_BYTES,
-        WalkerServiceServer,
-        MappingServiceServer,
-        VcpuServiceServer,
-        MachineServiceServer,
-        MemoryServiceServer
-    )
+    let bulk = server!(TranslationServiceServer, BATCH_REQUEST_BYTES, BATCH_RESPONSE_BYTES);
+    routes
+        .add_service(BySize { small: server!(TranslationServiceServer), bulk })
+        .add_service(server!(WalkerServiceServer))
+        .add_service(server!(MappingServiceServer))
+        .add_service(server!(VcpuServiceServer))
+        .add_service(server!(MachineServiceServer))
+        .add_service(server!(MemoryServiceServer))
 }

@@ -307,6 +307,10 @@ async fn a_message_over_the_limit_and_no_message_at_all() {
     let request = v1::GetMachineRequest { machine: "x".repeat(65 << 10) };
     let answer = refusal(bed.machines().get_machine(request).await);
     assert_eq!(answer, (Code::ResourceExhausted, "MESSAGE_TOO_LARGE".to_owned()));
+    // Nor do the calls take so much that share their service with batches.
+    let request = v1::TranslateRequest { address: text(&"9".repeat(65 << 10)), ..read(0) };
+    let answer = refusal(bed.translate(request).await);
+    assert_eq!(answer, (Code::ResourceExhausted, "MESSAGE_TOO_LARGE".to_owned()));
     // A string that is not UTF-8, a method that does not exist, and a service that does not.
     let malformed =
         raw::call_with(bed.address, "pagewalk.v1.MachineService/GetMachine", "5S", b"\x0a\x01\xff");

@@ -22,8 +22,10 @@ mod turns;
 mod vcpu;
 mod walker;
 
+use std::num::NonZero;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::thread::available_parallelism;
 
 use pagewalk_proto::v1::machine_service_server::MachineServiceServer;
 use pagewalk_proto::v1::mapping_service_server::MappingServiceServer;
@@ -51,8 +53,8 @@ pub(crate) struct Daemon {
     blocking: Arc<Semaphore>,
     /// Turns of bulk work.
     turns: Arc<Turns>,
-    /// Places for slices of maps.
-    slices: Arc<Semaphore>,
+    /// Places for looks at a guest's address spaces and tasks, which it can make long: nobody's turn waits for them.
+    looks: Arc<Semaphore>,
     /// Places for machines that are being attached.
     attaching: Arc<Semaphore>,
     /// Where clients may have files made.
@@ -73,7 +75,7 @@ impl Daemon {
             draining,
             blocking: Arc::new(Semaphore::new(BLOCKING)),
             turns: Arc::new(Turns::new()),
-            slices: parts::slices(),
+            looks: Arc::new(Semaphore::new(looks())),
             attaching: Arc::new(Semaphore::new(ATTACHING)),
             client_files: Arc::new(ClientFiles::new(client_files)),
         }
@@ -85,6 +87,11 @@ const BLOCKING: usize = 16;
 /// Machines that are attached at once: each may read a file of symbols, and wait for a QEMU that says nothing. More wait for a
 /// place, up to their deadlines.
 const ATTACHING: usize = 4;
+
+/// Looks at address spaces and tasks at once: half as many as there are processors. More wait for a place, up to their deadlines.
+fn looks() -> usize {
+    (available_parallelism().map_or(1, NonZero::get) / 2).max(1)
+}
 
 /// Largest request that is decoded. No request of this contract, but for batches, needs a tenth of it.
 const REQUEST_BYTES: usize = 64 << 10;

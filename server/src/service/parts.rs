@@ -1,7 +1,7 @@
 //! Answers that come in parts: maps of an address space, made slice by slice.
 //!
-//! A slice takes about a millisecond at most, and runs on a thread that may block, a few at a time over all calls: unary calls go
-//! by. The next slice begins when the client has taken the part before, so that a client that does not read costs one part
+//! A slice takes about a millisecond at most, and runs on a thread that may block, as one of the turns of bulk work: unary calls
+//! go by. The next slice begins when the client has taken the part before, so that a client that does not read costs one part
 //! of memory until its stream ends for that, and one that leaves is noticed between two slices.
 
 use std::ops::{ControlFlow, RangeInclusive};
@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use pagewalk::map::{Map, Progress};
 use pagewalk_proto::v1;
-use tokio::sync::Semaphore;
 use tokio_stream::Stream;
 use tonic::Status;
 
@@ -31,12 +30,6 @@ const SLICE: Duration = Duration::from_millis(1);
 const ENTRIES: RangeInclusive<u64> = 1 << 12..=1 << 15;
 /// How long a client that waits for the next extent hears nothing of what has been reached.
 const SILENCE: Duration = Duration::from_millis(250);
-
-/// How many slices may run at a time: half of the CPUs stay with those who serve.
-pub(super) fn slices() -> Arc<Semaphore> {
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    Arc::new(Semaphore::new((cpus / 2).max(1)))
-}
 
 pub(super) type Parts<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
@@ -113,7 +106,7 @@ impl Sending {
             let begun = Instant::now();
             let (extents, progress) = loop {
                 let (extents, progress);
-                let slice = target.read_at_length(&daemon, move |memory| {
+                let slice = target.read_at_length(&daemon, daemon.turns.places(), move |memory| {
                     let sliced = slice(&mut map, memory);
                     (map, sliced)
                 });
@@ -173,8 +166,11 @@ mod tests {
     use std::thread::sleep;
 
     use pagewalk::{Backing, ExchangeError, Gpa, Memory};
+    use tokio::time::timeout;
+    use tokio_stream::StreamExt as _;
 
     use super::*;
+    use crate::machine::Machines;
 
     /// One table, which refers to itself, and takes its time.
     struct Slow(Duration);
@@ -209,5 +205,26 @@ mod tests {
         let (extents, progress) = slice(&mut map, &Slow(Duration::from_millis(2)));
         assert_eq!((extents.len(), progress), (0, Progress::Going));
         assert!(begun.elapsed() < Duration::from_millis(100), "{:?}", begun.elapsed());
+    }
+
+    /// Bulk work of either kind leaves a processor to small calls.
+    #[tokio::test(start_paused = true)]
+    async fn a_map_has_its_turn_as_batches_have() {
+        let demo = "demo:plain".parse::<crate::machine::MachineSpec>().unwrap().open().unwrap();
+        let (_stop, draining) = tokio::sync::watch::channel(false);
+        let daemon = Daemon::new(Machines::new(vec![demo]).unwrap(), "here".into(), draining, None);
+        let target = daemon.target(None).unwrap();
+        let snapshot = target.vcpu.latest();
+        let map = Map::new(snapshot.walker.clone().unwrap());
+        let turns = Arc::clone(daemon.turns.places());
+        let all = turns.available_permits() as u32;
+        let processors = std::thread::available_parallelism().unwrap().get() as u32;
+        assert_eq!(all, processors.max(2) - 1);
+        let taken = turns.acquire_many_owned(all).await.unwrap();
+        let sending = Sending { daemon, target, snapshot, map, until: None };
+        let mut parts = sending.stream::<v1::ListMappingsResponse>();
+        assert!(timeout(Duration::from_secs(1), parts.next()).await.is_err(), "it waits for a turn");
+        drop(taken);
+        assert!(!parts.next().await.unwrap().unwrap().extents.is_empty());
     }
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use pagewalk_proto::v1;
 use tokio::runtime::{Handle, RuntimeFlavor};
+use tokio::sync::Semaphore;
 use tokio::time::timeout_at;
 use tonic::Request;
 
@@ -107,16 +108,17 @@ impl Target {
         })
     }
 
-    /// Has `work` read the machine's memory for longer than others should wait for this thread: on one that holds up nobody, where
-    /// a few at a time have a place.
+    /// Has `work` read the machine's memory for longer than others should wait for this thread: on one that holds up nobody, once
+    /// it has one of these `places`.
     pub(super) async fn read_at_length<T: Send + 'static>(
         &self,
         daemon: &Daemon,
+        places: &Arc<Semaphore>,
         work: impl FnOnce(&GuestRam) -> T + Send + 'static,
     ) -> Result<T, Error> {
         let memory = self.machine.source().memory();
         // Memory that may block has places of its own: it would keep others from theirs.
-        let places = if memory.blocks() { &daemon.blocking } else { &daemon.slices };
+        let places = if memory.blocks() { &daemon.blocking } else { places };
         let place = Arc::clone(places).acquire_owned().await.map_err(|_| Error::ShuttingDown)?;
         let read = tokio::task::spawn_blocking(move || {
             let read = work(&memory);

@@ -83,7 +83,7 @@ async fn look(
     let mode = snapshot.walker.as_ref().map(|walker| walker.gva_walk().format().mode());
     let four_or_five = matches!(mode, Ok(PagingMode::FourLevel | PagingMode::FiveLevel));
     let machine = Arc::clone(&target.machine);
-    let looked = target.read_at_length(daemon, move |memory| {
+    let looked = target.read_at_length(daemon, &daemon.looks, move |memory| {
         // A list that takes too long leaves time to say so.
         let now = Instant::now();
         let until = now + deadline.saturating_duration_since(now) / 2;

@@ -1,10 +1,12 @@
-//! Turns: how bulk work shares the runtime with small calls.
+//! Turns: how bulk work shares the processors with small calls.
 //!
 //! A batch of addresses keeps a worker of the runtime busy for milliseconds. It does so in turns of a fraction of one, and
-//! between two of them lets the worker do what has become ready meanwhile. At most all workers but one have a turn at the same
-//! time, first come, first served: a small call finds a worker that is free or soon will be.
+//! between two of them lets the worker do what has become ready meanwhile. A map is made in turns, too, of about a millisecond,
+//! on threads of their own. At most all processors but one are taken by turns at the same time, first come, first served: a
+//! small call finds a worker that is free or soon will be, and a processor for it.
 
 use std::num::NonZero;
+use std::sync::Arc;
 use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
@@ -15,13 +17,18 @@ use tokio::task::yield_now;
 const TURN: Duration = Duration::from_micros(200);
 
 #[derive(Debug)]
-pub(crate) struct Turns(Semaphore);
+pub(crate) struct Turns(Arc<Semaphore>);
 
 impl Turns {
     /// Turns on a runtime with as many workers as the host has processors, which is tokio's default.
     pub(crate) fn new() -> Self {
         let workers = available_parallelism().map_or(1, NonZero::get);
-        Self(Semaphore::new(workers.saturating_sub(1).max(1)))
+        Self(Arc::new(Semaphore::new(workers.saturating_sub(1).max(1))))
+    }
+
+    /// Where a turn is to be had that is taken elsewhere than on the runtime.
+    pub(super) fn places(&self) -> &Arc<Semaphore> {
+        &self.0
     }
 
     /// Repeats `slice`, a small part of the work, until it says that it was the last one. Where the future is dropped, the

@@ -1,7 +1,8 @@
 //! Options that say what an access does, and for whom.
 
-use clap::ValueEnum;
+use clap::{ArgAction, ValueEnum, builder::BoolishValueParser};
 
+use super::number;
 use crate::v1::{Access, AccessKind, Privilege};
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -59,5 +60,31 @@ impl AccessArgs {
             KindArg::ShadowStackWrite => AccessKind::ShadowStackWrite,
         };
         Access { kind: kind.into(), privilege: self.privilege.message().into(), ..Access::default() }
+    }
+}
+
+/// Of an access to a guest virtual address, for which registers and the segment count, too.
+#[derive(Debug, clap::Args)]
+pub(super) struct LinearAccessArgs {
+    #[command(flatten)]
+    access: AccessArgs,
+    /// RFLAGS.AC [default: the vCPU's]
+    #[arg(long, value_name = "BOOL", action = ArgAction::Set, value_parser = BoolishValueParser::new(), help_heading = "Access")]
+    ac: Option<bool>,
+    /// PKRU, rights of the user protection keys [default: the vCPU's]
+    #[arg(long, value_name = "VALUE", value_parser = number::u32, help_heading = "Access")]
+    pkru: Option<u32>,
+    /// IA32_PKRS, rights of the supervisor protection keys [default: the vCPU's]
+    #[arg(long, value_name = "VALUE", value_parser = number::u32, help_heading = "Access")]
+    pkrs: Option<u32>,
+    /// The access goes through the stack segment: #SS instead of #GP
+    #[arg(long, help_heading = "Access")]
+    stack: bool,
+}
+
+impl LinearAccessArgs {
+    pub(super) fn message(&self) -> Access {
+        let Self { access, ac, pkru, pkrs, stack } = self;
+        Access { ac: *ac, pkru: *pkru, pkrs: *pkrs, stack: *stack, ..access.message() }
     }
 }

@@ -4,7 +4,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use super::{
     Context,
-    access::AccessArgs,
+    access::LinearAccessArgs,
     addresses::Addresses,
     exit::{Failure, NEGATIVE},
     json, number,
@@ -35,7 +35,7 @@ pub(super) struct Args {
     #[arg(long)]
     validate: bool,
     #[command(flatten)]
-    access: AccessArgs,
+    access: LinearAccessArgs,
     #[command(flatten)]
     walker: OverrideArgs,
 }

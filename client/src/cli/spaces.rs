@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use super::{
     Context,
-    access::AccessArgs,
+    access::LinearAccessArgs,
     address::{Written, address},
     exit::{Failure, NEGATIVE},
     number, render,
@@ -21,7 +21,7 @@ pub(super) struct AcrossArgs {
     #[arg(value_name = "CR3", value_parser = number::u64)]
     cr3s: Vec<u64>,
     #[command(flatten)]
-    access: AccessArgs,
+    access: LinearAccessArgs,
     #[command(flatten)]
     freshness: FreshnessArgs,
 }

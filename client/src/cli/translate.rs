@@ -2,18 +2,16 @@
 
 use std::process::ExitCode;
 
-use clap::{ArgAction, builder::BoolishValueParser};
-
 use super::{
     Context,
-    access::AccessArgs,
+    access::LinearAccessArgs,
     address::{Written, address},
     exit::{Failure, NEGATIVE},
-    json, number, render,
+    json, render,
     vcpu::FreshnessArgs,
     walker_override::OverrideArgs,
 };
-use crate::v1::{Access, AdPolicy, TranslateRequest, TranslateResponse, translate_response::Outcome};
+use crate::v1::{AdPolicy, TranslateRequest, TranslateResponse, translate_response::Outcome};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -36,19 +34,7 @@ pub(super) struct Args {
     #[arg(long)]
     set: bool,
     #[command(flatten)]
-    access: AccessArgs,
-    /// RFLAGS.AC [default: the vCPU's]
-    #[arg(long, value_name = "BOOL", action = ArgAction::Set, value_parser = BoolishValueParser::new(), help_heading = "Access")]
-    ac: Option<bool>,
-    /// PKRU, rights of the user protection keys [default: the vCPU's]
-    #[arg(long, value_name = "VALUE", value_parser = number::u32, help_heading = "Access")]
-    pkru: Option<u32>,
-    /// IA32_PKRS, rights of the supervisor protection keys [default: the vCPU's]
-    #[arg(long, value_name = "VALUE", value_parser = number::u32, help_heading = "Access")]
-    pkrs: Option<u32>,
-    /// The access goes through the stack segment: #SS instead of #GP
-    #[arg(long, help_heading = "Access")]
-    stack: bool,
+    access: LinearAccessArgs,
     #[command(flatten)]
     walker: OverrideArgs,
 }
@@ -58,13 +44,7 @@ impl Args {
         TranslateRequest {
             vcpu: context.vcpu.reference(),
             address: Some(address.message()),
-            access: Some(Access {
-                ac: self.ac,
-                pkru: self.pkru,
-                pkrs: self.pkrs,
-                stack: self.stack,
-                ..self.access.message()
-            }),
+            access: Some(self.access.message()),
             ad_policy: if self.set { AdPolicy::Set } else { AdPolicy::Observe }.into(),
             freshness: self.freshness.freshness().into(),
             r#override: self.walker.message(),

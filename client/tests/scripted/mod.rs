@@ -118,6 +118,12 @@ fn known(reference: Option<&v1::VcpuRef>) -> Result<(), Status> {
     Ok(())
 }
 
+/// Of machine `echo`, the access that came over the wire, for tests to see.
+fn assumed(reference: Option<&v1::VcpuRef>, access: Option<&v1::Access>) -> Vec<String> {
+    let echo = reference.is_some_and(|reference| reference.machine == "echo");
+    access.into_iter().filter(|_| echo).map(|access| format!("{access:?}")).collect()
+}
+
 fn is_slow(reference: Option<&v1::VcpuRef>) -> bool {
     reference.is_some_and(|reference| reference.machine == "slow")
 }
@@ -144,6 +150,7 @@ fn batch(request: &v1::BatchTranslateRequest) -> v1::BatchTranslateResponse {
         .map(|(at, _)| at)
         .collect();
     let told = request.head.max_faults.unwrap_or(4096) as usize;
+    let assumed = assumed(request.head.vcpu.as_ref(), request.head.access.as_ref());
     let fault = |index: &u32| v1::BatchFault {
         index: *index,
         fault: Some(v1::Fault {
@@ -158,7 +165,7 @@ fn batch(request: &v1::BatchTranslateRequest) -> v1::BatchTranslateResponse {
     };
     v1::BatchTranslateResponse {
         head: v1::BatchTranslateResponseHead {
-            provenance: Some(v1::Provenance { validated: request.head.validate, ..provenance() }),
+            provenance: Some(v1::Provenance { validated: request.head.validate, assumed, ..provenance() }),
             faults: refused.iter().take(told).map(fault).collect(),
             fault_count: refused.len() as u32,
         },

@@ -52,6 +52,12 @@ def test_numbers(client: pagewalk.Client, still: list[int]) -> None:
     agree(client, batch, still)
 
 
+def test_numbers_that_come_once(client: pagewalk.Client, still: list[int]) -> None:
+    batch = client.translate_batch(iter(still), privilege="supervisor")
+    assert list(batch.addresses) == still
+    agree(client, batch, still)
+
+
 def test_validated(client: pagewalk.Client, still: list[int]) -> None:
     batch = client.translate_batch(still, privilege="supervisor", validate=True)
     agree(client, batch, still)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 
 import pagewalk
-from pagewalk.v1 import machine_pb2, translation_pb2, types_pb2, walker_pb2
+from pagewalk.columns import MOST
+from pagewalk.v1 import machine_pb2, mapping_pb2, translation_pb2, types_pb2, walker_pb2
 from pagewalk.v1.machine_pb2_grpc import MachineServiceServicer, add_MachineServiceServicer_to_server
 from pagewalk.v1.translation_pb2_grpc import (
     TranslationServiceServicer,
@@ -80,7 +82,7 @@ class Scripted(TranslationServiceServicer, WalkerServiceServicer, MachineService
         return self._reply(request, context)
 
     def TranslateRange(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return self._reply(request, context)
+        yield from self._reply(request, context)
 
     def AttachMachine(self, request: Any, context: Any) -> Any:  # noqa: N802
         return self._reply(request, context)
@@ -398,6 +400,42 @@ def test_unix_sockets_speak_no_tls(certificates: Path) -> None:
     tls = pagewalk.Tls(ca=certificates / "ca.pem", cert=certificates / "client.pem", key=certificates / "client.key")
     with pytest.raises(ValueError, match="leave out tls"):
         pagewalk.connect("unix:/run/x", tls=tls)
+
+
+@pytest.mark.parametrize("words", [[], [1], [1, 1, 1]])
+def test_a_batch_has_a_word_for_each_address(local: pagewalk.Client, scripted: Scripted, words: list[int]) -> None:
+    scripted.answer = translation_pb2.BatchTranslateResponse(words=words)
+    with pytest.raises(pagewalk.Error, match=f"answered 2 addresses with {8 * len(words)} bytes, not 8 each"):
+        local.translate_batch([0, 0])
+
+
+def test_a_stream_of_batches_is_whole(local: pagewalk.Client, scripted: Scripted) -> None:
+    def answer(sequence: int, words: int) -> translation_pb2.StreamTranslateResponse:
+        batch = translation_pb2.BatchTranslateResponse(words=[1] * words)
+        return translation_pb2.StreamTranslateResponse(sequence=sequence, answer=batch)
+
+    addresses = array("Q", bytes(8 * (MOST + 1)))
+    scripted.answer = [answer(0, MOST), answer(1, 1)]
+    assert len(local.translate_batch(addresses)) == MOST + 1
+    scripted.answer = [answer(0, MOST)]
+    with pytest.raises(pagewalk.Error, match="ended the stream before its end: ask again"):
+        local.translate_batch(addresses)
+    scripted.answer = [answer(0, MOST), answer(1, 2)]
+    with pytest.raises(pagewalk.Error, match="answered 1 addresses with 16 bytes"):
+        local.translate_batch(addresses)
+
+
+def test_mappings_tell_how_far_they_are(local: pagewalk.Client, scripted: Scripted) -> None:
+    def part(position: int, *starts: int) -> mapping_pb2.TranslateRangeResponse:
+        extents = [mapping_pb2.Extent(start=start, bytes=0x1000, translation=MAPPED) for start in starts]
+        return mapping_pb2.TranslateRangeResponse(extents=extents, position=position, last=position == 0)
+
+    scripted.answer = [part(0x1000), part(0x3000, 0x1000, 0x2000), part(0)]
+    mappings = local.translate_range((0, None))
+    positions = [mappings.position]
+    positions += [mappings.position for _ in mappings]
+    positions.append(mappings.position)
+    assert positions == [None, 0x3000, 0x3000, 0]
 
 
 def test_types_tell_the_outcomes_apart(local: pagewalk.Client, scripted: Scripted) -> None:

@@ -254,7 +254,7 @@ class Fault:
 class BatchTranslation:
     """What many addresses mean, as columns: numpy arrays where the addresses were one, else `array.array`."""
 
-    #: The addresses asked for, as they were given.
+    #: The addresses asked for: the numpy array that was given, else an `array.array` of the numbers.
     addresses: Any
     #: One 64-bit word an address; `BatchTranslateResponse.words` in translation.proto says what its bits mean.
     words: Any

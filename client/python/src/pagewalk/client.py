@@ -237,7 +237,7 @@ class Client:
 
     def translate_batch(
         self,
-        addresses: Any,  # noqa: ANN401, a numpy array or a sequence of numbers
+        addresses: Any,  # noqa: ANN401, a numpy array or numbers
         access: AccessKind = "read",
         *,
         privilege: Privilege = "as_cpl",
@@ -254,12 +254,13 @@ class Client:
     ) -> BatchTranslation:
         """Ask what many guest virtual addresses mean, all for the same access. Faults are answers: look at `ok`.
 
-        `addresses` is a numpy array of integers, and the answer has numpy arrays; or a sequence of numbers. More than
+        `addresses` is a numpy array of integers, and the answer has numpy arrays; or any iterable of numbers. More than
         262144 go in several requests, of which each has its own registers and up to `max_faults` (4096) faults in full;
         the client's timeout bounds each. With `validate` an address whose walks were all torn has the fault
         `contended`.
         """
-        data = columns.to_bytes(addresses)
+        column = columns.column(addresses)
+        data = columns.to_bytes(column)
         head = columns.BatchRequest(
             vcpu=convert.to_vcpu(machine, vcpu),
             access=types_pb2.Access(
@@ -286,8 +287,8 @@ class Client:
             provenances.append(source)
             fault_count += answer.fault_count
         return BatchTranslation(
-            addresses=addresses,
-            words=columns.from_bytes(words, addresses),
+            addresses=column,
+            words=columns.from_bytes(words, column),
             faults=tuple(faults),
             fault_count=fault_count,
             provenances=tuple(provenances),
@@ -295,27 +296,41 @@ class Client:
 
     def _batches(self, head: Any, data: bytes) -> Iterator[Any]:  # noqa: ANN401, twins of the contract's messages
         size = columns.MOST * 8
+        starts = range(0, len(data), size)
         if len(data) <= size:
             if data:
                 head.addresses.append(data)
-                yield self._call(self._batch, head)
+                yield self._whole(self._call(self._batch, head), len(data))
             return
 
         def requests() -> Iterator[Any]:
-            for start in range(0, len(data), size):
+            for sequence, start in enumerate(starts):
                 del head.addresses[:]
                 head.addresses.append(data[start : start + size])
-                yield columns.StreamRequest(sequence=start // size, batch=head)
+                yield columns.StreamRequest(sequence=sequence, batch=head)
 
-        timeout = self._timeout * -(-len(data) // size)
-        stream = self._stream(requests(), timeout=timeout)
+        answered = 0
+        stream = self._stream(requests(), timeout=self._timeout * len(starts))
         try:
-            for response in stream:
-                yield response.answer
+            for start, response in zip(starts, stream):
+                yield self._whole(response.answer, min(size, len(data) - start))
+                answered += 1
         except grpc.RpcError as failure:
             raise errors.from_rpc(failure, self._target, tls=self._tls) from None
         finally:
             stream.cancel()
+        if answered < len(starts):
+            raise errors.Error(f"{self._target} ended the stream before its end: ask again", code="UNKNOWN")
+
+    def _whole(self, answer: Any, size: int) -> Any:  # noqa: ANN401, twins of the contract's messages
+        """Give an answer if it has a word for each address, which are `size` bytes, as many as the addresses were."""
+        found = sum(map(len, answer.words))
+        if found != size:
+            raise errors.Error(
+                f"{self._target} answered {size // 8} addresses with {found} bytes, not 8 each: update this package",
+                code="INTERNAL",
+            )
+        return answer
 
     def translate_nested_gpa(
         self,

@@ -69,8 +69,18 @@ def numpy_of(column: object) -> Any:  # noqa: ANN401, the module, which may not 
     return module if module is not None and isinstance(column, module.ndarray) else None
 
 
-def to_bytes(addresses: Any) -> bytes:  # noqa: ANN401, a numpy array or a sequence of numbers
-    """Turn addresses into little-endian words."""
+def column(addresses: Any) -> Any:  # noqa: ANN401, a numpy array or numbers
+    """Give a numpy array as it is, and other numbers, which may come but once, as an `array.array`."""
+    if numpy_of(addresses) is not None:
+        return addresses
+    try:
+        return array("Q", addresses)
+    except OverflowError as error:
+        raise ValueError(f"an address does not fit 64 bits: {error}") from None
+
+
+def to_bytes(addresses: Any) -> bytes:  # noqa: ANN401, what `column` gives
+    """Turn a column of addresses into little-endian words."""
     numpy = numpy_of(addresses)
     if numpy is not None:
         if addresses.ndim != 1 or addresses.dtype.kind not in "ui":
@@ -78,13 +88,10 @@ def to_bytes(addresses: Any) -> bytes:  # noqa: ANN401, a numpy array or a seque
         if addresses.dtype.kind == "i" and addresses.size and addresses.min() < 0:
             raise ValueError("addresses cannot be negative: use dtype uint64")
         return bytes(numpy.ascontiguousarray(addresses, dtype="<u8").tobytes())
-    try:
-        words = array("Q", addresses)
-    except OverflowError as error:
-        raise ValueError(f"an address does not fit 64 bits: {error}") from None
     if sys.byteorder == "big":
-        words.byteswap()
-    return words.tobytes()
+        addresses = addresses[:]
+        addresses.byteswap()
+    return bytes(addresses.tobytes())
 
 
 def from_bytes(pieces: Iterable[bytes], like: object) -> Any:  # noqa: ANN401, a numpy array or an array

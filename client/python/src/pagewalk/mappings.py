@@ -67,6 +67,9 @@ class Mappings(Iterator[Extent]):
 
     #: Where to go on, if the budget was used up; None while extents come and where the list is complete.
     continue_at: int | None = None
+    #: The address that has been reached; None before the first part of the answer, 0 at the end of a complete list. It
+    #: goes on while nothing is found, for another thread to look at.
+    position: int | None = None
     #: What was met so far; None before the first part of the answer.
     tally: Tally | None = None
     #: Where the answer comes from; None before its first part.
@@ -93,6 +96,7 @@ class Mappings(Iterator[Extent]):
                 last = part.last
                 self.provenance = convert.provenance(part.provenance)
                 self.tally = _tally(part.tally)
+                self.position = part.position
                 if part.HasField("truncation"):
                     self.continue_at = part.truncation.continue_at
                 for extent in part.extents:

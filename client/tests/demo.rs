@@ -12,10 +12,11 @@ use std::{
 use daemon::Daemon;
 use serde_json::Value;
 
-const VERBS: [&str; 16] = [
+const VERBS: [&str; 17] = [
     "maps",
     "find",
     "translate",
+    "range",
     "walker",
     "nested",
     "nested-gpa",

@@ -24,7 +24,7 @@ pub(super) const PAGEWALK: &str = concat!(
         "pagewalk --json walker"
     ),
     exit_codes!(
-        "  1  `translate`, `across`, `batch`, `nested-gpa`: the access would fault; `find`: nothing leads there; `doctor`: a check failed\n"
+        "  1  `translate`, `batch`, `range`, `across`, `nested-gpa`: the access would fault; `find`: nothing leads there; `doctor`: a check failed\n"
     )
 );
 
@@ -48,6 +48,18 @@ pub(super) const BATCH: &str = concat!(
      pagewalk batch --file - --raw < addresses.bin > words.bin\n\ntranslation.proto describes the words \
      (BatchTranslateResponse). More than 262144 addresses\ngo in several requests; with --json their answers are an array.",
     exit_codes!("  1  answered, and for one address at least the access would fault\n")
+);
+
+pub(super) const RANGE: &str = concat!(
+    examples!(
+        "pagewalk range 0xffff800000010000..0xffff800000011000 --access fetch --as supervisor",
+        "pagewalk range 0x401000+0x1000 --as user --access write --cr3 0x21000"
+    ),
+    "\n\nEvery address of the range is in a line, with its page or with the fault that the access would meet. `maps --range` lists\n\
+     what is mapped, whoever may use it.",
+    exit_codes!(
+        "  1  answered, and for one address at least the access would fault, or the budget is used up\n"
+    )
 );
 
 pub(super) const WALKER: &str =

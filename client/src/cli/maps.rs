@@ -3,23 +3,20 @@
 use std::process::ExitCode;
 
 use clap::ValueEnum;
-use serde_json::json;
 
 use super::{
     Context,
-    address::{Written, address},
+    address::Written,
     exit::{Failure, NEGATIVE},
-    json, number,
-    progress::Progress,
-    render::{self, mappings::Summary},
+    extents::{self, BudgetArgs, Found},
+    gva_range::Range,
+    number,
     vcpu::FreshnessArgs,
     walker_override::OverrideArgs,
 };
-use crate::Answers;
 use crate::v1::{
-    Address, Extent, FindMappingsRequest, FindMappingsResponse, GetWalkerStateRequest, GvaRange,
-    ListMappingsRequest, ListMappingsResponse, MappingBudget, MappingFilter, MappingTally, PageSize,
-    PagingMode, Provenance, Truncation, address::Value,
+    Address, FindMappingsRequest, GetWalkerStateRequest, ListMappingsRequest, MappingFilter, PageSize,
+    PagingMode, address::Value,
 };
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -39,46 +36,11 @@ enum SizeArg {
 
 const CR0_PG: u64 = 1 << 31;
 
-/// A range as it is written: either end may be left out.
-#[derive(Clone, Debug)]
-struct Range {
-    start: Option<Written>,
-    end: Option<Written>,
-}
-
-fn range(text: &str) -> Result<Range, String> {
-    let bound = |text: &str| match text {
-        "" => Ok(None),
-        text => address(text).map(Some).map_err(|problem| format!("{text}: {problem}")),
-    };
-    if let Some((start, end)) = text.split_once("..") {
-        return Ok(Range { start: bound(start)?, end: bound(end)? });
-    }
-    let Some((start, size)) = text.split_once('+') else {
-        return Err("write START..END, or START+SIZE; either end may be left out".into());
-    };
-    let (start, size) = match (bound(start)?, bound(size)?) {
-        (Some(Written::Number(start)), Some(Written::Number(size))) => (start, size),
-        (Some(Written::Symbol(start)), Some(Written::Number(size))) => {
-            let end = Written::Symbol(format!("{start}+{size}"));
-            return Ok(Range { start: Some(Written::Symbol(start)), end: Some(end) });
-        }
-        _ => return Err("write START+SIZE".into()),
-    };
-    let end = match start.checked_add(size) {
-        Some(end) => Some(Written::Number(end)),
-        // Up to the last byte that there is.
-        None if start.wrapping_add(size) == 0 => None,
-        None => return Err("it ends above 2^64".into()),
-    };
-    Ok(Range { start: Some(Written::Number(start)), end })
-}
-
 #[derive(Debug, clap::Args)]
 struct WhichArgs {
     /// Guest virtual addresses: START..END (END is not included) or START+SIZE, aligned to 4 KiB; START and END may be symbols
     /// [default: all]
-    #[arg(long, value_name = "RANGE", value_parser = range, allow_hyphen_values = true)]
+    #[arg(long, value_name = "RANGE", value_parser = Range::parse, allow_hyphen_values = true)]
     range: Option<Range>,
     /// Pages of the user
     #[arg(long, help_heading = "Filter")]
@@ -98,12 +60,8 @@ struct WhichArgs {
     /// Size of the pages; may be repeated
     #[arg(long, value_name = "SIZE", help_heading = "Filter", ignore_case = true)]
     page_size: Vec<SizeArg>,
-    /// Read so many table entries at most
-    #[arg(long, value_name = "COUNT", value_parser = number::u64, help_heading = "Budget")]
-    max_entries: Option<u64>,
-    /// List so many extents at most
-    #[arg(long, value_name = "COUNT", value_parser = number::u64, help_heading = "Budget")]
-    max_extents: Option<u64>,
+    #[command(flatten)]
+    budget: BudgetArgs,
     #[command(flatten)]
     freshness: FreshnessArgs,
     #[command(flatten)]
@@ -111,13 +69,8 @@ struct WhichArgs {
 }
 
 impl WhichArgs {
-    fn range(&self) -> Option<GvaRange> {
-        let message = |written: &Option<Written>| written.as_ref().map(Written::message);
-        self.range.as_ref().map(|range| GvaRange { start: message(&range.start), end: message(&range.end) })
-    }
-
     fn end(&self) -> Option<&Written> {
-        self.range.as_ref()?.end.as_ref()
+        self.range.as_ref()?.end()
     }
 
     fn filter(&self) -> Option<MappingFilter> {
@@ -134,10 +87,6 @@ impl WhichArgs {
             user: if self.user { Some(true) } else { self.kernel.then_some(false) },
             page_sizes: self.page_size.iter().map(|it| size(it).into()).collect(),
         })
-    }
-
-    fn budget(&self) -> Option<MappingBudget> {
-        Some(MappingBudget { entries: self.max_entries, extents: self.max_extents })
     }
 }
 
@@ -166,15 +115,15 @@ pub(super) async fn maps(context: &Context, args: &MapsArgs) -> Result<ExitCode,
     let which = &args.which;
     let request = ListMappingsRequest {
         vcpu: context.vcpu.reference(),
-        range: which.range(),
+        range: which.range.as_ref().map(Range::message),
         filter: which.filter(),
-        budget: which.budget(),
+        budget: Some(which.budget.message()),
         freshness: which.freshness.freshness().into(),
         r#override: which.walker.message(),
         problems: args.problems,
     };
     let parts = context.client().await?.list_mappings(request).await?;
-    let found = print(context, parts, which.end()).await?;
+    let found = extents::print(context, parts, "--range ", which.end()).await?;
     why_nothing(context, which, &found).await?;
     Ok(if found.truncated { ExitCode::from(NEGATIVE) } else { ExitCode::SUCCESS })
 }
@@ -185,14 +134,14 @@ pub(super) async fn find(context: &Context, args: &FindArgs) -> Result<ExitCode,
         vcpu: context.vcpu.reference(),
         gpa: Some(Address { value: Some(Value::Number(args.gpa)) }),
         bytes: Some(args.bytes),
-        range: which.range(),
+        range: which.range.as_ref().map(Range::message),
         filter: which.filter(),
-        budget: which.budget(),
+        budget: Some(which.budget.message()),
         freshness: which.freshness.freshness().into(),
         r#override: which.walker.message(),
     };
     let parts = context.client().await?.find_mappings(request).await?;
-    let found = print(context, parts, which.end()).await?;
+    let found = extents::print(context, parts, "--range ", which.end()).await?;
     why_nothing(context, which, &found).await?;
     let complete = found.extents > 0 && !found.truncated;
     Ok(if complete { ExitCode::SUCCESS } else { ExitCode::from(NEGATIVE) })
@@ -221,97 +170,4 @@ async fn why_nothing(context: &Context, which: &WhichArgs, found: &Found) -> Res
             .print("paging is off: addresses are physical ones, and none is the supervisor's alone")?;
     }
     Ok(())
-}
-
-/// One part of an answer, of either RPC.
-struct Part {
-    extents: Vec<Extent>,
-    tally: Option<MappingTally>,
-    position: u64,
-    last: bool,
-    truncation: Option<Truncation>,
-    provenance: Option<Provenance>,
-}
-
-macro_rules! parts {
-    ($($message:ident),*) => {$(
-        impl From<$message> for Part {
-            fn from(message: $message) -> Self {
-                let $message { extents, tally, position, last, truncation, provenance } = message;
-                Self { extents, tally, position, last, truncation, provenance }
-            }
-        }
-    )*};
-}
-
-parts!(ListMappingsResponse, FindMappingsResponse);
-
-struct Found {
-    extents: u64,
-    truncated: bool,
-}
-
-/// Prints extents as they come, and what is to be said of all of them behind.
-async fn print<T: Into<Part>>(
-    context: &Context,
-    mut parts: Answers<T>,
-    end: Option<&Written>,
-) -> Result<Found, Failure> {
-    let json = context.output.is_json();
-    let progress = Progress::new();
-    let mut extents = 0;
-    loop {
-        let part: Part = match parts.next().await {
-            Some(part) => part?.into(),
-            None => return Err(Failure::Own("the daemon ended the list before its end: ask again".into())),
-        };
-        let mut lines = Vec::with_capacity(part.extents.len() + 2);
-        for extent in &part.extents {
-            if json {
-                let separator = if extents == 0 { "{\"extents\": [" } else { "," };
-                lines.push(format!("{separator}\n  {}", json::line(&json::document("Extent", extent)?)?));
-            } else {
-                if extents == 0 {
-                    lines.push(render::mappings::headings());
-                }
-                lines.push(render::mappings::row(extent));
-            }
-            extents += 1;
-        }
-        if part.last {
-            if json {
-                let mut rest = json!({});
-                if let Some(tally) = &part.tally {
-                    rest["tally"] = json!(json::document("MappingTally", tally)?);
-                }
-                if let Some(truncation) = &part.truncation {
-                    rest["truncation"] = json!(json::document("Truncation", truncation)?);
-                }
-                if let Some(provenance) = &part.provenance {
-                    rest["provenance"] = json!(json::document("Provenance", provenance)?);
-                }
-                let rest = json::line(&rest)?;
-                let opening = if extents == 0 { "{\"extents\": [" } else { "" };
-                lines.push(format!("{opening}], {}", rest.trim_start_matches('{')));
-            } else {
-                let summary = Summary {
-                    tally: part.tally.as_ref(),
-                    truncation: part.truncation.as_ref(),
-                    provenance: part.provenance.as_ref(),
-                    end,
-                };
-                lines.push(render::mappings::summary(&summary));
-            }
-            progress.aside(|| context.output.print(&lines.join("\n")))?;
-            return Ok(Found { extents, truncated: part.truncation.is_some() });
-        }
-        if !lines.is_empty() {
-            progress.aside(|| context.output.print(&lines.join("\n")))?;
-        }
-        progress.tell(|| {
-            let entries = part.tally.as_ref().map_or(0, |tally| tally.entries);
-            let position = render::hex(part.position);
-            format!("at {position}: {extents} extents, {entries} table entries read")
-        });
-    }
 }

@@ -12,6 +12,8 @@ mod doctor;
 mod examples;
 mod exit;
 mod explain_fault;
+mod extents;
+mod gva_range;
 mod json;
 mod machines;
 mod maps;
@@ -21,6 +23,7 @@ mod nested_gpa;
 mod number;
 mod output;
 mod progress;
+mod range;
 mod regs;
 mod render;
 mod run_control;
@@ -62,6 +65,9 @@ enum Verb {
     /// Translate many guest virtual addresses at once
     #[command(after_help = examples::BATCH)]
     Batch(batch::Args),
+    /// Translate every guest virtual address of a range
+    #[command(after_help = examples::RANGE)]
+    Range(range::Args),
     /// Show the state of a vCPU's page walkers
     #[command(after_help = examples::WALKER)]
     Walker(walker::Args),
@@ -160,6 +166,7 @@ async fn dispatch(cli: Cli, output: Output) -> Result<ExitCode, Failure> {
     match cli.verb {
         Verb::Translate(args) => translate::run(&context, &args).await,
         Verb::Batch(args) => batch::run(&context, &args).await,
+        Verb::Range(args) => range::run(&context, &args).await,
         Verb::Walker(args) => walker::run(&context, &args).await,
         Verb::Nested(args) => nested::run(&context, &args).await,
         Verb::NestedGpa(args) => nested_gpa::run(&context, &args).await,

@@ -267,16 +267,30 @@ impl translation::TranslationService for Scripted {
 
     type TranslateRangeStream = Parts<v1::TranslateRangeResponse>;
 
-    /// One page, and an end.
+    /// A page and a fault; with a budget of one extent, truncated.
     async fn translate_range(
         &self,
         request: Request<v1::TranslateRangeRequest>,
     ) -> Result<Response<Self::TranslateRangeStream>, Status> {
-        known(request.get_ref().vcpu.as_ref())?;
+        let request = request.into_inner();
+        known(request.vcpu.as_ref())?;
+        let assumed = assumed(request.vcpu.as_ref(), request.access.as_ref());
+        let truncated = request.budget.is_some_and(|budget| budget.extents == Some(1));
+        let fault = v1::Fault {
+            kind: v1::FaultKind::PageFault.into(),
+            error_code: Some(0),
+            reason: "not present".into(),
+            ..v1::Fault::default()
+        };
+        let refused =
+            v1::Extent { start: 0x2000, bytes: 0x1000, outcome: Some(v1::extent::Outcome::Fault(fault)) };
         let part = v1::TranslateRangeResponse {
-            extents: vec![extent(0x1000)],
+            extents: if truncated { vec![extent(0x1000)] } else { vec![extent(0x1000), refused] },
+            tally: Some(v1::MappingTally { tables: 4, extents: 2, ..v1::MappingTally::default() }),
             last: true,
-            provenance: Some(provenance()),
+            truncation: truncated
+                .then_some(v1::Truncation { limit: v1::MappingLimit::Extents.into(), continue_at: 0x2000 }),
+            provenance: Some(v1::Provenance { assumed, ..provenance() }),
             ..v1::TranslateRangeResponse::default()
         };
         Ok(Response::new(Box::pin(tokio_stream::iter([Ok(part)]))))

@@ -83,6 +83,8 @@ pub(in crate::cli) struct Summary<'a> {
     pub(in crate::cli) tally: Option<&'a MappingTally>,
     pub(in crate::cli) truncation: Option<&'a Truncation>,
     pub(in crate::cli) provenance: Option<&'a Provenance>,
+    /// What a range is written behind on the command line.
+    pub(in crate::cli) option: &'a str,
     /// Where the range that was asked for ends, as it was written.
     pub(in crate::cli) end: Option<&'a Written>,
 }
@@ -115,7 +117,8 @@ pub(in crate::cli) fn summary(summary: &Summary<'_>) -> String {
             MappingLimit::Unspecified => "unknown",
         };
         lines.push(paint::bad(format!(
-            "truncated: the budget of {limit} is used up; continue with --range {}..{}",
+            "truncated: the budget of {limit} is used up; continue with {}{}..{}",
+            summary.option,
             hex(truncation.continue_at),
             match summary.end {
                 Some(Written::Number(end)) => hex(*end),

@@ -4,13 +4,23 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+/// A line of the table.
+enum Row {
+    Compared(Comparison),
+    /// What could not be compared here, and why.
+    Skipped {
+        case: String,
+        reason: String,
+    },
+}
+
 /// Two sides of one comparison, a figure a round each.
-pub(crate) struct Row {
-    pub(crate) case: String,
-    pub(crate) unit: &'static str,
-    pub(crate) ours: Vec<f64>,
-    pub(crate) peer: String,
-    pub(crate) theirs: Vec<f64>,
+struct Comparison {
+    case: String,
+    unit: &'static str,
+    ours: Vec<f64>,
+    peer: String,
+    theirs: Vec<f64>,
 }
 
 pub(crate) fn median(rounds: &[f64]) -> f64 {
@@ -20,7 +30,7 @@ pub(crate) fn median(rounds: &[f64]) -> f64 {
 }
 
 /// By round where both sides took part in each: what slows a machine down for a while slows both.
-fn ratio(row: &Row) -> f64 {
+fn ratio(row: &Comparison) -> f64 {
     if row.ours.len() != row.theirs.len() {
         return median(&row.ours) / median(&row.theirs);
     }
@@ -48,7 +58,17 @@ impl Report {
         peer: impl Into<String>,
         theirs: Vec<f64>,
     ) {
-        let row = Row { case: case.into(), unit, ours, peer: peer.into(), theirs };
+        let row = Comparison { case: case.into(), unit, ours, peer: peer.into(), theirs };
+        self.push(Row::Compared(row));
+    }
+
+    /// Has the table say that this host lacks what a case needs.
+    pub(crate) fn skip(&mut self, case: impl Into<String>, reason: &str) {
+        let reason = reason.replace(['|', '\n'], " ");
+        self.push(Row::Skipped { case: case.into(), reason });
+    }
+
+    fn push(&mut self, row: Row) {
         println!("{}", line(&row));
         self.rows.push(row);
     }
@@ -62,6 +82,7 @@ impl Report {
         for row in &self.rows {
             table += &line(row);
             table.push('\n');
+            let Row::Compared(row) = row else { continue };
             let (ours, theirs) = (median(&row.ours), median(&row.theirs));
             lines += &format!(
                 "{{\"bench\":\"{}\",\"case\":\"{}\",\"ours_ns\":{ours:.3},\"peer\":\"{}\",\"peer_ns\":{theirs:.3},\"ratio\":{:.4}}}\n",
@@ -99,6 +120,10 @@ fn sections(text: &str) -> Vec<&str> {
 }
 
 fn line(row: &Row) -> String {
+    let row = match row {
+        Row::Compared(row) => row,
+        Row::Skipped { case, reason } => return format!("| {case} | SKIPPED | | {reason} | | | |"),
+    };
     let (ours, theirs) = (median(&row.ours), median(&row.theirs));
     format!(
         "| {} | {ours:.2} | {} | {} | {theirs:.2} | {:.3} | {} |",

@@ -55,7 +55,7 @@ fn main() {
             let tables = if short { &Tables::ALL[..1] } else { &Tables::ALL };
             with_qemu(&mut report, &script, tables, rounds, short);
         }
-        Err(reason) => println!("SKIPPED qemu: {reason}"),
+        Err(reason) => report.skip("guests of QEMU's", &reason),
     }
     report.finish(!short);
 }
@@ -92,7 +92,7 @@ fn with_qemu(report: &mut Report, script: &Path, tables: &[Tables], rounds: usiz
     let (shared, private) = (Shared::new(Pages::Small).unwrap(), Shared::new(Pages::Small).unwrap());
     let huge = Shared::new(Pages::Huge);
     if huge.is_none() {
-        println!("SKIPPED huge pages: the host's pool has no 4 GiB in pages of 2 MiB");
+        report.skip("QEMU, shared, huge pages", "the host's pool has no 4 GiB in pages of 2 MiB");
     }
     let mut all: Vec<&GuestRam> = ours.iter().collect();
     all.extend([&shared, &private].into_iter().chain(&huge).map(|shared| &shared.memory));

@@ -179,6 +179,9 @@ impl Bench {
             let start = Instant::now();
             echo_round(&layered, &echoes).await;
             rows.echo.push(nanos(start.elapsed()) / ROUND);
+            let start = Instant::now();
+            echo_stream_round(&layered, &echoes).await;
+            rows.echo_stream.push(nanos(start.elapsed()) / ROUND);
         }
         self.tell(shape, way, rows);
     }
@@ -187,14 +190,24 @@ impl Bench {
         let name = |what: &str| format!("{what}, {}, {way:?}", shape.name());
         let unit = "ns an address";
         let walk = median(&rows.in_process);
-        for (what, wall, cpu) in [
-            ("BatchTranslate, 1 in flight", rows.alone, rows.alone_cpu),
-            ("BatchTranslate, 3 in flight", rows.several, rows.several_cpu),
-            ("StreamTranslate", rows.stream, rows.stream_cpu),
+        for (what, wall, cpu, echo) in [
+            (
+                "BatchTranslate, 1 in flight",
+                rows.alone,
+                rows.alone_cpu,
+                Some(("echo of the same column", rows.echo)),
+            ),
+            ("BatchTranslate, 3 in flight", rows.several, rows.several_cpu, None),
+            (
+                "StreamTranslate",
+                rows.stream,
+                rows.stream_cpu,
+                Some(("echo of a stream of the same columns", rows.echo_stream)),
+            ),
         ] {
             self.report.add(name(what), unit, wall.clone(), "in process", rows.in_process.clone());
-            if what.contains("1 in") {
-                self.report.add(name(what), unit, wall, "echo of the same column", rows.echo.clone());
+            if let Some((peer, echo)) = echo {
+                self.report.add(name(what), unit, wall, peer, echo);
             }
             let beyond = cpu.iter().map(|cpu| cpu - walk).collect();
             let case = name(&format!("{what}: CPU beyond the walk"));
@@ -213,6 +226,7 @@ struct Rounds {
     stream: Vec<f64>,
     stream_cpu: Vec<f64>,
     echo: Vec<f64>,
+    echo_stream: Vec<f64>,
 }
 
 fn nanos(time: Duration) -> f64 {
@@ -276,4 +290,13 @@ async fn echo_round(channel: &Channel, payloads: &[Payload]) {
     for payload in payloads {
         assert_eq!(echo::ask(channel, BYTES, payload.clone()).await.data.len(), payload.data.len());
     }
+}
+
+async fn echo_stream_round(channel: &Channel, payloads: &[Payload]) {
+    let mut answers = echo::stream(channel, tokio_stream::iter(payloads.to_vec())).await;
+    for payload in payloads {
+        let answer = answers.message().await.unwrap().unwrap();
+        assert_eq!(answer.data.len(), payload.data.len());
+    }
+    assert_eq!(answers.message().await.unwrap(), None);
 }

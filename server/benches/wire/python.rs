@@ -53,6 +53,9 @@ with pagewalk.connect(target) as client:
         print(*times)
 "#;
 
+const BATCH_CASE: &str = "Python, translate_batch, numpy, hot, Unix";
+const SINGLE_CASE: &str = "Python, Translate, hot, Unix";
+
 pub(super) fn compare(report: &mut Report, other: &Other, short: bool) {
     let python = std::env::var("PAGEWALK_PYTHON").unwrap_or_else(|_| "python3".to_owned());
     let package = Path::new(env!("CARGO_MANIFEST_DIR")).join("../client/python/src");
@@ -65,15 +68,17 @@ pub(super) fn compare(report: &mut Report, other: &Other, short: bool) {
         .env("PYTHONPATH", format!("{}:{search}", package.display()))
         .output();
     let said = match output {
-        Ok(output) if output.status.success() => String::from_utf8(output.stdout).unwrap(),
+        Ok(output) if output.status.success() => Ok(String::from_utf8(output.stdout).unwrap()),
         Ok(output) => {
             let said = String::from_utf8_lossy(&output.stderr);
-            println!("SKIPPED python: {}", said.lines().last().unwrap_or_default());
-            return;
+            Err(said.lines().last().unwrap_or_default().to_owned())
         }
-        Err(error) => {
-            println!("SKIPPED python: {error}");
-            return;
+        Err(error) => Err(error.to_string()),
+    };
+    let said = match said {
+        Ok(said) => said,
+        Err(reason) => {
+            return [BATCH_CASE, SINGLE_CASE].into_iter().for_each(|case| report.skip(case, &reason));
         }
     };
     let mut columns = [Vec::new(), Vec::new(), Vec::new(), Vec::new()];
@@ -83,12 +88,6 @@ pub(super) fn compare(report: &mut Report, other: &Other, short: bool) {
         }
     }
     let [arrays, numbers, single, echo] = columns;
-    report.add(
-        "Python, translate_batch, numpy, hot, Unix",
-        "ns an address",
-        arrays,
-        "generated stub, list",
-        numbers,
-    );
-    report.add("Python, Translate, hot, Unix", "ns a call", single, "echo behind the same layers", echo);
+    report.add(BATCH_CASE, "ns an address", arrays, "generated stub, list", numbers);
+    report.add(SINGLE_CASE, "ns a call", single, "echo behind the same layers", echo);
 }

@@ -11,8 +11,8 @@ use pagewalkd::machine::Machine;
 use pagewalkd::machine::demo::{L2_CR3, NCR3};
 use pagewalkd::vcpu::{EnterL2, L2Registers, NestedRequest, SecondDimension, Vcpu};
 
-/// Control calls a second.
-pub(crate) const PACE: u32 = 1000;
+/// Control calls a second: somewhat more than half of them publish a generation.
+pub(crate) const PACE: u32 = 2000;
 
 /// What readers did.
 #[derive(Clone, Copy, Debug)]

@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 use bed::child::{Other, Way, Who, serve_if_asked};
 use bed::guest::{BATCH, Shape};
 use bed::report::Report;
-use churn::{Reads, read};
+use churn::{PACE, Reads, read};
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::translation_service_client::TranslationServiceClient;
 use pagewalkd::machine::Machine;
@@ -69,7 +69,7 @@ fn lock_freedom(report: &mut Report, short: bool) {
     let by_clock = |reads: &Reads| reads.by_the_clock / 1e6;
     let unit = "million reads a second of processor";
     report.add(
-        case("vCPU controlled 1,000 times a second"),
+        case(&format!("vCPU controlled {PACE} times a second")),
         unit,
         of(&churned, by_processor),
         "undisturbed",
@@ -93,8 +93,8 @@ fn lock_freedom(report: &mut Report, short: bool) {
         "control calls answered",
         "a second",
         of(&churned, |reads| reads.controls),
-        "1,000",
-        vec![1000.0],
+        "asked for",
+        vec![PACE.into()],
     );
     let generations = of(&churned, |reads| reads.generations as f64 / 0.4);
     report.add("generations published", "a second", generations, "1,000", vec![1000.0]);

@@ -136,6 +136,24 @@ impl Daemon {
         Ok((answer.column.iter().collect(), answer.head.faults))
     }
 
+    /// What is mapped from another root: first addresses, and numbers of bytes.
+    pub(crate) fn mapped_from(&self, id: &str, cr3: u64) -> Result<Vec<(u64, u64)>, Status> {
+        let request = v1::ListMappingsRequest {
+            vcpu: vcpu(id, 0),
+            r#override: Some(v1::WalkerOverride { cr3: Some(cr3), ..Default::default() }),
+            ..Default::default()
+        };
+        let mut client = MappingServiceClient::new(self.channel.clone());
+        self.runtime.block_on(async {
+            let mut parts = client.list_mappings(request).await?.into_inner();
+            let mut extents = Vec::new();
+            while let Some(part) = parts.message().await? {
+                extents.extend(part.extents.iter().map(|extent| (extent.start, extent.bytes)));
+            }
+            Ok(extents)
+        })
+    }
+
     pub(crate) fn translate(&self, id: &str, gva: u64) -> Result<v1::TranslateResponse, Status> {
         let request = v1::TranslateRequest {
             vcpu: vcpu(id, 0),

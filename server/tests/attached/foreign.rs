@@ -13,6 +13,8 @@ use crate::judged::{Said, gpa};
 
 /// Leaves of each vCPU that the other program is asked for.
 const LEAVES: usize = 2500;
+/// Pages of the kernel, at least about as many.
+const KERNEL_PAGES: usize = 10_000;
 
 /// The address spaces of all vCPUs, by volatility3.
 pub(crate) fn volatility(
@@ -49,14 +51,30 @@ pub(crate) fn drgn(
         return judge::skipped("drgn", &problem);
     }
     let mut judge = Judge::new(row)?;
-    let mut addresses: Vec<u64> = said.iter().flat_map(|said| asked(name, said)).collect();
+    let ask = |addresses: &[u64]| -> Result<_, Failed> {
+        let mut answers = answers("drgn_dump.py", &[file.as_os_str()], addresses)?.into_iter();
+        let root = answers.next().flatten().ok_or("drgn knows no root")?;
+        Ok((root, answers.collect::<Vec<_>>()))
+    };
+    let (root, _) = ask(&[])?;
+    // A vCPU that was stopped in user mode has next to nothing of the kernel, under page-table isolation.
+    let mut addresses = edges(&daemon.mapped_from("dump", root)?);
+    addresses.extend(said.iter().flat_map(|said| asked(name, said)));
     addresses.retain(|gva| gva >> 63 != 0);
-    let answers = answers("drgn_dump.py", &[file.as_os_str()], &addresses)?;
-    let (root, answers) = answers.split_first().ok_or("drgn says nothing")?;
-    let root = root.ok_or("drgn knows no root")?;
+    let (_, answers) = ask(&addresses)?;
     let words = daemon.words_from("dump", root, &addresses)?;
-    compare(&mut judge, "drgn", &addresses, answers, &words);
+    compare(&mut judge, "drgn", &addresses, &answers, &words);
     judge.finish(&[("mapped", None, 20_000), ("not mapped", None, 2_000)])
+}
+
+/// Addresses in these extents, evenly, and on either side of each.
+fn edges(extents: &[(u64, u64)]) -> Vec<u64> {
+    let inside = (KERNEL_PAGES / extents.len().max(1)).max(2) as u64;
+    let of = |&(start, bytes): &(u64, u64)| {
+        let even = (0..inside).map(move |at| start + bytes / inside * at);
+        even.chain([start.wrapping_sub(1), start + (bytes - 1), start.wrapping_add(bytes)])
+    };
+    extents.iter().flat_map(of).collect()
 }
 
 /// Why `python3` has no such module.

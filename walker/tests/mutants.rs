@@ -471,6 +471,8 @@ harness = false
 name = "judge_translate"
 harness = false
 
+# Little of a mutant is compiled anew, and most of the time goes into running its judges.
 [profile.dev]
 debug = false
+opt-level = 1
 "#;

@@ -12,23 +12,10 @@ use crate::status::Error;
 
 const PAGE: u64 = 4096;
 
-/// A map of the pages that a request names.
+/// A map of the addresses that a request names.
 pub(crate) fn over(walker: Walker, range: Option<v1::GvaRange>) -> Result<Map, Error> {
-    for (bound, field) in range.iter().flat_map(|it| [(&it.start, "range.start"), (&it.end, "range.end")]) {
-        let Some(bound) = bound else { continue };
-        let at = number(Some(bound.clone()), field)?;
-        if !at.is_multiple_of(PAGE) {
-            return Err(Error::invalid(field, format!("{at:#x} is not aligned to 4 KiB (0x1000)")));
-        }
-    }
-    over_bytes(walker, range)
-}
-
-/// A map of the addresses that a request names, which may be parts of pages.
-pub(crate) fn over_bytes(walker: Walker, range: Option<v1::GvaRange>) -> Result<Map, Error> {
     let range = range.unwrap_or_default();
     let map = Map::new(walker);
-    let bound = |bound: Option<_>, field| bound.map(|bound| number(Some(bound), field)).transpose();
     let (start, end) = (bound(range.start, "range.start")?, bound(range.end, "range.end")?);
     let format = map.walker().gva_walk().format();
     let last = match end {
@@ -54,6 +41,15 @@ pub(crate) fn over_bytes(walker: Walker, range: Option<v1::GvaRange>) -> Result<
             format!("{gva}, right before it, is no linear address of {mode} paging"),
         ),
     })
+}
+
+fn bound(address: Option<v1::Address>, field: &'static str) -> Result<Option<u64>, Error> {
+    let Some(address) = address else { return Ok(None) };
+    let address = number(Some(address), field)?;
+    if !address.is_multiple_of(PAGE) {
+        return Err(Error::invalid(field, format!("{address:#x} is not aligned to 4 KiB (0x1000)")));
+    }
+    Ok(Some(address))
 }
 
 pub(crate) fn filter(filter: Option<v1::MappingFilter>) -> Result<Filter, Error> {

@@ -59,8 +59,7 @@ impl MappingService for Daemon {
         let snapshot = target.snapshot(request.freshness, deadline).await?;
         let walker = walker(request.r#override.as_ref(), &snapshot)?;
         let range = target.range(self, deadline, request.range).await?;
-        // What is found may begin and end within a page, and so does a search that goes on from there.
-        let map = convert::mapping::over_bytes(walker.into_owned(), range)?.filtered(filter).within(budget);
+        let map = convert::mapping::over(walker.into_owned(), range)?.filtered(filter).within(budget);
         let sending = Sending { daemon: self.clone(), target, snapshot, map, until };
         Ok(Response::new(sending.stream()))
     }

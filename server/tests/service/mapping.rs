@@ -250,7 +250,7 @@ async fn a_budget_truncates_and_the_rest_can_be_had() {
     bed.stop().await;
 }
 
-/// What is found begins and ends within pages, and so does the rest of a search.
+/// What is found begins and ends within pages, and comes once all the same, in one dimension and in two.
 #[tokio::test]
 async fn a_search_that_was_truncated_goes_on_where_it_says() {
     let bed = Bed::plain().await;
@@ -273,23 +273,15 @@ async fn a_search_that_was_truncated_goes_on_where_it_says() {
             all.len() > usize::from(!nested) && all.iter().any(|it| it.start % 0x1000 == 0x123),
             "{all:x?}"
         );
-        let (mut found, mut start, mut unaligned) = (Vec::new(), 0, 0);
+        let (mut found, mut start) = (Vec::new(), 0);
         loop {
             let range = Some(v1::GvaRange { start: number(start), end: None });
             let (extents, last) = find(&bed, search(gpa, range, Some(1))).await;
             found.extend(extents);
             let Some(truncation) = last.truncation else { break };
             start = truncation.continue_at;
-            unaligned += u32::from(!start.is_multiple_of(0x1000));
         }
         assert_eq!(found, all, "nothing is left out, and nothing comes twice");
-        assert!(nested || unaligned > 0, "it goes on within a page");
-        // From within what was found the rest of it is.
-        let within = all[0].start + 1;
-        let range = Some(v1::GvaRange { start: number(within), end: number(within + 1) });
-        let (part, _) = find(&bed, search(gpa, range, None)).await;
-        assert_eq!((part.len(), part[0].start, part[0].bytes), (1, within, 1));
-        assert_eq!(page(&part[0]).gpa, page(&all[0]).gpa + 1);
     }
     bed.stop().await;
 }

@@ -87,13 +87,11 @@ class GvaRange(google.protobuf.message.Message):
     END_FIELD_NUMBER: builtins.int
     @property
     def start(self) -> pagewalk.v1.types_pb2.Address:
-        """First address, canonical; aligned to 4 KiB in all but `FindMappings`. Default: 0."""
+        """First address, canonical and aligned to 4 KiB. Default: 0."""
 
     @property
     def end(self) -> pagewalk.v1.types_pb2.Address:
-        """First address behind the range, aligned as `start` is; the one before it is canonical. Default: the end of the address
-        space.
-        """
+        """First address behind the range, aligned to 4 KiB; the one before it is canonical. Default: the end of the address space."""
 
     def __init__(
         self,

@@ -85,7 +85,7 @@ class MappingServiceServicer(object):
 
         Role: `read`.
         Errors: as `ListMappings`; also INVALID_ARGUMENT for a missing address, one that does not parse, or a range of GPAs that
-        is empty or ends above 2^64. A range of GVAs need not be aligned.
+        is empty or ends above 2^64.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -134,7 +134,7 @@ class MappingServiceStub(typing.Generic[_MappingServiceListMappingsType, _Mappin
 
     Role: `read`.
     Errors: as `ListMappings`; also INVALID_ARGUMENT for a missing address, one that does not parse, or a range of GPAs that
-    is empty or ends above 2^64. A range of GVAs need not be aligned.
+    is empty or ends above 2^64.
     """
 
     ListAddressSpaces: _MappingServiceListAddressSpacesType
@@ -200,7 +200,7 @@ class MappingServiceServicer(metaclass=abc.ABCMeta):
 
         Role: `read`.
         Errors: as `ListMappings`; also INVALID_ARGUMENT for a missing address, one that does not parse, or a range of GPAs that
-        is empty or ends above 2^64. A range of GVAs need not be aligned.
+        is empty or ends above 2^64.
         """
 
     @abc.abstractmethod

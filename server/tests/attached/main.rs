@@ -14,6 +14,7 @@
 mod announced;
 mod daemon;
 mod dumped;
+mod fake;
 mod foreign;
 #[allow(dead_code, reason = "each test target uses its part")]
 #[path = "../../../walker/tests/linux/guest.rs"]
@@ -26,6 +27,7 @@ mod large;
 #[allow(dead_code, reason = "each test target uses its part")]
 #[path = "../../../walker/tests/linux/monitor.rs"]
 mod monitor;
+mod moving;
 mod numa;
 mod peers;
 mod spaces;
@@ -67,6 +69,7 @@ fn main() {
         bedded("refused_by_the_host", trouble::refused),
     ];
     trials.extend(peers::trials());
+    trials.extend(moving::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }
 

@@ -16,6 +16,7 @@ mod process;
 mod registers;
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
@@ -30,7 +31,7 @@ use super::{Capabilities, Health, Source};
 use crate::vcpu::{Backend, Exit, RegisterChanges, Registers, RunState, SpawnError, Vcpu, VcpuError};
 use layout::Range;
 use monitor::{Event, Events, Monitor};
-use process::Process;
+use process::{Area, Process};
 
 pub use monitor::MonitorError;
 pub use process::ProcessError;
@@ -148,12 +149,14 @@ struct Attached {
     memory: ArcSwap<GuestRam>,
 }
 
+/// By device and inode, so that a file is mapped once: file systems number their inodes each for itself.
+type Files = BTreeMap<(u64, u64), Arc<FileMapping>>;
+
 #[derive(Default)]
 struct Layout {
     /// As QEMU printed it.
     view: String,
-    /// By inode, so that a file is mapped once.
-    files: BTreeMap<u64, Arc<FileMapping>>,
+    files: Files,
 }
 
 impl Attached {
@@ -176,13 +179,11 @@ impl Attached {
         Ok(())
     }
 
-    fn memory_of(
-        &self,
-        ranges: &[Range],
-        files: &mut BTreeMap<u64, Arc<FileMapping>>,
-    ) -> Result<GuestRam, QemuError> {
+    fn memory_of(&self, ranges: &[Range], files: &mut Files) -> Result<GuestRam, QemuError> {
         let areas = self.process.areas()?;
-        let mut in_use = BTreeMap::new();
+        let mut in_use = Files::new();
+        // By where QEMU has them.
+        let mut mapped: BTreeMap<u64, Arc<FileMapping>> = BTreeMap::new();
         let mut fetched: Option<Arc<dyn Fetch>> = None;
         let mut places = Vec::new();
         for Range { region, name } in ranges {
@@ -202,15 +203,14 @@ impl Attached {
             });
             let place = match area {
                 Some(area) => {
-                    let file = match files.get(&area.inode).or_else(|| in_use.get(&area.inode)) {
+                    let file = match mapped.get(&area.start) {
                         Some(file) => Arc::clone(file),
                         None => {
-                            let file = self.process.file(area)?;
-                            FileMapping::of(&file)
-                                .map_err(|problem| QemuError::Map { at: region.start.0, problem })?
+                            let (identity, file) = self.file_of(area, [&in_use, files], region.start)?;
+                            in_use.insert(identity, Arc::clone(&file));
+                            mapped.entry(area.start).or_insert(file).clone()
                         }
                     };
-                    in_use.insert(area.inode, Arc::clone(&file));
                     Place::Mapped(file, area.offset + (host - area.start))
                 }
                 None => {
@@ -232,6 +232,27 @@ impl Attached {
         // The largest first: that is where it is looked first.
         places.sort_by_key(|(region, _)| std::cmp::Reverse(region.size));
         Ok(GuestRam::of_others(places)?)
+    }
+
+    /// The file behind an area, mapped, and what tells it from others. The mapping keeps its inode from being given to another
+    /// file.
+    fn file_of(
+        &self,
+        area: &Area,
+        known: [&Files; 2],
+        at: Gpa,
+    ) -> Result<((u64, u64), Arc<FileMapping>), QemuError> {
+        let failed = |problem| QemuError::Map { at: at.0, problem };
+        let file = self.process.file(area)?;
+        let metadata = file.metadata().map_err(failed)?;
+        let identity = (metadata.dev(), metadata.ino());
+        // One that has grown is mapped anew.
+        let covers = |mapping: &&Arc<FileMapping>| mapping.size() as u64 >= metadata.len();
+        let mapping = match known.iter().find_map(|files| files.get(&identity)).filter(covers) {
+            Some(mapping) => Arc::clone(mapping),
+            None => FileMapping::of(&file).map_err(failed)?,
+        };
+        Ok((identity, mapping))
     }
 
     /// The PDPTE registers that a vCPU of TCG would have, if it had any. TCG sets accessed bits in the PDPTEs in memory, which

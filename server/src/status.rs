@@ -141,6 +141,7 @@ impl Error {
             Self::FileNotAllowed { .. } => (PermissionDenied, "FILE_NOT_ALLOWED"),
             Self::Detach(DetachError::WouldEnd { .. }) => (FailedPrecondition, "GUEST_WOULD_END"),
             Self::Vcpu(VcpuError::Timeout { .. }) => (DeadlineExceeded, "VCPU_UNRESPONSIVE"),
+            Self::Vcpu(VcpuError::Unread { .. }) => (FailedPrecondition, "REGISTERS_UNREAD"),
             Self::Vcpu(VcpuError::Gone { .. }) => (Unavailable, "VCPU_GONE"),
             Self::Vcpu(VcpuError::Stopped { .. }) => (FailedPrecondition, "VCPU_STOPPED"),
             Self::Vcpu(VcpuError::Unsupported(_)) => (FailedPrecondition, "SOURCE_CANNOT"),

@@ -8,6 +8,7 @@ use super::Daemon;
 use super::resolve::deadline;
 use crate::convert;
 use crate::status::Error;
+use crate::vcpu::VcpuError;
 
 #[tonic::async_trait]
 impl VcpuService for Daemon {
@@ -63,7 +64,11 @@ impl VcpuService for Daemon {
         if !source.capabilities().ends_when_detached {
             // A guest that runs elsewhere stops as a whole: when this is answered, each vCPU has published where it stopped.
             for vcpu in source.vcpus() {
-                vcpu.sync(deadline).await.map_err(Error::from)?;
+                match vcpu.sync(deadline).await {
+                    // It has stopped with the others.
+                    Ok(_) | Err(VcpuError::Unread { .. }) => {}
+                    Err(problem) => return Err(Error::from(problem).into()),
+                }
             }
         }
         Ok(Response::new(v1::PauseVcpuResponse {

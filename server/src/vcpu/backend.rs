@@ -58,7 +58,7 @@ pub trait Backend: Send + 'static {
     /// Reads the registers.
     ///
     /// # Errors
-    /// When the hypervisor refuses, which ends the vCPU.
+    /// When the hypervisor refuses, which ends the vCPU, unless it runs elsewhere.
     fn registers(&mut self) -> Result<Registers, String>;
 
     /// Writes what is present in `changes`, all of it or nothing. Only states that some CPU accepts get here.

@@ -50,6 +50,16 @@ pub enum VcpuError {
         /// How long it was waited for.
         waited: Duration,
     },
+    /// Whoever runs it does not tell its registers.
+    #[error(
+        "the registers of vCPU {vcpu} cannot be read: {problem}; retry, ask for the latest state, or attach the machine again if the vCPU was unplugged"
+    )]
+    Unread {
+        /// Name of the vCPU.
+        vcpu: String,
+        /// What it says.
+        problem: String,
+    },
     /// Its thread has ended: the machine is going away.
     #[error("vCPU {vcpu} has gone")]
     Gone {

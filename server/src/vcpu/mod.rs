@@ -188,13 +188,22 @@ impl Vcpu {
     /// A snapshot that was taken after this call began. Concurrent calls share one exit from the guest.
     ///
     /// # Errors
-    /// [`VcpuError::Timeout`] when the vCPU does not come out in time.
+    /// [`VcpuError::Timeout`] when the vCPU does not come out in time, [`VcpuError::Unread`] when whoever runs it does not tell
+    /// its registers.
     pub async fn sync(&self, deadline: Instant) -> Result<Arc<Snapshot>, VcpuError> {
         let start = Instant::now();
         let mut served = self.served.clone();
         let ticket = self.shared.published.ask(&self.shared.kicker);
         match timeout_at(deadline.into(), served.wait_for(|served| *served >= ticket)).await {
-            Ok(Ok(_)) => Ok(self.latest()),
+            Ok(Ok(_)) => {
+                let snapshot = self.latest();
+                match &snapshot.unread {
+                    None => Ok(snapshot),
+                    Some(problem) => {
+                        Err(VcpuError::Unread { vcpu: self.name.clone(), problem: problem.clone() })
+                    }
+                }
+            }
             Ok(Err(_)) => Err(self.gone()),
             Err(_) => Err(self.timed_out(ticket, start)),
         }

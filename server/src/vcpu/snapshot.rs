@@ -47,6 +47,8 @@ pub struct Snapshot {
     pub ticket: u64,
     /// When the registers were read.
     pub taken: Instant,
+    /// Why they could not be read again since then, of a guest that runs elsewhere: the next look may find them.
+    pub unread: Option<String>,
     /// What the vCPU was doing.
     pub run_state: RunState,
     /// More about that; may be empty.

@@ -71,6 +71,7 @@ pub(super) fn first_snapshot<B: Backend>(backend: &mut B, cpu: CpuProfile) -> Re
         generation: 1,
         ticket: 0,
         taken: Instant::now(),
+        unread: None,
         run_state,
         run_state_reason,
         assumed: with_limits(backend.assumed(), &registers, &walker),
@@ -404,15 +405,22 @@ impl<B: Backend> Driver<'_, B> {
             let guest = backend.guest_mode(&registers)?;
             Ok((registers, guest, backend.take_nested_exit()))
         });
+        let mut unread = None;
         let (assumed, registers, nested) = match read {
             Ok(Ok((registers, guest, exit))) => {
                 self.note_transition(guest.is_some(), exit);
                 let assumed = self.backend.as_deref().map(Backend::assumed).unwrap_or_default();
                 (assumed, registers, guest.map_or(NestedMode::Off, NestedMode::Guest))
             }
+            Ok(Err(problem)) if self.elsewhere => {
+                unread = Some(problem);
+                (as_before(&previous), previous.registers.clone(), previous.nested)
+            }
             Ok(Err(problem)) | Err(problem) => {
-                let (assumed, registers) = self.without_registers(&problem, &previous);
-                (assumed, registers, previous.nested)
+                if !self.run_state.is_final() {
+                    self.after(Exit::Failed(format!("its registers cannot be read: {problem}")));
+                }
+                (as_before(&previous), previous.registers.clone(), previous.nested)
             }
         };
         let overlay = self.overlay.map(|(second, l2)| NestedMode::WalkerOnly { second, l2 });
@@ -425,7 +433,8 @@ impl<B: Backend> Driver<'_, B> {
         let snapshot = Arc::new(Snapshot {
             generation,
             ticket,
-            taken: Instant::now(),
+            taken: if unread.is_some() { previous.taken } else { Instant::now() },
+            unread,
             run_state: self.run_state,
             run_state_reason: self.reason.clone(),
             registers,
@@ -455,18 +464,6 @@ impl<B: Backend> Driver<'_, B> {
                 self.nested_reason.clear();
             }
         }
-    }
-
-    /// What to publish when the registers cannot be read: the last ones, and the vCPU is done for.
-    fn without_registers(&mut self, problem: &str, previous: &Snapshot) -> (Vec<String>, Registers) {
-        if !self.run_state.is_final() {
-            self.after(Exit::Failed(format!("its registers cannot be read: {problem}")));
-        }
-        let mut assumed = previous.assumed.clone();
-        if !assumed.iter().any(|a| a == STALE) {
-            assumed.push(STALE.to_owned());
-        }
-        (assumed, previous.registers.clone())
     }
 
     /// Calls the backend; a panic in there ends the vCPU, not the daemon.
@@ -518,6 +515,15 @@ fn with_limits(
         if !assumed.contains(&limit) {
             assumed.push(limit);
         }
+    }
+    assumed
+}
+
+/// What is assumed of the registers of an earlier snapshot.
+fn as_before(previous: &Snapshot) -> Vec<String> {
+    let mut assumed = previous.assumed.clone();
+    if !assumed.iter().any(|a| a == STALE) {
+        assumed.push(STALE.to_owned());
     }
     assumed
 }

@@ -7,16 +7,23 @@ use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::process::{Command, Stdio};
 
 use libtest_mimic::{Failed, Trial};
+use pagewalk_proto::v1;
+use tonic::Code;
 use vm_memory::{FileOffset, MmapRegion};
 
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, refusal};
 use crate::fake::{Fake, Place};
 use crate::judge;
 
 const SIZE: u64 = 16 << 12;
 
 pub(crate) fn trials() -> Vec<Trial> {
-    let moving: [(&str, fn() -> Result<(), Failed>); 1] = [("files_of_one_inode", files_of_one_inode)];
+    let moving: [(&str, fn() -> Result<(), Failed>); 4] = [
+        ("files_of_one_inode", files_of_one_inode),
+        ("layout_that_moves", layout_that_moves),
+        ("vcpu_unplugged", vcpu_unplugged),
+        ("private_memory_unplugged", private_memory_unplugged),
+    ];
     moving.into_iter().map(|(name, test)| Trial::test(name, test)).collect()
 }
 
@@ -74,5 +81,86 @@ fn files_of_one_inode() -> Result<(), Failed> {
     assert_eq!((first_byte(&daemon, 0)?, first_byte(&daemon, 1 << 20)?), (1, 2));
     drop(child.stdin.take());
     child.wait()?;
+    Ok(())
+}
+
+/// One stretch of shared memory at 0, and a guest that has it.
+fn guest() -> Result<(Daemon, Fake, Shared), Failed> {
+    let memory = Shared::new(tempfile::tempfile()?, 0, 1)?;
+    let fake = Fake::start(&[memory.place])?;
+    let daemon = Daemon::start()?;
+    daemon.attach_qemu("vm", &fake.qmp)?;
+    Ok((daemon, fake, memory))
+}
+
+fn alive(daemon: &Daemon) {
+    let machine = daemon.machine("vm");
+    assert_eq!(machine.state(), v1::MachineState::Alive, "{}", machine.state_reason);
+}
+
+/// A BAR is moved after it was listed and before it was asked for.
+fn layout_that_moves() -> Result<(), Failed> {
+    let (daemon, fake, memory) = guest()?;
+    let bar = Shared::new(tempfile::tempfile()?, 1 << 20, 2)?;
+    {
+        let mut state = fake.state();
+        state.view.push(bar.place);
+        state.placed.push(bar.place);
+        state.misses = 2;
+    }
+    daemon.registers("vm", 0)?;
+    assert_eq!(first_byte(&daemon, 1 << 20)?, 2);
+
+    // What does not come to rest fails the call, and what was known is still known.
+    let gone = Place { start: 2 << 20, ..bar.place };
+    fake.state().view = vec![memory.place, gone];
+    let (code, reason) = refusal(daemon.registers("vm", 0), "cannot be read: the QMP socket");
+    assert_eq!((code, reason.as_str()), (Code::FailedPrecondition, "REGISTERS_UNREAD"));
+    alive(&daemon);
+    let old = daemon.registers_as_of("vm", 0, v1::Freshness::Latest)?.provenance.unwrap();
+    assert!(old.assumed.iter().any(|assumed| assumed.contains("as last read before")), "{:?}", old.assumed);
+    assert_eq!((first_byte(&daemon, 0)?, first_byte(&daemon, 1 << 20)?), (1, 2));
+
+    fake.state().view = vec![memory.place];
+    let new = daemon.registers("vm", 0)?.provenance.unwrap();
+    assert!(!new.assumed.iter().any(|assumed| assumed.contains("as last read before")), "{:?}", new.assumed);
+    assert_eq!(new.run_state(), v1::RunState::Running);
+    assert!(daemon.read_physical("vm", 1 << 20, 1)?.is_empty());
+    Ok(())
+}
+
+fn vcpu_unplugged() -> Result<(), Failed> {
+    let (daemon, fake, _memory) = guest()?;
+    daemon.registers("vm", 1)?;
+    fake.state().unplugged = Some(1);
+    let (code, reason) = refusal(daemon.registers("vm", 1), "vm/vcpu1");
+    assert_eq!((code, reason.as_str()), (Code::FailedPrecondition, "REGISTERS_UNREAD"));
+    daemon.registers("vm", 0)?;
+    alive(&daemon);
+    // The others stop and go on without it.
+    assert_eq!(daemon.pause("vm")?.run_state(), v1::RunState::Paused);
+    assert_eq!(daemon.resume("vm")?.run_state(), v1::RunState::Running);
+    alive(&daemon);
+    Ok(())
+}
+
+/// A DIMM that is not shared is unmapped before QEMU tells.
+fn private_memory_unplugged() -> Result<(), Failed> {
+    let memory = Shared::new(tempfile::tempfile()?, 0, 1)?;
+    // Of a file that is cut, so that nothing else comes to lie at its place.
+    let file = tempfile::tempfile()?;
+    file.set_len(SIZE)?;
+    let backing = FileOffset::new(file.try_clone()?, 0);
+    let dimm: MmapRegion =
+        MmapRegion::build(Some(backing), SIZE as usize, libc::PROT_READ, libc::MAP_PRIVATE)?;
+    let place = Place { start: 1 << 20, size: SIZE, host: dimm.as_ptr().addr() as u64 };
+    let fake = Fake::start(&[memory.place, place])?;
+    let daemon = Daemon::start()?;
+    daemon.attach_qemu("vm", &fake.qmp)?;
+    assert_eq!(daemon.read_physical("vm", 1 << 20, 8)?, [0; 8]);
+    file.set_len(0)?;
+    assert!(daemon.read_physical("vm", 1 << 20, 8)?.is_empty());
+    assert_eq!(first_byte(&daemon, 0)?, 1);
+    alive(&daemon);
     Ok(())
 }

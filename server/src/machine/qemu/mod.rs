@@ -41,6 +41,8 @@ const VCPUS_MAX: usize = 256;
 const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LMA: u64 = 1 << 10;
+/// How often the layout of memory is asked for while it moves: it is told piece by piece.
+const LAYOUT_TRIES: usize = 5;
 /// Where QEMU does not tell: what its own CPU models have unless told otherwise.
 const MAXPHYADDR: u8 = 40;
 
@@ -164,9 +166,38 @@ impl Attached {
         QemuError::Answer { path: self.news.path.clone(), problem }
     }
 
-    /// Looks how memory lies now, and has it that way.
+    /// Whether the guest cannot be asked any more. All else may be otherwise at the next question.
+    fn is_final(&self, error: &QemuError) -> bool {
+        match error {
+            QemuError::Monitor(error) => error.is_final(),
+            _ => !self.process.lives(),
+        }
+    }
+
+    /// What a failure says. The machine is lost if it is final.
+    fn failed(&self, error: &QemuError) -> String {
+        let reason = error.to_string();
+        if self.is_final(error) {
+            self.news.health.declare_lost(reason.clone());
+        }
+        reason
+    }
+
+    /// Looks how memory lies now, and has it that way. After an error it lies as it was known before.
     fn refresh_memory(&self) -> Result<(), QemuError> {
         let mut layout = self.layout.lock().unwrap_or_else(PoisonError::into_inner);
+        for _ in 1..LAYOUT_TRIES {
+            match self.lay_out(&mut layout) {
+                Err(error) if !self.is_final(&error) => {
+                    tracing::debug!(socket = %self.news.path.display(), "the layout of memory moves: {error}");
+                }
+                done => return done,
+            }
+        }
+        self.lay_out(&mut layout)
+    }
+
+    fn lay_out(&self, layout: &mut Layout) -> Result<(), QemuError> {
         let mtree = self.monitor.ask("info mtree -f", 0)?;
         let view = layout::view(&mtree).map_err(|problem| self.answer(problem))?;
         if view == layout.view {
@@ -310,6 +341,21 @@ struct QemuVcpu {
     assumed: Vec<String>,
 }
 
+impl QemuVcpu {
+    fn read(&mut self) -> Result<Registers, QemuError> {
+        self.attached.refresh_memory()?;
+        let answer = self.attached.monitor.ask("info registers", self.index)?;
+        let mut read = registers::parse(&answer).map_err(|problem| self.attached.answer(problem))?;
+        if let Some(pdptes) = self.attached.pdptes(&read.registers) {
+            read.registers.pdptes = Some(pdptes);
+            read.assumed
+                .push("PDPTE0-3=as in memory at CR3, without the accessed bits that TCG sets".to_owned());
+        }
+        self.assumed = read.assumed;
+        Ok(read.registers)
+    }
+}
+
 impl Backend for QemuVcpu {
     fn run(&mut self) -> Exit {
         Exit::Failed("QEMU runs this guest".to_owned())
@@ -320,24 +366,7 @@ impl Backend for QemuVcpu {
     }
 
     fn registers(&mut self) -> Result<Registers, String> {
-        let failed = |error: QemuError| {
-            let reason = error.to_string();
-            self.attached.news.health.declare_lost(reason.clone());
-            reason
-        };
-        self.attached.refresh_memory().map_err(failed)?;
-        let answer = self.attached.monitor.ask("info registers", self.index);
-        let read = answer
-            .map_err(QemuError::from)
-            .and_then(|answer| registers::parse(&answer).map_err(|problem| self.attached.answer(problem)));
-        let mut read = read.map_err(failed)?;
-        if let Some(pdptes) = self.attached.pdptes(&read.registers) {
-            read.registers.pdptes = Some(pdptes);
-            read.assumed
-                .push("PDPTE0-3=as in memory at CR3, without the accessed bits that TCG sets".to_owned());
-        }
-        self.assumed = read.assumed;
-        Ok(read.registers)
+        self.read().map_err(|error| self.attached.failed(&error))
     }
 
     fn set_registers(&mut self, _: &RegisterChanges) -> Result<(), VcpuError> {

@@ -160,16 +160,11 @@ pub(super) struct ProcessMemory {
 
 impl Fetch for ProcessMemory {
     fn fetch(&self, address: u64, into: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(into, address).inspect_err(|problem| {
-            let process = &self.process;
-            self.health.declare_lost(if process.lives() {
-                format!(
-                    "the memory of QEMU's process {} cannot be read at {address:#x}: {problem}",
-                    process.pid
-                )
-            } else {
-                format!("QEMU's process {} has ended", process.pid)
-            });
+        self.file.read_exact_at(into, address).inspect_err(|_| {
+            // QEMU may have unmapped what was there: memory that is plugged out.
+            if !self.process.lives() {
+                self.health.declare_lost(format!("QEMU's process {} has ended", self.process.pid));
+            }
         })
     }
 }
@@ -255,7 +250,7 @@ mod tests {
         memory.fetch(at, &mut bytes).unwrap();
         assert_eq!((bytes, health.lost()), ([7; 8], None));
         assert!(memory.fetch(8, &mut bytes).is_err());
-        assert!(health.lost().unwrap().contains("cannot be read at 0x8"));
+        assert_eq!(health.lost(), None, "the process lives");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use libtest_mimic::{Failed, Trial};
 use pagewalk_proto::v1;
@@ -16,13 +17,16 @@ use crate::fake::{Fake, Place};
 use crate::judge;
 
 const SIZE: u64 = 16 << 12;
+const SOON: Duration = Duration::from_secs(10);
 
 pub(crate) fn trials() -> Vec<Trial> {
-    let moving: [(&str, fn() -> Result<(), Failed>); 4] = [
+    let moving: [(&str, fn() -> Result<(), Failed>); 6] = [
         ("files_of_one_inode", files_of_one_inode),
         ("layout_that_moves", layout_that_moves),
         ("vcpu_unplugged", vcpu_unplugged),
         ("private_memory_unplugged", private_memory_unplugged),
+        ("run_state_follows_qemu", run_state_follows_qemu),
+        ("an_answer_is_older_than_the_event_behind_it", an_answer_is_older_than_the_event_behind_it),
     ];
     moving.into_iter().map(|(name, test)| Trial::test(name, test)).collect()
 }
@@ -162,5 +166,62 @@ fn private_memory_unplugged() -> Result<(), Failed> {
     assert!(daemon.read_physical("vm", 1 << 20, 8)?.is_empty());
     assert_eq!(first_byte(&daemon, 0)?, 1);
     alive(&daemon);
+    Ok(())
+}
+
+/// Waits until both vCPUs do this, for this reason.
+fn settles(daemon: &Daemon, state: v1::RunState, reason: &str) {
+    let end = Instant::now() + SOON;
+    let is_so = |vcpu: &v1::VcpuInfo| vcpu.run_state() == state && vcpu.run_state_reason == reason;
+    loop {
+        let vcpus = daemon.vcpus("vm");
+        if vcpus.len() == 2 && vcpus.iter().all(is_so) {
+            return;
+        }
+        assert!(Instant::now() < end, "{state:?} ({reason}) is wanted of {vcpus:?}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn run_state_follows_qemu() -> Result<(), Failed> {
+    let (daemon, fake, _memory) = guest()?;
+    settles(&daemon, v1::RunState::Running, "");
+    let told = |status, events: &[&str]| {
+        let mut state = fake.state();
+        state.status = status;
+        for event in events {
+            state.tell(event);
+        }
+    };
+    // A guest that panics and runs on (`-action panic=none`): the event says no more than that.
+    told("running", &["GUEST_PANICKED"]);
+    // What follows is seen after it.
+    told("guest-panicked", &["GUEST_PANICKED", "STOP"]);
+    settles(&daemon, v1::RunState::Paused, "stopped in QEMU: guest-panicked");
+    told("running", &["RESUME", "GUEST_PANICKED"]);
+    settles(&daemon, v1::RunState::Running, "");
+    daemon.registers("vm", 0)?;
+    settles(&daemon, v1::RunState::Running, "");
+    // Under -no-shutdown QEMU stops what has shut down, and stays.
+    told("shutdown", &["SHUTDOWN", "STOP"]);
+    settles(&daemon, v1::RunState::Shutdown, "the guest shut down");
+    daemon.registers("vm", 0)?;
+    settles(&daemon, v1::RunState::Shutdown, "the guest shut down");
+    // Nothing but this says that it has come back.
+    told("prelaunch", &["RESET"]);
+    settles(&daemon, v1::RunState::Paused, "stopped in QEMU: prelaunch");
+    assert_eq!(daemon.resume("vm")?.run_state(), v1::RunState::Running);
+    settles(&daemon, v1::RunState::Running, "");
+    Ok(())
+}
+
+/// Somebody stops the guest just after QEMU has said that it runs.
+fn an_answer_is_older_than_the_event_behind_it() -> Result<(), Failed> {
+    let (daemon, fake, _memory) = guest()?;
+    for _ in 0..50 {
+        fake.state().then = Some(("paused", "STOP"));
+        daemon.resume("vm")?;
+        settles(&daemon, v1::RunState::Paused, "stopped in QEMU");
+    }
     Ok(())
 }

@@ -87,10 +87,11 @@ pub enum QemuError {
     Spawn(#[from] SpawnError),
 }
 
-/// What QEMU does with the guest, as last heard, and what the vCPUs share.
+/// What QEMU has told without being asked, and what the vCPUs share.
 struct News {
     path: PathBuf,
-    state: ArcSwap<(RunState, String)>,
+    /// Counts what may have changed the guest's run state.
+    state: AtomicU64,
     /// Counts resets and changes of the layout of memory.
     overtaken: AtomicU64,
     health: Arc<Health>,
@@ -99,8 +100,12 @@ struct News {
 }
 
 impl News {
-    fn set(&self, state: RunState, reason: &str) {
-        self.state.store(Arc::new((state, reason.to_owned())));
+    fn state_has_changed(&self) {
+        self.state.fetch_add(1, Ordering::AcqRel);
+    }
+
+    fn overtake(&self) {
+        self.overtaken.fetch_add(1, Ordering::AcqRel);
     }
 
     /// Has every vCPU publish what there is now.
@@ -115,12 +120,12 @@ impl Events for News {
     fn event(&self, event: Event) {
         tracing::debug!(socket = %self.path.display(), ?event, "QEMU tells");
         match event {
-            Event::Stop => self.set(RunState::Paused, "stopped in QEMU"),
-            Event::Resume => self.set(RunState::Running, ""),
-            Event::Shutdown => self.set(RunState::Shutdown, "the guest shut down"),
-            // What it does after a reset was told by another event, or has not changed.
-            Event::Reset | Event::Layout => {
-                self.overtaken.fetch_add(1, Ordering::Release);
+            Event::State => self.state_has_changed(),
+            Event::Layout => self.overtake(),
+            // A guest that had shut down is there again.
+            Event::Reset => {
+                self.state_has_changed();
+                self.overtake();
             }
         }
         self.tell();
@@ -149,6 +154,14 @@ struct Attached {
     /// The layout that `memory` was made from. Held while that is looked at and replaced.
     layout: Mutex<Layout>,
     memory: ArcSwap<GuestRam>,
+    /// Held while QEMU is asked what it does with the guest.
+    heard: Mutex<Heard>,
+}
+
+/// What QEMU does with the guest, as it last said, and what [`News::state`] was before it was asked.
+struct Heard {
+    told: u64,
+    state: RunStateNow,
 }
 
 /// By device and inode, so that a file is mapped once: file systems number their inodes each for itself.
@@ -303,30 +316,33 @@ impl Attached {
         (read == bytes.len()).then(|| pdptes.map(|word| u64::from_le_bytes(word) & !ACCESSED))
     }
 
-    /// Asks what QEMU does with the guest.
-    fn refresh_state(&self) -> Result<(), MonitorError> {
-        let qmp::StatusInfo { running, status, .. } = self.monitor.execute(&qmp::query_status {})?;
-        match status {
-            _ if running => self.news.set(RunState::Running, ""),
-            qmp::RunState::shutdown => self.news.set(RunState::Shutdown, "the guest shut down"),
-            qmp::RunState::paused => self.news.set(RunState::Paused, "stopped in QEMU"),
-            other => {
-                let name = <qmp::RunState as qapi::Enum>::name(&other);
-                self.news.set(RunState::Paused, &format!("stopped in QEMU: {name}"));
-            }
+    /// What QEMU does with the guest. It is asked, unless nothing was told since it was asked before: an event alone does not say
+    /// why, and comes before or after the answers that it belongs with.
+    fn state(&self) -> Result<RunStateNow, MonitorError> {
+        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        // What is told from here on may be newer than the answer, and brings another question.
+        let told = self.news.state.load(Ordering::Acquire);
+        if heard.told != told {
+            let qmp::StatusInfo { running, status, .. } = self.monitor.execute(&qmp::query_status {})?;
+            let state = match status {
+                _ if running => (RunState::Running, String::new()),
+                qmp::RunState::shutdown => (RunState::Shutdown, "the guest shut down".to_owned()),
+                qmp::RunState::paused => (RunState::Paused, "stopped in QEMU".to_owned()),
+                other => {
+                    let name = <qmp::RunState as qapi::Enum>::name(&other);
+                    (RunState::Paused, format!("stopped in QEMU: {name}"))
+                }
+            };
+            *heard = Heard { told, state };
         }
-        Ok(())
+        Ok(heard.state.clone())
     }
 
     fn command<C: qmp::QmpCommand>(&self, command: &C) -> Result<(), VcpuError> {
-        let refused = |error: MonitorError| {
-            if error.is_final() {
-                self.news.health.declare_lost(error.to_string());
-            }
-            VcpuError::Unsupported(error.to_string())
-        };
-        self.monitor.execute(command).map_err(refused)?;
-        self.refresh_state().map_err(refused)
+        let done = self.monitor.execute(command);
+        // An event says so as well, maybe later.
+        self.news.state_has_changed();
+        done.map(drop).map_err(|error| VcpuError::Unsupported(self.failed(&error.into())))
     }
 }
 
@@ -378,7 +394,15 @@ impl Backend for QemuVcpu {
     }
 
     fn elsewhere(&mut self) -> Option<(RunState, String)> {
-        Some(RunStateNow::clone(&self.attached.news.state.load()))
+        let state = self.attached.state().map_err(|error| self.attached.failed(&error.into()));
+        Some(match (self.attached.news.health.lost(), state) {
+            (Some(reason), _) => (RunState::InternalError, reason.to_string()),
+            (None, Ok(state)) => state,
+            // It is asked again at the next look.
+            (None, Err(_)) => {
+                self.attached.heard.lock().unwrap_or_else(PoisonError::into_inner).state.clone()
+            }
+        })
     }
 
     fn overtaken(&mut self) -> bool {
@@ -412,7 +436,7 @@ pub(super) struct Qemu {
 pub(super) fn open(id: &str, path: &Path, pid: Option<u32>) -> Result<Qemu, QemuError> {
     let news = Arc::new(News {
         path: path.to_owned(),
-        state: ArcSwap::from_pointee((RunState::Running, String::new())),
+        state: AtomicU64::new(1),
         overtaken: AtomicU64::new(0),
         health: Arc::default(),
         process: OnceLock::new(),
@@ -435,9 +459,10 @@ pub(super) fn open(id: &str, path: &Path, pid: Option<u32>) -> Result<Qemu, Qemu
         process,
         layout: Mutex::default(),
         memory: ArcSwap::from_pointee(GuestRam::none()),
+        heard: Mutex::new(Heard { told: 0, state: (RunState::Running, String::new()) }),
     });
     attached.refresh_memory()?;
-    attached.refresh_state()?;
+    attached.state()?;
     let (indices, cpu, cpu_assumed) = cpus(&attached)?;
     let vcpus = indices
         .into_iter()

@@ -84,10 +84,9 @@ impl MonitorError {
 /// What QEMU tells without being asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Event {
-    Stop,
-    Resume,
+    /// The guest was stopped, runs on, or shut down.
+    State,
     Reset,
-    Shutdown,
     /// Memory or a device came or went.
     Layout,
 }
@@ -95,10 +94,9 @@ pub(super) enum Event {
 impl Event {
     fn named(name: &str) -> Option<Self> {
         Some(match name {
-            "STOP" | "SUSPEND" | "GUEST_PANICKED" => Self::Stop,
-            "RESUME" | "WAKEUP" => Self::Resume,
+            // Of a guest that panics, another one of these says whether that stopped it.
+            "STOP" | "RESUME" | "SUSPEND" | "WAKEUP" | "SHUTDOWN" => Self::State,
             "RESET" => Self::Reset,
-            "SHUTDOWN" => Self::Shutdown,
             "ACPI_DEVICE_OST" | "DEVICE_DELETED" | "MEMORY_DEVICE_SIZE_CHANGE" => Self::Layout,
             _ => return None,
         })

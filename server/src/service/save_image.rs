@@ -16,7 +16,7 @@ use super::resolve::{gone, still_there};
 use crate::machine::image::{Cpu, Description, LandmarkEntry, MemoryRegion, Number, VcpuEntry};
 use crate::machine::{GuestRam, Machine, MemoryError};
 use crate::status::Error;
-use crate::vcpu::{RunState, Snapshot, Vcpu, VcpuError};
+use crate::vcpu::{Hold, Snapshot, VcpuError};
 
 const MEMORY_FILE: &str = "memory.bin";
 const NAME_MAX: usize = 255;
@@ -52,7 +52,7 @@ pub(super) fn start(
     let (parts, stream) = Outlet::new();
     tokio::spawn(async move {
         let mut draining = daemon.draining.clone();
-        let mut held = Held(Vec::new());
+        let mut held = Vec::new();
         let ended = tokio::select! {
             ended = save(&daemon, &machine, memory_file, deadline, &mut held, &parts) => ended,
             // The client has gone, and needs no reason.
@@ -60,7 +60,15 @@ pub(super) fn start(
             _ = draining.wait_for(|draining| *draining) => Err(Error::ShuttingDown),
             lost = machine.when_gone() => Err(gone(&machine, lost)),
         };
-        held.release().await;
+        let vcpus: Vec<_> = machine.source().vcpus().to_vec();
+        // Whatever is under way, QEMU's stop too, they run on after it; they are waited for, so that a daemon that ends does not end
+        // before that.
+        drop(held);
+        let run_on = Instant::now() + RESUME;
+        for vcpu in vcpus {
+            // What keeps it from running on is in the log.
+            let _ = vcpu.sync(run_on).await;
+        }
         if let Err(error) = ended {
             parts.end(error);
         }
@@ -68,25 +76,12 @@ pub(super) fn start(
     stream
 }
 
-/// The vCPUs that ran, and do not while they are held.
-struct Held(Vec<Arc<Vcpu>>);
-
-impl Held {
-    async fn release(self) {
-        for vcpu in self.0 {
-            if let Err(problem) = vcpu.resume(Instant::now() + RESUME).await {
-                tracing::warn!(vcpu = %vcpu.name(), "does not run on after its image was saved: {problem}");
-            }
-        }
-    }
-}
-
 async fn save(
     daemon: &Daemon,
     machine: &Arc<Machine>,
     memory_file: String,
     deadline: Instant,
-    held: &mut Held,
+    held: &mut Vec<Hold>,
     parts: &Parts,
 ) -> Result<(), Error> {
     let snapshots = pause(machine, deadline, held).await?;
@@ -139,21 +134,21 @@ async fn send(parts: &Parts, part: Part) -> Result<(), Error> {
 }
 
 /// Pauses what runs, and gives the state of each vCPU at rest.
-async fn pause(machine: &Machine, deadline: Instant, held: &mut Held) -> Result<Vec<Arc<Snapshot>>, Error> {
+async fn pause(
+    machine: &Machine,
+    deadline: Instant,
+    held: &mut Vec<Hold>,
+) -> Result<Vec<Arc<Snapshot>>, Error> {
     let vcpus = machine.source().vcpus();
     if !machine.source().capabilities().live {
         return Ok(vcpus.iter().map(|vcpu| vcpu.latest()).collect());
     }
-    let running: Vec<bool> = vcpus
-        .iter()
-        .map(|vcpu| matches!(vcpu.latest().run_state, RunState::Running | RunState::Halted))
-        .collect();
     let mut snapshots = Vec::new();
-    for (vcpu, running) in vcpus.iter().zip(running) {
-        if running {
-            held.0.push(Arc::clone(vcpu));
-        }
-        match vcpu.pause(deadline).await {
+    for vcpu in vcpus {
+        let hold = Hold::new(Arc::clone(vcpu));
+        let paused = hold.pause(deadline).await;
+        held.push(hold);
+        match paused {
             Ok(_) => {}
             // It is at rest for good.
             Err(VcpuError::Stopped { .. }) => {}

@@ -84,11 +84,11 @@ pub trait Backend: Send + 'static {
         false
     }
 
-    /// Stops a guest that runs elsewhere.
+    /// Stops a guest that runs elsewhere, and says whether it ran until then.
     ///
     /// # Errors
     /// When whoever runs it does not.
-    fn pause(&mut self) -> Result<(), VcpuError> {
+    fn pause(&mut self) -> Result<bool, VcpuError> {
         Err(VcpuError::Unsupported("nothing here runs elsewhere".into()))
     }
 

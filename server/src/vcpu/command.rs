@@ -1,6 +1,7 @@
 //! What can be asked of a vCPU's thread, and what can go wrong.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
@@ -13,7 +14,8 @@ use super::snapshot::{RunState, Snapshot};
 /// askers share one exit.
 #[derive(Debug)]
 pub(super) enum Action {
-    Pause,
+    /// Sets the flag if it was this that stopped the vCPU.
+    Pause(Arc<AtomicBool>),
     Resume,
     Step,
     SetRegisters(Box<RegisterChanges>),

@@ -8,6 +8,7 @@ mod backend;
 mod command;
 pub(crate) mod console;
 pub(crate) mod devices;
+mod hold;
 mod kick;
 pub(crate) mod kvm;
 pub(crate) mod nested;
@@ -34,6 +35,7 @@ use tokio::time::timeout_at;
 
 pub use backend::{Backend, Exit, ImmediateExit};
 pub use command::VcpuError;
+pub use hold::Hold;
 pub use nested::{
     EnterL2, Entered, GuestMode, L2Error, L2Registers, NestedEffect, NestedEffectKind, NestedMode,
     NestedRequest, SecondDimension,
@@ -46,6 +48,7 @@ pub use snapshot::{RunState, Snapshot};
 pub use spaces::SeenSpace;
 
 use command::{Action, Command, Done};
+use hold::Released;
 use kick::Kicker;
 use publication::{Published, Publisher};
 use spaces::Spaces;
@@ -109,7 +112,12 @@ impl Vcpu {
         let name = format!("{machine}/vcpu{index}");
         let spaces = Spaces::default();
         spaces.note(&first);
-        let shared = Arc::new(Shared { kicker: Kicker::default(), published: Published::new(first), spaces });
+        let shared = Arc::new(Shared {
+            kicker: Kicker::default(),
+            published: Published::new(first),
+            spaces,
+            released: Released::default(),
+        });
         let (commands, queue) = mpsc::channel(QUEUE);
         let (served_by_thread, served) = watch::channel(0);
         let (generation_by_thread, generation) = watch::channel(1);
@@ -214,7 +222,7 @@ impl Vcpu {
     /// # Errors
     /// When it does not come out in time, has stopped for good, or nothing runs here.
     pub async fn pause(&self, deadline: Instant) -> Result<Arc<Snapshot>, VcpuError> {
-        self.command(Action::Pause, deadline).await
+        self.command(Action::Pause(Arc::default()), deadline).await
     }
 
     /// Lets a paused vCPU run on. Resuming a running one changes nothing.

@@ -8,6 +8,7 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use pagewalk::{ControlRegisters, CpuProfile, PageWalk, PagingMode, StateError, Walker};
@@ -15,6 +16,7 @@ use tokio::sync::mpsc;
 
 use super::backend::{Backend, Exit};
 use super::command::{Action, Command, Done, Reply, VcpuError};
+use super::hold::Released;
 use super::kick::{Kicker, OnThread};
 use super::nested::{
     EnterL2, Entered, L2Registers, NestedEffect, NestedEffectKind, NestedMode, NestedRequest, SecondDimension,
@@ -33,6 +35,7 @@ pub(super) struct Shared {
     pub(super) kicker: Kicker,
     pub(super) published: Published<Snapshot>,
     pub(super) spaces: Spaces,
+    pub(super) released: Released,
 }
 
 /// What the vCPU does when nobody asks anything of it.
@@ -127,6 +130,8 @@ impl<B: Backend> VcpuThread<B> {
         while let Some(ticket) = shared.published.attend(&on_thread) {
             driver.turn(ticket, &on_thread);
         }
+        // A guest that runs elsewhere outlives this thread.
+        driver.let_go(driver.shared.published.latest().ticket);
         Ok(())
     }
 }
@@ -172,6 +177,8 @@ impl<B: Backend> Driver<'_, B> {
                 let _ = command.reply.send(reply);
             }
         }
+        // After the commands: one of them may have been the pause that was given up.
+        self.let_go(ticket);
         let published = self.shared.published.latest();
         // A command that failed may have ended the vCPU, after its ticket was served.
         if ticket > published.ticket || self.run_state != published.run_state {
@@ -188,6 +195,17 @@ impl<B: Backend> Driver<'_, B> {
                 }
             }
             Activity::Pause | Activity::Stay => on_thread.wait(None),
+        }
+    }
+
+    /// Lets the vCPU run on for those who had it stopped and do not need that any more.
+    fn let_go(&mut self, ticket: u64) {
+        for stopped in self.shared.released.take() {
+            if stopped.load(Ordering::Relaxed)
+                && let Err(problem) = self.perform(&Action::Resume, ticket)
+            {
+                tracing::warn!(vcpu = %self.name, "does not run on after it was held: {problem}");
+            }
         }
     }
 
@@ -216,13 +234,13 @@ impl<B: Backend> Driver<'_, B> {
     }
 
     /// Has whoever runs the guest stop it or let it go.
-    fn command_elsewhere(
+    fn command_elsewhere<T>(
         &mut self,
-        command: impl FnOnce(&mut B) -> Result<(), VcpuError>,
-    ) -> Result<(), VcpuError> {
-        self.guarded(command).map_err(VcpuError::Hypervisor)??;
+        command: impl FnOnce(&mut B) -> Result<T, VcpuError>,
+    ) -> Result<T, VcpuError> {
+        let done = self.guarded(command).map_err(VcpuError::Hypervisor)??;
         self.look_elsewhere();
-        Ok(())
+        Ok(done)
     }
 
     /// Takes note of why the guest came out.
@@ -253,13 +271,18 @@ impl<B: Backend> Driver<'_, B> {
 
     fn perform(&mut self, action: &Action, ticket: u64) -> Reply {
         match action {
-            Action::Pause => {
+            Action::Pause(stopped) => {
                 self.must_execute()?;
-                if self.elsewhere {
-                    self.command_elsewhere(Backend::pause)?;
-                } else if !matches!(self.activity, Activity::Pause) {
-                    self.enter(Activity::Pause, RunState::Paused, "paused on request".into());
-                }
+                let ran = if self.elsewhere {
+                    self.command_elsewhere(Backend::pause)?
+                } else {
+                    let ran = !matches!(self.activity, Activity::Pause);
+                    if ran {
+                        self.enter(Activity::Pause, RunState::Paused, "paused on request".into());
+                    }
+                    ran
+                };
+                stopped.store(ran, Ordering::Relaxed);
             }
             Action::Resume => {
                 self.must_execute()?;

@@ -1,6 +1,7 @@
 //! A daemon in this process that starts without a machine.
 
 use std::path::Path;
+use std::time::Duration;
 
 use libtest_mimic::Failed;
 use pagewalk_proto::v1;
@@ -14,7 +15,7 @@ use pagewalkd::machine::Machines;
 use pagewalkd::serve::Server;
 use tokio::runtime::Runtime;
 use tonic::transport::Channel;
-use tonic::{Code, Status};
+use tonic::{Code, Request, Status};
 use tonic_types::StatusExt as _;
 
 pub(crate) struct Daemon {
@@ -69,6 +70,19 @@ impl Daemon {
         let request = v1::ResumeVcpuRequest { vcpu: vcpu(id, 0) };
         let mut client = VcpuServiceClient::new(self.channel.clone());
         Ok(self.runtime.block_on(client.resume_vcpu(request))?.into_inner().vcpu.unwrap())
+    }
+
+    /// Saves a machine, and throws it away.
+    pub(crate) fn save(&self, id: &str, within: Duration) -> Result<(), Status> {
+        let mut request =
+            Request::new(v1::SaveImageRequest { machine: id.to_owned(), memory_file: String::new() });
+        request.set_timeout(within);
+        let mut client = MachineServiceClient::new(self.channel.clone());
+        self.runtime.block_on(async {
+            let mut parts = client.save_image(request).await?.into_inner();
+            while parts.message().await?.is_some() {}
+            Ok(())
+        })
     }
 
     pub(crate) fn registers(&self, id: &str, index: u32) -> Result<v1::GetRegistersResponse, Status> {

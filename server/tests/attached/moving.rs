@@ -20,12 +20,15 @@ const SIZE: u64 = 16 << 12;
 const SOON: Duration = Duration::from_secs(10);
 
 pub(crate) fn trials() -> Vec<Trial> {
-    let moving: [(&str, fn() -> Result<(), Failed>); 6] = [
+    let moving: [(&str, fn() -> Result<(), Failed>); 9] = [
         ("files_of_one_inode", files_of_one_inode),
         ("layout_that_moves", layout_that_moves),
         ("vcpu_unplugged", vcpu_unplugged),
         ("private_memory_unplugged", private_memory_unplugged),
         ("run_state_follows_qemu", run_state_follows_qemu),
+        ("saved_and_runs_on", saved_and_runs_on),
+        ("runs_on_after_a_stop_that_was_given_up", runs_on_after_a_stop_that_was_given_up),
+        ("runs_on_after_a_stop_that_was_detached", runs_on_after_a_stop_that_was_detached),
         ("an_answer_is_older_than_the_event_behind_it", an_answer_is_older_than_the_event_behind_it),
     ];
     moving.into_iter().map(|(name, test)| Trial::test(name, test)).collect()
@@ -223,5 +226,69 @@ fn an_answer_is_older_than_the_event_behind_it() -> Result<(), Failed> {
         daemon.resume("vm")?;
         settles(&daemon, v1::RunState::Paused, "stopped in QEMU");
     }
+    Ok(())
+}
+
+fn until(what: &str, is_so: impl Fn() -> bool) {
+    let end = Instant::now() + SOON;
+    while !is_so() {
+        assert!(Instant::now() < end, "{what} does not come about");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn saved_and_runs_on() -> Result<(), Failed> {
+    let (daemon, fake, _memory) = guest()?;
+    daemon.save("vm", SOON)?;
+    assert_eq!(fake.count("cont"), 1, "by the one vCPU that stopped it");
+    settles(&daemon, v1::RunState::Running, "");
+    // Somebody has stopped it, and the daemon has not heard of it yet.
+    fake.state().status = "paused";
+    daemon.save("vm", SOON)?;
+    assert_eq!(fake.count("cont"), 1, "{:?}", fake.state().done);
+    settles(&daemon, v1::RunState::Paused, "stopped in QEMU");
+    Ok(())
+}
+
+/// QEMU's `stop` takes longer than the client waits, and longer than the daemon does for the guest to run on.
+fn runs_on_after_a_stop_that_was_given_up() -> Result<(), Failed> {
+    for paused in [false, true] {
+        let (daemon, fake, _memory) = guest()?;
+        if paused {
+            daemon.pause("vm")?;
+        }
+        let stops = fake.count("stop begins");
+        fake.state().gate_closed = true;
+        let start = Instant::now();
+        let status = daemon.save("vm", Duration::from_millis(300)).unwrap_err();
+        println!("after {:?}: {}", start.elapsed(), status.message());
+        assert_eq!(fake.count("stop begins"), stops + 1);
+        std::thread::sleep(Duration::from_secs(7).saturating_sub(start.elapsed()));
+        assert_eq!(fake.count("cont"), 0);
+        fake.open_gate();
+        if paused {
+            settles(&daemon, v1::RunState::Paused, "stopped in QEMU");
+            daemon.registers("vm", 0)?;
+            assert_eq!(fake.count("cont"), 0, "it was somebody else who stopped it");
+        } else {
+            until("cont", || fake.count("cont") == 1);
+            settles(&daemon, v1::RunState::Running, "");
+        }
+    }
+    Ok(())
+}
+
+fn runs_on_after_a_stop_that_was_detached() -> Result<(), Failed> {
+    let (daemon, fake, _memory) = guest()?;
+    fake.state().gate_closed = true;
+    std::thread::scope(|scope| {
+        let saving = scope.spawn(|| daemon.save("vm", SOON));
+        until("stop", || fake.count("stop begins") == 1);
+        daemon.detach("vm").unwrap();
+        let status = saving.join().unwrap().unwrap_err();
+        assert!(status.message().contains("detached"), "{status:?}");
+    });
+    fake.open_gate();
+    until("cont", || fake.count("cont") == 1);
     Ok(())
 }

@@ -338,6 +338,12 @@ impl Attached {
         Ok(heard.state.clone())
     }
 
+    /// [`Self::state`], by a question of its own.
+    fn state_now(&self) -> Result<RunStateNow, VcpuError> {
+        self.news.state_has_changed();
+        self.state().map_err(|error| VcpuError::Unsupported(self.failed(&error.into())))
+    }
+
     fn command<C: qmp::QmpCommand>(&self, command: &C) -> Result<(), VcpuError> {
         let done = self.monitor.execute(command);
         // An event says so as well, maybe later.
@@ -410,8 +416,11 @@ impl Backend for QemuVcpu {
         std::mem::replace(&mut self.overtaken, now) != now
     }
 
-    fn pause(&mut self) -> Result<(), VcpuError> {
-        self.attached.command(&qmp::stop {})
+    fn pause(&mut self) -> Result<bool, VcpuError> {
+        // Somebody else may have stopped it before, and not want it to run on.
+        let (state, _) = self.attached.state_now()?;
+        self.attached.command(&qmp::stop {})?;
+        Ok(state == RunState::Running)
     }
 
     fn resume(&mut self) -> Result<(), VcpuError> {

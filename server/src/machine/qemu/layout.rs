@@ -1,8 +1,8 @@
 //! Where a guest's memory lies, as `info mtree -f` prints it: QEMU's flattened view of what a vCPU sees.
 //!
 //! One line a range: `START-END (prio N, KIND): NAME @OFFSET`, with the last address included. `ram` can be written by the
-//! guest, `rom` and `romd` cannot. All else (`i/o`, and `ramd`, a device's own memory) is no memory here. What System
-//! Management Mode sees in its place is not modelled.
+//! guest, `rom` and `romd` cannot; `nv-` before either says that it is an NVDIMM's. All else (`i/o`, and `ramd`, a device's own
+//! memory) is no memory here. What System Management Mode sees in its place is not modelled.
 
 use pagewalk::Gpa;
 
@@ -57,6 +57,8 @@ fn range(addresses: &str, rest: &str) -> Option<Option<Range>> {
     let (start, last) = (hex(start)?, hex(last)?);
     let (_, rest) = rest.split_once(", ")?;
     let (kind, name) = rest.split_once("): ")?;
+    // Of an NVDIMM, which keeps what is written to it.
+    let kind = kind.strip_prefix("nv-").unwrap_or(kind);
     let read_only = match kind {
         "ram" => false,
         "rom" | "romd" => true,
@@ -98,7 +100,9 @@ mod tests {
         00000000fd000000-00000000fd0003ff (prio 1, ram): small\n  \
         00000000fe000000-00000000fe0fffff (prio 1, ramd): bar 0\n  \
         00000000fffc0000-00000000ffffffff (prio 0, romd): system.flash0\n  \
-        0000000100000000-000000017fffffff (prio 0, ram): m0 @0000000080000000\n\n\
+        0000000100000000-000000017fffffff (prio 0, ram): m0 @0000000080000000\n  \
+        0000000180000000-000000018fffffff (prio 0, nv-ram): nv0 KVM\n  \
+        0000000190000000-000000019fffffff (prio 0, nv-rom): nv1\n\n\
         FlatView #2\n AS \"I/O\", root: io\n  0000000000000000-0000000000000007 (prio 0, i/o): dma\n";
 
     #[test]
@@ -115,6 +119,8 @@ mod tests {
                 (0xc_0000, 0xa000, true, "m0"),
                 (0xfffc_0000, 0x4_0000, true, "system.flash0"),
                 (0x1_0000_0000, 0x8000_0000, false, "m0"),
+                (0x1_8000_0000, 0x1000_0000, false, "nv0"),
+                (0x1_9000_0000, 0x1000_0000, true, "nv1"),
             ]
         );
     }

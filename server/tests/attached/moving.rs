@@ -20,9 +20,10 @@ const SIZE: u64 = 16 << 12;
 const SOON: Duration = Duration::from_secs(10);
 
 pub(crate) fn trials() -> Vec<Trial> {
-    let moving: [(&str, fn() -> Result<(), Failed>); 9] = [
+    let moving: [(&str, fn() -> Result<(), Failed>); 10] = [
         ("files_of_one_inode", files_of_one_inode),
         ("layout_that_moves", layout_that_moves),
+        ("another_dimm_at_the_same_place", another_dimm_at_the_same_place),
         ("vcpu_unplugged", vcpu_unplugged),
         ("private_memory_unplugged", private_memory_unplugged),
         ("run_state_follows_qemu", run_state_follows_qemu),
@@ -133,6 +134,26 @@ fn layout_that_moves() -> Result<(), Failed> {
     assert!(!new.assumed.iter().any(|assumed| assumed.contains("as last read before")), "{:?}", new.assumed);
     assert_eq!(new.run_state(), v1::RunState::Running);
     assert!(daemon.read_physical("vm", 1 << 20, 1)?.is_empty());
+    Ok(())
+}
+
+/// A DIMM goes, and another one of its name comes to its place.
+fn another_dimm_at_the_same_place() -> Result<(), Failed> {
+    let (daemon, fake, _memory) = guest()?;
+    let at = 1 << 20;
+    let (one, other) =
+        (Shared::new(tempfile::tempfile()?, at, 2)?, Shared::new(tempfile::tempfile()?, at, 3)?);
+    fake.state().view.push(one.place);
+    fake.state().placed.push(one.place);
+    daemon.registers("vm", 0)?;
+    assert_eq!(first_byte(&daemon, at)?, 2);
+    {
+        let mut state = fake.state();
+        state.placed.pop();
+        state.placed.push(other.place);
+        state.tell("DEVICE_DELETED");
+    }
+    until("the other DIMM", || first_byte(&daemon, at).is_ok_and(|byte| byte == 3));
     Ok(())
 }
 

@@ -92,6 +92,8 @@ struct News {
     path: PathBuf,
     /// Counts what may have changed the guest's run state.
     state: AtomicU64,
+    /// Counts what may have changed the layout of memory.
+    layout: AtomicU64,
     /// Counts resets and changes of the layout of memory.
     overtaken: AtomicU64,
     health: Arc<Health>,
@@ -121,7 +123,10 @@ impl Events for News {
         tracing::debug!(socket = %self.path.display(), ?event, "QEMU tells");
         match event {
             Event::State => self.state_has_changed(),
-            Event::Layout => self.overtake(),
+            Event::Layout => {
+                self.layout.fetch_add(1, Ordering::AcqRel);
+                self.overtake();
+            }
             // A guest that had shut down is there again.
             Event::Reset => {
                 self.state_has_changed();
@@ -171,6 +176,8 @@ type Files = BTreeMap<(u64, u64), Arc<FileMapping>>;
 struct Layout {
     /// As QEMU printed it.
     view: String,
+    /// What [`News::layout`] was before that.
+    told: u64,
     files: Files,
 }
 
@@ -211,14 +218,17 @@ impl Attached {
     }
 
     fn lay_out(&self, layout: &mut Layout) -> Result<(), QemuError> {
+        let told = self.news.layout.load(Ordering::Acquire);
         let mtree = self.monitor.ask("info mtree -f", 0)?;
         let view = layout::view(&mtree).map_err(|problem| self.answer(problem))?;
-        if view == layout.view {
+        // A DIMM may have gone, and another one of its name come to its place.
+        if view == layout.view && told == layout.told {
             return Ok(());
         }
         let ranges = layout::ranges(view).map_err(|problem| self.answer(problem))?;
         let memory = self.memory_of(&ranges, &mut layout.files)?;
         view.clone_into(&mut layout.view);
+        layout.told = told;
         self.memory.store(Arc::new(memory));
         Ok(())
     }
@@ -446,6 +456,7 @@ pub(super) fn open(id: &str, path: &Path, pid: Option<u32>) -> Result<Qemu, Qemu
     let news = Arc::new(News {
         path: path.to_owned(),
         state: AtomicU64::new(1),
+        layout: AtomicU64::new(0),
         overtaken: AtomicU64::new(0),
         health: Arc::default(),
         process: OnceLock::new(),

@@ -16,7 +16,7 @@ use crate::layer::Deadline;
 use crate::machine::{GuestRam, Machine};
 use crate::status::Error;
 use crate::symbols::Unresolved;
-use crate::vcpu::{Snapshot, Vcpu};
+use crate::vcpu::{Snapshot, Vcpu, VcpuError};
 
 /// How long a call waits for a vCPU if its client set no deadline.
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
@@ -71,6 +71,14 @@ pub(super) fn still_there(machine: &Machine) -> Result<(), Error> {
     match machine.lost() {
         None => Ok(()),
         Some(reason) => Err(Error::Lost { machine: machine.id().to_owned(), reason }),
+    }
+}
+
+/// Why a vCPU did not do what it was asked: where its machine went away meanwhile, because of that.
+pub(super) fn refused(machine: &Machine, problem: VcpuError) -> Error {
+    match still_there(machine) {
+        Ok(()) => problem.into(),
+        Err(lost) => lost,
     }
 }
 
@@ -178,7 +186,9 @@ impl Target {
     pub(super) async fn snapshot(&self, freshness: i32, deadline: Instant) -> Result<Arc<Snapshot>, Error> {
         match v1::Freshness::try_from(freshness) {
             Ok(v1::Freshness::Unspecified | v1::Freshness::Latest) => Ok(self.vcpu.latest()),
-            Ok(v1::Freshness::Sync) => Ok(self.vcpu.sync(deadline).await?),
+            Ok(v1::Freshness::Sync) => {
+                self.vcpu.sync(deadline).await.map_err(|problem| refused(&self.machine, problem))
+            }
             Err(_) => Err(Error::invalid("freshness", format!("{freshness} is no freshness"))),
         }
     }

@@ -12,7 +12,7 @@ use tokio::task::spawn_blocking;
 
 use super::Daemon;
 use super::outlet::{Answers, Outlet};
-use super::resolve::{gone, still_there};
+use super::resolve::{gone, refused, still_there};
 use crate::machine::image::{Cpu, Description, LandmarkEntry, MemoryRegion, Number, VcpuEntry};
 use crate::machine::{GuestRam, Machine, MemoryError};
 use crate::status::Error;
@@ -152,12 +152,12 @@ async fn pause(
             Ok(_) => {}
             // It is at rest for good.
             Err(VcpuError::Stopped { .. }) => {}
-            Err(problem) => return Err(problem.into()),
+            Err(problem) => return Err(refused(machine, problem)),
         }
     }
     for vcpu in vcpus {
         // Once all of them are: one may have been the last to change another's registers.
-        snapshots.push(vcpu.sync(deadline).await?);
+        snapshots.push(vcpu.sync(deadline).await.map_err(|problem| refused(machine, problem))?);
     }
     Ok(snapshots)
 }

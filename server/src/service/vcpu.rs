@@ -5,7 +5,7 @@ use pagewalk_proto::v1::vcpu_service_server::VcpuService;
 use tonic::{Request, Response, Status};
 
 use super::Daemon;
-use super::resolve::deadline;
+use super::resolve::{deadline, refused};
 use crate::convert;
 use crate::status::Error;
 use crate::vcpu::VcpuError;
@@ -46,7 +46,11 @@ impl VcpuService for Daemon {
         let request = request.into_inner();
         let target = self.target(request.vcpu)?;
         let changes = convert::registers::changes(request.registers)?;
-        let snapshot = target.vcpu.set_registers(changes, deadline).await.map_err(Error::from)?;
+        let snapshot = target
+            .vcpu
+            .set_registers(changes, deadline)
+            .await
+            .map_err(|problem| refused(&target.machine, problem))?;
         Ok(Response::new(v1::SetRegistersResponse {
             registers: Some(convert::registers::registers(&snapshot.registers)),
             provenance: Some(self.provenance(&target, &snapshot)?),
@@ -59,7 +63,8 @@ impl VcpuService for Daemon {
     ) -> Result<Response<v1::PauseVcpuResponse>, Status> {
         let deadline = deadline(&request);
         let target = self.target(request.into_inner().vcpu)?;
-        let snapshot = target.vcpu.pause(deadline).await.map_err(Error::from)?;
+        let snapshot =
+            target.vcpu.pause(deadline).await.map_err(|problem| refused(&target.machine, problem))?;
         let source = target.machine.source();
         if !source.capabilities().ends_when_detached {
             // A guest that runs elsewhere stops as a whole: when this is answered, each vCPU has published where it stopped.
@@ -67,7 +72,7 @@ impl VcpuService for Daemon {
                 match vcpu.sync(deadline).await {
                     // It has stopped with the others.
                     Ok(_) | Err(VcpuError::Unread { .. }) => {}
-                    Err(problem) => return Err(Error::from(problem).into()),
+                    Err(problem) => return Err(refused(&target.machine, problem).into()),
                 }
             }
         }
@@ -83,7 +88,8 @@ impl VcpuService for Daemon {
     ) -> Result<Response<v1::ResumeVcpuResponse>, Status> {
         let deadline = deadline(&request);
         let target = self.target(request.into_inner().vcpu)?;
-        let snapshot = target.vcpu.resume(deadline).await.map_err(Error::from)?;
+        let snapshot =
+            target.vcpu.resume(deadline).await.map_err(|problem| refused(&target.machine, problem))?;
         Ok(Response::new(v1::ResumeVcpuResponse {
             vcpu: Some(convert::snapshot::vcpu_info(&target.vcpu, &snapshot)),
             provenance: Some(self.provenance(&target, &snapshot)?),
@@ -96,7 +102,8 @@ impl VcpuService for Daemon {
     ) -> Result<Response<v1::StepVcpuResponse>, Status> {
         let deadline = deadline(&request);
         let target = self.target(request.into_inner().vcpu)?;
-        let snapshot = target.vcpu.step(deadline).await.map_err(Error::from)?;
+        let snapshot =
+            target.vcpu.step(deadline).await.map_err(|problem| refused(&target.machine, problem))?;
         Ok(Response::new(v1::StepVcpuResponse {
             vcpu: Some(convert::snapshot::vcpu_info(&target.vcpu, &snapshot)),
             registers: Some(convert::registers::registers(&snapshot.registers)),

@@ -14,7 +14,7 @@ use tonic::{Request, Response, Status};
 
 use super::Daemon;
 use super::outlet::Outlet;
-use super::resolve::{Target, deadline, gone};
+use super::resolve::{Target, deadline, gone, refused};
 use crate::convert;
 use crate::status::Error;
 use crate::vcpu::{EnterL2, NestedEffectKind, NestedRequest, Snapshot};
@@ -78,7 +78,11 @@ impl WalkerService for Daemon {
             }),
             None => NestedRequest::Off { walker_only },
         };
-        let (snapshot, effect) = target.vcpu.set_nested(wanted, deadline).await.map_err(Error::from)?;
+        let (snapshot, effect) = target
+            .vcpu
+            .set_nested(wanted, deadline)
+            .await
+            .map_err(|problem| refused(&target.machine, problem))?;
         let kind = match effect.kind {
             NestedEffectKind::RealVcpu => v1::NestedEffectKind::RealVcpu,
             NestedEffectKind::WalkerOnly => v1::NestedEffectKind::WalkerOnly,

@@ -20,7 +20,7 @@ const SIZE: u64 = 16 << 12;
 const SOON: Duration = Duration::from_secs(10);
 
 pub(crate) fn trials() -> Vec<Trial> {
-    let moving: [(&str, fn() -> Result<(), Failed>); 10] = [
+    let moving: [(&str, fn() -> Result<(), Failed>); 11] = [
         ("files_of_one_inode", files_of_one_inode),
         ("layout_that_moves", layout_that_moves),
         ("another_dimm_at_the_same_place", another_dimm_at_the_same_place),
@@ -30,9 +30,10 @@ pub(crate) fn trials() -> Vec<Trial> {
         ("saved_and_runs_on", saved_and_runs_on),
         ("runs_on_after_a_stop_that_was_given_up", runs_on_after_a_stop_that_was_given_up),
         ("runs_on_after_a_stop_that_was_detached", runs_on_after_a_stop_that_was_detached),
+        ("gone_in_the_middle", gone_in_the_middle),
         ("an_answer_is_older_than_the_event_behind_it", an_answer_is_older_than_the_event_behind_it),
     ];
-    moving.into_iter().map(|(name, test)| Trial::test(name, test)).collect()
+    moving.into_iter().map(|(name, test)| Trial::test(format!("moving_{name}"), test)).collect()
 }
 
 /// A file of `SIZE` bytes, mapped into this process.
@@ -311,5 +312,32 @@ fn runs_on_after_a_stop_that_was_detached() -> Result<(), Failed> {
     });
     fake.open_gate();
     until("cont", || fake.count("cont") == 1);
+    Ok(())
+}
+
+/// QEMU ends in place of an answer.
+fn gone_in_the_middle() -> Result<(), Failed> {
+    for command in ["stop", "cont", "query-status", "human-monitor-command"] {
+        for _ in 0..10 {
+            let (daemon, fake, _memory) = guest()?;
+            fake.state().ends_at = command;
+            let refused = match command {
+                "stop" => daemon.pause("vm").map(drop),
+                "human-monitor-command" => daemon.registers("vm", 0).map(drop),
+                _ => daemon.resume("vm").map(drop),
+            };
+            let what = refusal(refused, "is lost");
+            assert_eq!(what, (Code::Unavailable, "MACHINE_LOST".to_owned()), "{command}");
+            assert_eq!(daemon.machine("vm").state(), v1::MachineState::Lost);
+        }
+        if command == "cont" {
+            // By then the image is whole.
+            continue;
+        }
+        let (daemon, fake, _memory) = guest()?;
+        fake.state().ends_at = command;
+        let what = refusal(daemon.save("vm", SOON), "is lost");
+        assert_eq!(what, (Code::Unavailable, "MACHINE_LOST".to_owned()), "{command} while saving");
+    }
     Ok(())
 }

@@ -1,14 +1,17 @@
 //! Peers that are no QEMU: silent, talking nonsense, talking without end. Each is refused in time, by an error that names the
 //! socket.
 
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use libtest_mimic::{Failed, Trial};
 use tonic::Code;
 
 use crate::daemon::{Daemon, refusal};
+use crate::judge;
 
 const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}}"#;
 const BOUND: Duration = Duration::from_secs(12);
@@ -52,6 +55,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         .into_iter()
         .map(|(name, said, peer)| Trial::test(format!("peer_{name}"), move || refuses(said, peer)))
         .collect();
+    trials.push(Trial::test("peer_names_another_users_process", names_another_users_process));
     trials.push(Trial::test("peer_is_not_there", || {
         let daemon = Daemon::start()?;
         let folder = tempfile::tempdir()?;
@@ -61,6 +65,58 @@ pub(crate) fn trials() -> Vec<Trial> {
         Ok(())
     }));
     trials
+}
+
+/// Somebody without rights has the daemon, which has all, attach to a socket of theirs, and names a process that is not theirs.
+fn names_another_users_process() -> Result<(), Failed> {
+    const SCRIPT: &str = r#"
+use IO::Socket::UNIX;
+my $listener = IO::Socket::UNIX->new(Local => $ARGV[0], Listen => 1) or die $!;
+chmod 0777, $ARGV[0];
+$| = 1;
+print "ready\n";
+while (my $stream = $listener->accept()) {
+    print $stream "$ARGV[1]\n";
+    while (<$stream>) { print $stream /qmp_capabilities/ ? '{"return": {}}' : '{"return": 1}', "\n" }
+}
+"#;
+    let folder = tempfile::tempdir()?;
+    std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o777))?;
+    let path = folder.path().join("peer.qmp");
+    let child = Command::new("setpriv")
+        .args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "--", "perl", "-e", SCRIPT])
+        .args([path.as_os_str(), GREETING.as_ref()])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn();
+    let mut peer = match child {
+        Ok(child) => Killed(child),
+        Err(problem) => return judge::skipped("setpriv", &problem.to_string()),
+    };
+    let mut line = String::new();
+    BufReader::new(peer.0.stdout.take().ok_or("no standard output")?).read_line(&mut line)?;
+    if line.trim() != "ready" {
+        let mut said = String::new();
+        peer.0.stderr.take().ok_or("no standard error")?.read_to_string(&mut said)?;
+        return judge::skipped("setpriv", said.trim());
+    }
+    let daemon = Daemon::start()?;
+    let attach = |pid: u32| daemon.attach(&format!("vm=qemu:qmp={},pid={pid}", path.display()));
+    let own = std::process::id();
+    let (code, reason) = refusal(attach(own), &format!("process {own} is user 0's"));
+    assert_eq!((code, reason.as_str()), (Code::FailedPrecondition, "CANNOT_ATTACH"));
+    // Of its own process it may say what it likes.
+    refusal(attach(peer.0.id()), "query-kvm");
+    Ok(())
+}
+
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 fn refuses(said: &str, peer: fn(UnixStream)) -> Result<(), Failed> {

@@ -16,6 +16,7 @@ mod process;
 mod registers;
 
 use std::collections::BTreeMap;
+use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -62,6 +63,20 @@ pub enum QemuError {
         path: PathBuf,
         /// What the system says.
         problem: std::io::Error,
+    },
+    /// Who listens on the socket could not look into the process.
+    #[error(
+        "process {pid} is user {owner}'s, and the QMP socket {path} is user {peer}'s: name a process of theirs with pid=N, or have root or user {owner} make the socket"
+    )]
+    NotTheirs {
+        /// The socket.
+        path: PathBuf,
+        /// The user who listens there.
+        peer: u32,
+        /// The process.
+        pid: u32,
+        /// The user whose it is.
+        owner: u32,
     },
     /// An answer of QEMU's that cannot be.
     #[error("the QMP socket {path}: {problem}")]
@@ -463,12 +478,20 @@ pub(super) fn open(id: &str, path: &Path, pid: Option<u32>) -> Result<Qemu, Qemu
         vcpus: OnceLock::new(),
     });
     let monitor = Monitor::connect(path, Arc::clone(&news) as Arc<dyn Events>)?;
-    let pid = match pid {
-        Some(pid) => pid,
-        None => Process::behind(monitor.socket())
-            .map_err(|problem| QemuError::Peer { path: path.to_owned(), problem })?,
-    };
+    let failed = |problem| QemuError::Peer { path: path.to_owned(), problem };
+    let peer = Process::peer(monitor.socket()).map_err(failed)?;
+    let pid = pid.or(peer.pid).ok_or_else(|| {
+        failed(io::Error::other("it is in a PID namespace that cannot be seen from here; name it with pid=N"))
+    })?;
     let process = Arc::new(Process::open(pid)?);
+    if !peer.may_name(process.owner()) {
+        return Err(QemuError::NotTheirs {
+            path: path.to_owned(),
+            peer: peer.uid,
+            pid,
+            owner: process.owner(),
+        });
+    }
     // Nobody else sets it.
     let _ = news.process.set(Arc::clone(&process));
     let emulated = !monitor.execute(&qmp::query_kvm {})?.enabled;

@@ -25,6 +25,23 @@ pub(super) struct Process {
     pid: u32,
     /// Clock ticks from the host's start to the process's.
     started: u64,
+    owner: u32,
+}
+
+/// Who listened on a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Peer {
+    /// `None` for a process in a PID namespace that cannot be seen from here.
+    pub(super) pid: Option<u32>,
+    pub(super) uid: u32,
+}
+
+impl Peer {
+    /// Whether it may have a process looked into that belongs to `owner`: who listens says where the guest's memory is, and could
+    /// name anything.
+    pub(super) fn may_name(self, owner: u32) -> bool {
+        self.uid == 0 || self.uid == owner
+    }
 }
 
 /// What cannot be had of a process.
@@ -50,8 +67,8 @@ pub(super) struct Area {
 }
 
 impl Process {
-    /// The process at the other end of a socket: the one that listened.
-    pub(super) fn behind(socket: &UnixStream) -> io::Result<u32> {
+    /// Who is at the other end of a socket: who listened.
+    pub(super) fn peer(socket: &UnixStream) -> io::Result<Peer> {
         let mut peer = MaybeUninit::<libc::ucred>::uninit();
         let mut size = size_of::<libc::ucred>() as libc::socklen_t;
         // SAFETY: the socket is open, and `peer` and `size` are valid for as many bytes as `size` says.
@@ -68,19 +85,28 @@ impl Process {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: the call succeeded; the kernel fills in all of a `ucred`, every bit pattern of which is valid.
-        let pid = unsafe { peer.assume_init() }.pid;
-        u32::try_from(pid).ok().filter(|pid| *pid > 0).ok_or_else(|| {
-            io::Error::other("it is in a PID namespace that cannot be seen from here; name it with pid=N")
-        })
+        let libc::ucred { pid, uid, .. } = unsafe { peer.assume_init() };
+        Ok(Peer { pid: u32::try_from(pid).ok().filter(|pid| *pid > 0), uid })
     }
 
     pub(super) fn open(pid: u32) -> Result<Self, ProcessError> {
-        let started = started(pid).map_err(|problem| ProcessError {
-            pid,
-            what: "it is not there".to_owned(),
-            problem,
-        })?;
-        Ok(Self { pid, started })
+        let failed = |what: &str| {
+            let what = what.to_owned();
+            move |problem| ProcessError { pid, what, problem }
+        };
+        let started = started(pid).map_err(failed("it is not there"))?;
+        let folder = fs::metadata(format!("/proc/{pid}")).map_err(failed("its owner cannot be read"))?;
+        Ok(Self { pid, started, owner: folder.uid() })
+    }
+
+    /// Whose it is: not of whoever started it where its memory is kept from them.
+    pub(super) fn owner(&self) -> u32 {
+        self.owner
+    }
+
+    /// What was opened of a process that is still the same one.
+    fn same(&self, opened: File) -> io::Result<File> {
+        if self.lives() { Ok(opened) } else { Err(io::Error::other("it has ended")) }
     }
 
     /// What tells it from every other process of this host.
@@ -134,7 +160,7 @@ impl Process {
                     || fs::read_link(&path).is_ok_and(|name| name.as_os_str() == area.path.as_str());
                 // Some file systems show another device in the mappings than in a file's metadata.
                 if metadata.ino() == area.inode && (device == area.device || same_name()) {
-                    return File::open(path);
+                    return File::open(path).and_then(|file| self.same(file));
                 }
             }
             Err(io::Error::other("the process does not hold it open"))
@@ -144,7 +170,8 @@ impl Process {
 
     /// Its memory.
     pub(super) fn memory(self: &Arc<Self>, health: &Arc<Health>) -> Result<ProcessMemory, ProcessError> {
-        let file = File::open(format!("/proc/{}/mem", self.pid)).map_err(self.failed(
+        let memory = File::open(format!("/proc/{}/mem", self.pid)).and_then(|memory| self.same(memory));
+        let file = memory.map_err(self.failed(
             "its memory cannot be read, and the guest's is not shared (-object memory-backend-memfd,share=on)",
         ))?;
         Ok(ProcessMemory { process: Arc::clone(self), file, health: Arc::clone(health) })
@@ -230,9 +257,10 @@ mod tests {
     #[test]
     fn this_process_is_found_behind_its_own_socket() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        let pid = Process::behind(&ours).unwrap();
-        assert_eq!(pid, std::process::id());
-        let process = Arc::new(Process::open(pid).unwrap());
+        let peer = Process::peer(&ours).unwrap();
+        assert_eq!(peer.pid, Some(std::process::id()));
+        let process = Arc::new(Process::open(std::process::id()).unwrap());
+        assert!(peer.may_name(process.owner()));
         assert!(process.lives());
 
         let mut file = tempfile::tempfile().unwrap();
@@ -251,6 +279,13 @@ mod tests {
         assert_eq!((bytes, health.lost()), ([7; 8], None));
         assert!(memory.fetch(8, &mut bytes).is_err());
         assert_eq!(health.lost(), None, "the process lives");
+    }
+
+    #[test]
+    fn who_listens_names_its_own_processes_alone_unless_it_is_root() {
+        let peer = |uid| Peer { pid: None, uid };
+        assert!(peer(1000).may_name(1000) && peer(0).may_name(1000) && peer(0).may_name(0));
+        assert!(!peer(1000).may_name(1001) && !peer(1000).may_name(0));
     }
 
     #[test]

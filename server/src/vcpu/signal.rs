@@ -3,7 +3,7 @@
 //! A signal alone would be lost when it arrives just before KVM_RUN. Its handler therefore sets `immediate_exit` in the
 //! thread's own `kvm_run`, found through a thread-local pointer, and the next KVM_RUN returns at once.
 //!
-//! A timer sends the same signal to each vCPU's thread, [`REFRESH`] apart, so that a guest that never leaves by itself is
+//! A timer sends the same signal to each thread that enters KVM_RUN, [`REFRESH`] apart, so that a guest that never leaves by itself is
 //! looked at all the same. The signal is SIGRTMIN+4; its handler is installed for the whole process.
 #![allow(unsafe_code)] // Signals and the byte that KVM shares with us have no safe interface.
 
@@ -79,7 +79,9 @@ impl Target {
 pub(super) fn adopt(immediate_exit: Option<ImmediateExit>) -> Result<(Target, Adopted), String> {
     install()?;
     unblock_signal(signal()).map_err(|e| format!("cannot unblock the kick signal: {e:?}"))?;
-    let timer = Timer::start().map_err(|e| format!("cannot start the refresh timer: {e}"))?;
+    // What never enters KVM_RUN has nothing to be brought out of.
+    let timer = immediate_exit.map(|_| Timer::start()).transpose();
+    let timer = timer.map_err(|e| format!("cannot start the refresh timer: {e}"))?;
     // Last among what can fail: only the guard below takes the pointer back.
     IMMEDIATE_EXIT.set(immediate_exit.map_or(ptr::null_mut(), ImmediateExit::as_ptr));
     // SAFETY: has no preconditions.
@@ -94,7 +96,7 @@ pub(super) fn clear_immediate_exit() {
 
 /// Held by the thread that signals reach, and dropped by it before its backend.
 pub(super) struct Adopted {
-    _timer: Timer,
+    _timer: Option<Timer>,
     not_send: PhantomData<*mut u8>,
 }
 
@@ -172,6 +174,16 @@ mod tests {
         is_ready.recv().unwrap();
         kicker.kick();
         assert_eq!(thread.join().unwrap(), (true, 1));
+    }
+
+    #[test]
+    fn only_what_enters_kvm_run_is_interrupted_now_and_then() {
+        let mut byte = 0u8;
+        // SAFETY: `byte` outlives what is adopted with it, and is not used otherwise.
+        let exit = unsafe { ImmediateExit::new(NonNull::from(&mut byte)) };
+        let has_timer = |exit| super::adopt(exit).unwrap().1._timer.is_some();
+        assert!(has_timer(Some(exit)));
+        assert!(!has_timer(None));
     }
 
     #[test]

@@ -212,9 +212,7 @@ impl Machines {
     /// # Errors
     /// When there is one of that id, or it is the same guest.
     pub fn add(&self, machine: Machine) -> Result<Arc<Machine>, AttachError> {
-        let pending = self.pending();
-        self.check(&pending, machine.id(), machine.named.as_deref())?;
-        self.insert(&pending, machine)
+        self.insert(&self.pending(), machine)
     }
 
     /// Makes the machine that `spec` describes, and takes it in. Blocks, for as long as its source takes.
@@ -223,16 +221,17 @@ impl Machines {
     /// When there is one of that id, it is the same guest, or it cannot be made.
     pub fn open(&self, spec: &MachineSpec) -> Result<Arc<Machine>, AttachError> {
         let named = spec.names();
-        {
-            let mut pending = self.pending();
-            self.check(&pending, &spec.id, named.as_deref())?;
-            pending.insert(spec.id.clone(), named.clone());
-        }
-        let reserved = Reserved { machines: self, id: &spec.id };
+        let reserved = self.reserve(&spec.id, named.clone())?;
         let machine = Machine { named, ..spec.open()? };
+        reserved.take_in(machine)
+    }
+
+    /// Keeps an id, and what the machine names, for one that is to be made.
+    fn reserve<'a>(&'a self, id: &'a str, named: Option<String>) -> Result<Reserved<'a>, AttachError> {
         let mut pending = self.pending();
-        pending.remove(reserved.id);
-        self.insert(&pending, machine)
+        self.check(&pending, id, named.as_deref())?;
+        pending.insert(id.to_owned(), named);
+        Ok(Reserved { machines: self, id })
     }
 
     /// Takes out a machine. Calls that are under way end with it; `end_guest` agrees to the end of a guest that runs here.
@@ -302,12 +301,13 @@ impl Machines {
         }
     }
 
-    /// `_pending` shows that the caller holds the lock.
+    /// `pending` shows that the caller holds the lock.
     fn insert(
         &self,
-        _pending: &BTreeMap<String, Option<String>>,
+        pending: &BTreeMap<String, Option<String>>,
         machine: Machine,
     ) -> Result<Arc<Machine>, AttachError> {
+        self.check(pending, machine.id(), machine.named.as_deref())?;
         let mut by_id = ById::clone(&self.by_id.load());
         let identity = machine.source.identity();
         if let Some(what) = identity
@@ -326,6 +326,18 @@ impl Machines {
 struct Reserved<'a> {
     machines: &'a Machines,
     id: &'a str,
+}
+
+impl Reserved<'_> {
+    /// Takes in the machine that it was kept for.
+    fn take_in(self, machine: Machine) -> Result<Arc<Machine>, AttachError> {
+        let mut pending = self.machines.pending();
+        pending.remove(self.id);
+        let taken_in = self.machines.insert(&pending, machine);
+        // Once the lock is let go of, the id may be somebody else's.
+        std::mem::forget(self);
+        taken_in
+    }
 }
 
 impl Drop for Reserved<'_> {
@@ -368,6 +380,29 @@ mod tests {
             Err(AttachError::Open(OpenError::Elf(_)))
         ));
         machines.open(&spec("c=demo:plain")).unwrap();
+    }
+
+    #[test]
+    fn a_failure_takes_nobodys_reservation_away() {
+        let machines = Machines::default();
+        machines.open(&spec("a=demo:plain")).unwrap();
+        let other = || Machine::new("a", Arc::clone(&machines.get("a").unwrap().source));
+        assert!(matches!(machines.add(other()), Err(AttachError::DuplicateId { .. })));
+        // Under another id than it was kept for: it fails for being there.
+        let fail = || machines.reserve("b", None).map(|reserved| reserved.take_in(other()));
+        assert!(matches!(fail(), Ok(Err(AttachError::DuplicateId { id })) if id == "a"));
+        std::thread::scope(|scope| {
+            let failing = scope.spawn(|| (0..20_000).for_each(|_| drop(fail())));
+            while !failing.is_finished() {
+                let Ok(reserved) = machines.reserve("b", None) else { continue };
+                for _ in 0..20 {
+                    std::thread::yield_now();
+                    assert!(machines.pending().contains_key("b"), "it was kept");
+                }
+                drop(reserved);
+            }
+        });
+        assert!(machines.pending().is_empty());
     }
 
     #[tokio::test]

@@ -19,8 +19,11 @@ use crate::judge;
 const SIZE: u64 = 16 << 12;
 const SOON: Duration = Duration::from_secs(10);
 
+/// Its name, and what it does.
+type Moving = (&'static str, fn() -> Result<(), Failed>);
+
 pub(crate) fn trials() -> Vec<Trial> {
-    let moving: [(&str, fn() -> Result<(), Failed>); 11] = [
+    let moving: [Moving; 11] = [
         ("files_of_one_inode", files_of_one_inode),
         ("layout_that_moves", layout_that_moves),
         ("another_dimm_at_the_same_place", another_dimm_at_the_same_place),

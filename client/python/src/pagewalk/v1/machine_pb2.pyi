@@ -237,7 +237,7 @@ class Machine(google.protobuf.message.Message):
     id: builtins.str
     """Id, unique in this daemon; what `VcpuRef.machine` takes."""
     source: builtins.str
-    """Source: `kvm`, `demo`, `qemu`, later `dump`, `image`."""
+    """Source: `kvm`, `demo`, `qemu`, `dump`, `image`."""
     description: builtins.str
     """What it is, in English. For the demo: whether it runs on /dev/kvm or is served from plain memory, and why."""
     memory_bytes: builtins.int
@@ -384,9 +384,10 @@ class AttachMachineRequest(google.protobuf.message.Message):
     SPEC_FIELD_NUMBER: builtins.int
     spec: builtins.str
     """What the daemon's flag `--machine` takes, at most 8192 bytes: `demo`, `kvm:elf=FILE,mem=64M,cpus=1`,
-    `qemu:qmp=SOCKET`, `dump:FILE,symbols=FILE`, optionally as `ID=SPEC`. Files and sockets are the daemon's, not the client's. Those that it
-    makes, a console's `console=` and `log=`, are named without a folder and lie in that of the daemon's flag
-    `--client-files`, unless its own user asks over its Unix socket. Required.
+    `kvm:kernel=FILE,initrd=FILE,mem=512M,cpus=2`, `qemu:qmp=SOCKET`, `dump:FILE,symbols=FILE`, `image:FILE.toml`, optionally
+    as `ID=SPEC`. Files and sockets are the daemon's, not the client's. Those that it makes, a console's `console=` and `log=`,
+    are named without a folder and lie in that of the daemon's flag `--client-files`, unless its own user asks over its Unix
+    socket. Required.
     """
     def __init__(
         self,

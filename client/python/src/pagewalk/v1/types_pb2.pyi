@@ -158,7 +158,9 @@ class _FreshnessEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     FRESHNESS_LATEST: _Freshness.ValueType  # 1
     """What the vCPU last published, without disturbing it. The age is in `Provenance.snapshot_age`."""
     FRESHNESS_SYNC: _Freshness.ValueType  # 2
-    """Has the vCPU come out and publish first. Fails with DEADLINE_EXCEEDED when it does not come out in time."""
+    """Has the vCPU come out and publish first. Fails with DEADLINE_EXCEEDED when it does not come out in time, and with
+    FAILED_PRECONDITION (reason REGISTERS_UNREAD) when QEMU, which runs it, does not tell its registers.
+    """
 
 class Freshness(_Freshness, metaclass=_FreshnessEnumTypeWrapper):
     """How recent the registers behind an answer must be. Guest memory is always read now."""
@@ -168,7 +170,9 @@ FRESHNESS_UNSPECIFIED: Freshness.ValueType  # 0
 FRESHNESS_LATEST: Freshness.ValueType  # 1
 """What the vCPU last published, without disturbing it. The age is in `Provenance.snapshot_age`."""
 FRESHNESS_SYNC: Freshness.ValueType  # 2
-"""Has the vCPU come out and publish first. Fails with DEADLINE_EXCEEDED when it does not come out in time."""
+"""Has the vCPU come out and publish first. Fails with DEADLINE_EXCEEDED when it does not come out in time, and with
+FAILED_PRECONDITION (reason REGISTERS_UNREAD) when QEMU, which runs it, does not tell its registers.
+"""
 Global___Freshness: typing_extensions.TypeAlias = Freshness
 
 class _Vendor:

@@ -3,6 +3,8 @@
 //! Every status carries a `google.rpc.ErrorInfo` whose reason a program can match on, and a message that tells a person what
 //! to do. A fault of the guest is no error: it is an answer.
 
+use std::time::Duration;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -65,14 +67,14 @@ pub(crate) enum Error {
     RanOn { machine: String },
     /// The client does not read its stream.
     #[error(
-        "nothing was read of the stream for {:?}: read it as it comes, and save to a faster disk or over a faster connection",
-        STALLED
+        "nothing was read of the stream for {} s: read it as it comes, and save to a faster disk or over a faster connection",
+        .0.as_secs()
     )]
-    Stalled,
+    Stalled(Duration),
     /// The client does not send what it has begun.
     #[error(
-        "the call waited {:?} for its client to send more: end a call that has nothing to send, and make another when there is",
-        STALLED
+        "the call waited {} s for its client to send more: end a call that has nothing to send, and make another when there is",
+        STALLED.as_secs()
     )]
     Silent,
     /// A defect of the daemon's.
@@ -151,7 +153,7 @@ impl Error {
             Self::Vcpu(VcpuError::NotTaken { .. }) => (FailedPrecondition, "REGISTER_NOT_TAKEN"),
             Self::Vcpu(VcpuError::Hypervisor(_)) => (Internal, "HYPERVISOR"),
             Self::RanOn { .. } => (Aborted, "MACHINE_RAN_ON"),
-            Self::Stalled | Self::Silent => (DeadlineExceeded, "STREAM_STALLED"),
+            Self::Stalled(_) | Self::Silent => (DeadlineExceeded, "STREAM_STALLED"),
             Self::Failed(_) => (Internal, "DAEMON_FAILED"),
             Self::Deadline => (DeadlineExceeded, "DEADLINE"),
             Self::Busy => (ResourceExhausted, "BUSY"),

@@ -12,10 +12,13 @@ use tokio::time::Instant;
 
 use super::limit::{BULK_CALLS, Places};
 
-/// How long a call waits for its client, to send what it has begun or to read what there is.
-pub(crate) const STALLED: Duration = Duration::from_secs(30);
+/// How long a call waits for its client, to send more or to read what there is: a person may think about what came before, and a
+/// client that was forgotten does not hold its place for ever.
+pub(crate) const STALLED: Duration = Duration::from_secs(600);
+/// How often it is looked whether a connection's answers wait.
+pub(crate) const LOOK: Duration = Duration::from_secs(60);
 /// How long an answer may wait on a connection. Longer than [`STALLED`], so that there is time to say why a stream ends.
-const UNREAD: Duration = STALLED.saturating_mul(2);
+const UNREAD: Duration = STALLED.saturating_add(LOOK);
 
 /// A connection; in the extensions of its requests, within a [`Peer`]. Cheap to clone.
 #[derive(Clone, Debug)]

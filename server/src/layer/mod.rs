@@ -11,7 +11,7 @@ pub(crate) use deadline::Deadline;
 pub use deadline::DeadlineLayer;
 pub use limit::LimitLayer;
 pub(crate) use limit::is_bulk;
-pub(crate) use line::{Line, Peer, STALLED};
+pub(crate) use line::{LOOK, Line, Peer, STALLED};
 pub use reason::ReasonLayer;
 pub(crate) use reason::reason;
 pub use trace::TraceLayer;

@@ -16,7 +16,7 @@ use tokio::time::{Instant, Sleep, sleep};
 use tokio_stream::Stream;
 use tonic::transport::server::Connected;
 
-use crate::layer::{Line, Peer, STALLED};
+use crate::layer::{LOOK, Line, Peer};
 
 /// Connections that one address or socket may have open. Each costs a file descriptor, of which processes commonly have
 /// 1024.
@@ -66,7 +66,7 @@ where
                             io,
                             hello: Some(hello),
                             line: Line::new(),
-                            look: Box::pin(sleep(STALLED)),
+                            look: Box::pin(sleep(LOOK)),
                             _place: place,
                         };
                         return Poll::Ready(Some(Ok(connection)));
@@ -98,7 +98,7 @@ impl<IO> Connection<IO> {
                 tracing::debug!("a client does not read its answers: its connection ends");
                 return Err(io::ErrorKind::TimedOut.into());
             }
-            self.look.as_mut().reset(Instant::now() + STALLED);
+            self.look.as_mut().reset(Instant::now() + LOOK);
         }
         Ok(())
     }

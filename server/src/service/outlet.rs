@@ -8,6 +8,7 @@ use std::future::pending;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use tokio::sync::mpsc::{self, OwnedPermit, Permit, Receiver, Sender};
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -15,7 +16,6 @@ use tokio::time::timeout;
 use tokio_stream::Stream;
 use tonic::Status;
 
-use crate::layer::STALLED;
 use crate::status::Error;
 
 type Answer<T> = Result<T, Status>;
@@ -26,26 +26,28 @@ pub(super) struct Outlet<T> {
     asked: Arc<Semaphore>,
     /// Absent only if there was no room for it at the beginning, which there is.
     reason: Option<OwnedPermit<Answer<T>>>,
+    patience: Duration,
 }
 
 impl<T> Outlet<T> {
-    pub(super) fn new() -> (Self, Answers<T>) {
+    /// One whose client is waited for so long.
+    pub(super) fn new(patience: Duration) -> (Self, Answers<T>) {
         // One answer, and the reason.
         let (answers, stream) = mpsc::channel(2);
         let reason = answers.clone().try_reserve_owned().ok();
         let asked = Arc::new(Semaphore::new(0));
         let stream = Answers { answers: stream, asked: Arc::clone(&asked), waits: false };
-        (Self { answers, asked, reason }, stream)
+        (Self { answers, asked, reason, patience }, stream)
     }
 
     /// A place for the next answer, once it is asked for.
     pub(super) async fn place(&self) -> Result<Place<'_, T>, Error> {
         let place = async { Some((self.asked.acquire().await.ok()?, self.answers.reserve().await.ok()?)) };
-        match timeout(STALLED, place).await {
+        match timeout(self.patience, place).await {
             Ok(Some((asked, place))) => Ok(Place { asked, place }),
             // Whoever serves the stream notices that its client has gone.
             Ok(None) => pending().await,
-            Err(_) => Err(Error::Stalled),
+            Err(_) => Err(Error::Stalled(self.patience)),
         }
     }
 
@@ -99,16 +101,16 @@ impl<T> Stream for Answers<T> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use std::time::Duration;
-
     use tokio::time::{Instant, sleep};
     use tokio_stream::StreamExt as _;
 
     use super::*;
 
+    const PATIENCE: Duration = Duration::from_secs(40);
+
     #[tokio::test(start_paused = true)]
     async fn a_client_that_reads_too_late_finds_what_there_was_and_why_it_ended() {
-        let (outlet, mut stream) = Outlet::new();
+        let (outlet, mut stream) = Outlet::new(PATIENCE);
         let reader = tokio::spawn(async move {
             let first = stream.next().await;
             (first, stream)
@@ -118,7 +120,7 @@ mod tests {
         assert_eq!(first.unwrap().unwrap(), 1);
         let since = Instant::now();
         let stalled = outlet.place().await.err().unwrap();
-        assert_eq!((since.elapsed(), stalled.to_string().contains("30s")), (STALLED, true));
+        assert_eq!((since.elapsed(), stalled.to_string().contains("40 s")), (PATIENCE, true));
         outlet.end(stalled);
         assert_eq!(stream.next().await.unwrap().unwrap_err().code(), tonic::Code::DeadlineExceeded);
         assert!(stream.next().await.is_none());
@@ -126,11 +128,11 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_slow_client_is_waited_for() {
-        let (outlet, mut stream) = Outlet::new();
+        let (outlet, mut stream) = Outlet::new(PATIENCE);
         let reader = tokio::spawn(async move {
             let mut read = 0;
             loop {
-                sleep(STALLED - Duration::from_secs(1)).await;
+                sleep(PATIENCE - Duration::from_secs(1)).await;
                 if stream.next().await.is_none() {
                     return read;
                 }
@@ -146,7 +148,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_place_that_is_left_is_there_again() {
-        let (outlet, mut stream) = Outlet::new();
+        let (outlet, mut stream) = Outlet::new(PATIENCE);
         let reader = tokio::spawn(async move { stream.next().await });
         drop(outlet.place().await.unwrap());
         outlet.place().await.unwrap().send(Ok(2));

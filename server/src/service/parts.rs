@@ -18,6 +18,7 @@ use super::Daemon;
 use super::outlet::Outlet;
 use super::resolve::{Target, gone};
 use crate::convert;
+use crate::layer::STALLED;
 use crate::status::Error;
 use crate::vcpu::Snapshot;
 
@@ -68,7 +69,7 @@ pub(super) struct Sending {
 
 impl Sending {
     pub(super) fn stream<T: From<Part> + Send + 'static>(self) -> Parts<T> {
-        let (parts, stream) = Outlet::new();
+        let (parts, stream) = Outlet::new(STALLED);
         tokio::spawn(self.run(parts));
         Box::pin(stream)
     }

@@ -25,6 +25,8 @@ const PAGE: usize = 4096;
 const PIECE: usize = 1 << 20;
 /// Most zeroes that are skipped before somebody may look whether the client is still there.
 const SKIPPED: u64 = 64 << 20;
+/// How long a client may leave its stream unread: the guest stands still meanwhile.
+const STALLED: Duration = Duration::from_secs(30);
 /// How long the guest has to run on, afterwards.
 const RESUME: Duration = Duration::from_secs(5);
 
@@ -49,7 +51,7 @@ pub(super) fn start(
     memory_file: String,
     deadline: Instant,
 ) -> Answers<v1::SaveImageResponse> {
-    let (parts, stream) = Outlet::new();
+    let (parts, stream) = Outlet::new(STALLED);
     tokio::spawn(async move {
         let mut draining = daemon.draining.clone();
         let mut held = Vec::new();

@@ -14,13 +14,13 @@ use tonic::{Request, Status, Streaming};
 use super::outlet::Outlet;
 use super::resolve::{PATIENCE, client_deadline};
 use super::{Daemon, batch};
-use crate::layer::reason;
+use crate::layer::{STALLED, reason};
 use crate::status::Error;
 
 pub(super) type Answers = Pin<Box<dyn Stream<Item = Result<v1::StreamTranslateResponse, Status>> + Send>>;
 
 pub(super) fn translate(daemon: &Daemon, request: Request<Streaming<v1::StreamTranslateRequest>>) -> Answers {
-    let (answers, stream) = Outlet::new();
+    let (answers, stream) = Outlet::new(STALLED);
     let deadline = client_deadline(&request);
     tokio::spawn(run(daemon.clone(), request.into_inner(), deadline, answers));
     Box::pin(stream)

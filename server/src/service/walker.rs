@@ -16,6 +16,7 @@ use super::Daemon;
 use super::outlet::Outlet;
 use super::resolve::{Target, deadline, gone, refused};
 use crate::convert;
+use crate::layer::STALLED;
 use crate::status::Error;
 use crate::vcpu::{EnterL2, NestedEffectKind, NestedRequest, Snapshot};
 
@@ -107,7 +108,7 @@ impl WalkerService for Daemon {
         if request.max_updates == Some(0) {
             return Err(Error::invalid("max_updates", "from 1, or leave it out for no end").into());
         }
-        let (updates, stream) = Outlet::new();
+        let (updates, stream) = Outlet::new(STALLED);
         let watcher = Watcher {
             daemon: self.clone(),
             generation: target.vcpu.subscribe(),

@@ -1,6 +1,6 @@
 //! Clients that hold a call and do nothing: they are told so, and their places are free again.
 //!
-//! Nobody waits for half a minute here: the clock of the runtime jumps, for daemon and clients alike.
+//! Nobody waits for minutes here: the clock of the runtime jumps, for daemon and clients alike.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -22,7 +22,7 @@ use crate::mapping::{all_of_the_bomb, bomb};
 use crate::stream::{STREAMS, open};
 
 /// A little longer than a client may do nothing.
-const IDLE: Duration = Duration::from_secs(35);
+const IDLE: Duration = Duration::from_secs(605);
 
 fn stalled() -> (Code, String) {
     (Code::DeadlineExceeded, "STREAM_STALLED".to_owned())

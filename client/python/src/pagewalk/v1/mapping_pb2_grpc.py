@@ -71,7 +71,7 @@ class MappingServiceServicer(object):
         Errors: INVALID_ARGUMENT for a range that is inverted, empty, not aligned to 4 KiB or not canonical, for page sizes that
         do not exist, for a budget that is 0 or above the daemon's, or registers that no CPU accepts; NOT_FOUND for an unknown
         machine or vCPU; DEADLINE_EXCEEDED when the call's deadline passes before the last message, when nothing is read of the
-        stream for 30 seconds, or with FRESHNESS_SYNC when the vCPU does not come out in time; UNAVAILABLE when the daemon stops
+        stream for 10 minutes, or with FRESHNESS_SYNC when the vCPU does not come out in time; UNAVAILABLE when the daemon stops
         meanwhile.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

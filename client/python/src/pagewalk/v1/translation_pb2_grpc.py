@@ -121,7 +121,7 @@ class TranslationServiceServicer(object):
 
         Role: `read`.
         Errors: as `BatchTranslate`; they end the stream, after the answers to all requests before. DEADLINE_EXCEEDED when no
-        request comes, or no answer is taken, for 30 seconds; UNAVAILABLE when the daemon shuts down.
+        request comes, or no answer is taken, for 10 minutes; UNAVAILABLE when the daemon shuts down.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -240,7 +240,7 @@ class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _T
 
     Role: `read`.
     Errors: as `BatchTranslate`; they end the stream, after the answers to all requests before. DEADLINE_EXCEEDED when no
-    request comes, or no answer is taken, for 30 seconds; UNAVAILABLE when the daemon shuts down.
+    request comes, or no answer is taken, for 10 minutes; UNAVAILABLE when the daemon shuts down.
     """
 
     TranslateRange: _TranslationServiceTranslateRangeType
@@ -370,7 +370,7 @@ class TranslationServiceServicer(metaclass=abc.ABCMeta):
 
         Role: `read`.
         Errors: as `BatchTranslate`; they end the stream, after the answers to all requests before. DEADLINE_EXCEEDED when no
-        request comes, or no answer is taken, for 30 seconds; UNAVAILABLE when the daemon shuts down.
+        request comes, or no answer is taken, for 10 minutes; UNAVAILABLE when the daemon shuts down.
         """
 
     @abc.abstractmethod

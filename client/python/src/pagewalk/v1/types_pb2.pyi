@@ -23,8 +23,8 @@ carries `google.rpc.ErrorInfo` (domain `pagewalk`) and a message that says what 
 
 Limits. The daemon serves so many calls at once as it was told to, by default 1024: half of them at most are streams, and a
 quarter, up to 128, batches and streams of batches. A call that waits for its client (a request that does not come whole, a
-stream that nobody reads) ends with DEADLINE_EXCEEDED after 30 seconds; a connection ends on which
-an answer stays unread for a minute.
+stream that nobody reads) ends with DEADLINE_EXCEEDED after 10 minutes; a connection ends on which
+an answer stays unread for longer.
 
 Roles. `read` looks and never changes the guest; `control` includes it. Until identities land, local listeners grant
 both.

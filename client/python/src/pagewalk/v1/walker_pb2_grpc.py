@@ -90,7 +90,7 @@ class WalkerServiceServicer(object):
 
         Role: `read`.
         Errors: as `GetWalkerState`. Ends with UNAVAILABLE when the machine goes or the daemon stops, and with DEADLINE_EXCEEDED
-        when there is something to read and nothing is read for 30 seconds.
+        when there is something to read and nothing is read for 10 minutes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

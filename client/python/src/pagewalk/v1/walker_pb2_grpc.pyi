@@ -136,7 +136,7 @@ class WalkerServiceStub(typing.Generic[_WalkerServiceGetWalkerStateType, _Walker
 
     Role: `read`.
     Errors: as `GetWalkerState`. Ends with UNAVAILABLE when the machine goes or the daemon stops, and with DEADLINE_EXCEEDED
-    when there is something to read and nothing is read for 30 seconds.
+    when there is something to read and nothing is read for 10 minutes.
     """
 
 WalkerServiceAsyncStub: typing_extensions.TypeAlias = WalkerServiceStub[
@@ -200,7 +200,7 @@ class WalkerServiceServicer(metaclass=abc.ABCMeta):
 
         Role: `read`.
         Errors: as `GetWalkerState`. Ends with UNAVAILABLE when the machine goes or the daemon stops, and with DEADLINE_EXCEEDED
-        when there is something to read and nothing is read for 30 seconds.
+        when there is something to read and nothing is read for 10 minutes.
         """
 
 def add_WalkerServiceServicer_to_server(servicer: WalkerServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

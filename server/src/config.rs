@@ -81,7 +81,7 @@ pub struct Options {
     /// Seconds that calls in flight have to end when the daemon stops [default: 5]
     #[arg(long, value_name = "SECONDS", env = "PAGEWALK_GRACE_SECONDS")]
     pub grace_seconds: Option<u64>,
-    /// Calls in flight, over all connections, beyond which further ones are refused. Streams take half of them at most, batches and streams of batches a quarter and no more than 128 [default: 1024]
+    /// Calls in flight, over all connections, beyond which further ones are refused. A quarter of them at most are maps and images, a quarter streams that wait for news, and a quarter, no more than 128, batches [default: 1024]
     #[arg(long, value_name = "N", env = "PAGEWALK_MAX_CALLS")]
     pub max_calls: Option<usize>,
 }

@@ -1,8 +1,8 @@
 //! Bounds on the calls in flight over all connections, and on how long a call may wait for its client. What comes on top of a
 //! bound is refused at once.
 //!
-//! All calls together have their places, and of these only a part is for calls that may last: for streams, and for those that
-//! carry batches. So calls that are answered at once find a place whatever the others do.
+//! All calls together have their places, and of these a quarter at most is for each kind of calls that may last. So calls that are
+//! answered at once find a place whatever the others do, and so does each kind.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -24,13 +24,16 @@ use crate::status::Error;
 /// Methods whose messages are megabytes.
 const BULK: [&str; 2] =
     ["/pagewalk.v1.TranslationService/BatchTranslate", "/pagewalk.v1.TranslationService/StreamTranslate"];
-/// The other methods whose answers are streams: how long these last is up to the client.
-const STREAMS: [&str; 8] = [
+/// Methods whose answers are streams that are sent as fast as they are read.
+const LONG: [&str; 4] = [
     "/pagewalk.v1.TranslationService/TranslateRange",
     "/pagewalk.v1.MappingService/ListMappings",
     "/pagewalk.v1.MappingService/FindMappings",
-    "/pagewalk.v1.WalkerService/WatchWalkerState",
     "/pagewalk.v1.MachineService/SaveImage",
+];
+/// Methods whose answers are streams without an end, on which nothing may come for days.
+const WATCHES: [&str; 4] = [
+    "/pagewalk.v1.WalkerService/WatchWalkerState",
     "/grpc.health.v1.Health/Watch",
     "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
@@ -47,16 +50,23 @@ pub(crate) fn is_bulk(path: &str) -> bool {
 #[derive(Clone, Debug)]
 pub struct LimitLayer {
     calls: Arc<Places>,
-    streams: Arc<Places>,
     bulk: Arc<Places>,
+    long: Arc<Places>,
+    watches: Arc<Places>,
 }
 
 impl LimitLayer {
-    /// `calls` in flight: half of them streams at most, a quarter and no more than 128 with batches.
+    /// `calls` in flight: for each kind that may last a quarter of them, and for those with batches no more than 128.
     #[must_use]
     pub fn new(calls: usize) -> Self {
         let places = |all: usize| Arc::new(Places::new(all.max(1)));
-        Self { calls: places(calls), streams: places(calls / 2), bulk: places(BULK_CALLS.min(calls / 4)) }
+        let kind = calls / 4;
+        Self {
+            calls: places(calls),
+            bulk: places(BULK_CALLS.min(kind)),
+            long: places(kind),
+            watches: places(kind),
+        }
     }
 
     fn take(&self, path: &str, line: Option<&Line>) -> Option<Taken> {
@@ -67,8 +77,10 @@ impl LimitLayer {
                 None => None,
             };
             (Some(self.bulk.take()?), share)
-        } else if STREAMS.contains(&path) {
-            (Some(self.streams.take()?), None)
+        } else if LONG.contains(&path) {
+            (Some(self.long.take()?), None)
+        } else if WATCHES.contains(&path) {
+            (Some(self.watches.take()?), None)
         } else {
             (None, None)
         };
@@ -294,7 +306,7 @@ mod tests {
             }
         }
         streams.retain(|stream| !is_bulk(stream));
-        assert_eq!(streams.len(), STREAMS.len());
-        assert!(streams.iter().all(|stream| STREAMS.contains(&stream.as_str())), "{streams:?}");
+        let known: BTreeSet<String> = LONG.iter().chain(&WATCHES).map(|path| (*path).to_owned()).collect();
+        assert_eq!(streams, known);
     }
 }

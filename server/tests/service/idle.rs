@@ -90,11 +90,12 @@ async fn streams_that_are_not_read_leave_room_and_end() {
     let narrow = Channel::from_shared(format!("http://{}", bed.address)).unwrap();
     let narrow = narrow.initial_stream_window_size(1 << 16).connect().await.unwrap();
     let mut unread = Vec::new();
-    for _ in 0..8 {
+    for _ in 0..4 {
         unread.push(map(&narrow).await.unwrap());
     }
     assert_eq!(refusal(map(&bed.channel).await.map(drop)), busy());
-    // The other half is for calls that are answered at once.
+    // There are places for others.
+    bed.translation().batch_translate(batch(&[0])).await.expect("a place for a batch");
     bed.unharmed().await;
     let health = HealthClient::new(bed.channel.clone()).check(HealthCheckRequest::default()).await;
     assert_eq!(health.unwrap().into_inner().status, 1);
@@ -114,7 +115,7 @@ async fn streams_that_are_not_read_leave_room_and_end() {
     // Who does not read even then loses the connection, and with it all that is kept for it.
     jump().await;
     let mut streams = Vec::new();
-    for _ in 0..8 {
+    for _ in 0..4 {
         streams.push(map(&bed.channel).await.expect("a place"));
     }
     for mut stream in unread {
@@ -125,6 +126,23 @@ async fn streams_that_are_not_read_leave_room_and_end() {
         timeout(SOON, cut_off).await.unwrap().expect_err("the connection is closed");
     }
     drop(streams);
+    bed.stop().await;
+}
+
+/// Watches may say nothing for days: nobody else's place is theirs.
+#[tokio::test]
+async fn watches_leave_room() {
+    let bed = Bed::of(Config { max_calls: 16, ..config() }, vec![bomb()]).await;
+    let mut watches = Vec::new();
+    for _ in 0..4 {
+        watches.push(bed.walker().watch_walker_state(v1::WatchWalkerStateRequest::default()).await.unwrap());
+    }
+    let another = bed.walker().watch_walker_state(v1::WatchWalkerStateRequest::default()).await;
+    assert_eq!(refusal(another.map(drop)), busy());
+    map(&bed.channel).await.expect("a place for a map");
+    bed.translation().batch_translate(batch(&[0])).await.expect("a place for a batch");
+    bed.unharmed().await;
+    drop(watches);
     bed.stop().await;
 }
 

@@ -21,8 +21,8 @@ carries `google.rpc.ErrorInfo` (domain `pagewalk`) and a message that says what 
   UNAVAILABLE          the daemon is stopping, or the vCPU has gone,
   INTERNAL             the hypervisor refused what it should not refuse.
 
-Limits. The daemon serves so many calls at once as it was told to, by default 1024: half of them at most are streams, and a
-quarter, up to 128, batches and streams of batches. A call that waits for its client (a request that does not come whole, a
+Limits. The daemon serves so many calls at once as it was told to, by default 1024: a quarter of them at most are maps
+and images, a quarter streams that wait for news, and a quarter, up to 128, batches and streams of batches. A call that waits for its client (a request that does not come whole, a
 stream that nobody reads) ends with DEADLINE_EXCEEDED after 10 minutes; a connection ends on which
 an answer stays unread for longer.
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use pagewalk::{CpuProfile, Vendor};
 use pagewalkd::vcpu::{
-    Backend, Exit, ImmediateExit, NestedRequest, RegisterChanges, Registers, RunState, Vcpu, VcpuError,
+    Backend, Exit, Hold, ImmediateExit, NestedRequest, RegisterChanges, Registers, RunState, Vcpu, VcpuError,
 };
 
 const CPU: CpuProfile =
@@ -318,4 +318,49 @@ async fn a_static_backend_is_never_run() {
         VcpuError::Unsupported("only memory: nothing runs".into())
     );
     assert_eq!(vcpu.sync(soon()).await.unwrap().run_state, RunState::Static);
+}
+
+/// A guest that another process runs, and how often it was let run on.
+struct Elsewhere {
+    paused: bool,
+    resumed: Arc<AtomicU64>,
+}
+
+impl Backend for Elsewhere {
+    fn run(&mut self) -> Exit {
+        panic!("it runs elsewhere")
+    }
+    fn step(&mut self) -> Result<Exit, VcpuError> {
+        panic!("nobody steps this")
+    }
+    fn registers(&mut self) -> Result<Registers, String> {
+        Ok(long_mode())
+    }
+    fn set_registers(&mut self, _: &RegisterChanges) -> Result<(), VcpuError> {
+        Ok(())
+    }
+    fn elsewhere(&mut self) -> Option<(RunState, String)> {
+        Some((if self.paused { RunState::Paused } else { RunState::Running }, String::new()))
+    }
+    fn pause(&mut self) -> Result<bool, VcpuError> {
+        Ok(!std::mem::replace(&mut self.paused, true))
+    }
+    fn resume(&mut self) -> Result<(), VcpuError> {
+        self.paused = false;
+        self.resumed.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_guest_that_is_held_runs_on_when_its_vcpu_goes() {
+    for round in 1..=200 {
+        let resumed = Arc::new(AtomicU64::new(0));
+        let backend = Elsewhere { paused: round % 2 == 0, resumed: Arc::clone(&resumed) };
+        let hold = Hold::new(Vcpu::spawn("elsewhere", 0, CPU, backend).unwrap());
+        assert_eq!(hold.pause(soon()).await.unwrap().run_state, RunState::Paused);
+        // The vCPU goes with it, and waits for its thread.
+        drop(hold);
+        assert_eq!(resumed.load(Ordering::Relaxed), round % 2, "a guest that was stopped before stays so");
+    }
 }

@@ -13,7 +13,6 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::convert::nested::request_field;
-use crate::layer::STALLED;
 use crate::machine::{AttachError, DetachError, LookupError};
 use crate::vcpu::VcpuError;
 
@@ -73,8 +72,7 @@ pub(crate) enum Error {
     Stalled(Duration),
     /// The client does not send what it has begun.
     #[error(
-        "the call waited {} s for its client to send more: end a call that has nothing to send, and make another when there is",
-        STALLED.as_secs()
+        "the call waited too long for its client to send more: end a call that has nothing to send, and make another when there is"
     )]
     Silent,
     /// A defect of the daemon's.

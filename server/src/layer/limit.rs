@@ -8,6 +8,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use http::{Extensions, Request, Response};
 use http_body::{Frame, SizeHint};
@@ -38,6 +39,14 @@ const WATCHES: [&str; 4] = [
     "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
 ];
+/// Methods whose requests are streams: what is sent next may need a person's thought.
+const REQUEST_STREAMS: [&str; 3] = [
+    "/pagewalk.v1.TranslationService/StreamTranslate",
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+];
+/// How long the rest of any other request may take, once nothing more of it comes.
+const WHOLE: Duration = Duration::from_secs(30);
 /// Bulk calls in flight. Each holds two requests and two answers at most: 10 MiB where they are as large as can be.
 pub(super) const BULK_CALLS: usize = 128;
 
@@ -156,7 +165,8 @@ where
         let Some(taken) = self.places.take(request.uri().path(), line.as_ref()) else {
             return Limited::Refused;
         };
-        let request = request.map(|body| Body::new(Awaited { body, bound: None, waits: false }));
+        let patience = if REQUEST_STREAMS.contains(&request.uri().path()) { STALLED } else { WHOLE };
+        let request = request.map(|body| Body::new(Awaited { body, patience, bound: None, waits: false }));
         Limited::Taken { answer: self.inner.call(request), held: Some((taken, line)) }
     }
 }
@@ -200,9 +210,10 @@ impl<F: Future<Output = Result<Response<Body>, E>>, E> Future for Limited<F> {
     }
 }
 
-/// The body of a request, which fails when nothing more of it has come for [`STALLED`].
+/// The body of a request, which fails when nothing more of it has come for too long.
 struct Awaited {
     body: Body,
+    patience: Duration,
     bound: Option<Pin<Box<Sleep>>>,
     waits: bool,
 }
@@ -220,7 +231,7 @@ impl http_body::Body for Awaited {
             awaited.waits = false;
             return Poll::Ready(frame);
         }
-        let until = Instant::now() + STALLED;
+        let until = Instant::now() + awaited.patience;
         let bound = awaited.bound.get_or_insert_with(|| Box::pin(sleep_until(until)));
         if !std::mem::replace(&mut awaited.waits, true) {
             bound.as_mut().reset(until);
@@ -285,7 +296,7 @@ mod tests {
     /// A stream that is taken for a small call has the places of small calls.
     #[test]
     fn every_stream_is_known_as_one() {
-        let mut streams = BTreeSet::new();
+        let (mut streams, mut of_requests) = (BTreeSet::new(), BTreeSet::new());
         for set in [
             pagewalk_proto::FILE_DESCRIPTOR_SET,
             tonic_health::pb::FILE_DESCRIPTOR_SET,
@@ -294,19 +305,21 @@ mod tests {
         ] {
             for file in FileDescriptorSet::decode(set).unwrap().file {
                 for service in &file.service {
-                    let stream = |method: &&prost_types::MethodDescriptorProto| {
-                        method.server_streaming() || method.client_streaming()
-                    };
-                    streams.extend(
-                        service.method.iter().filter(stream).map(|method| {
-                            format!("/{}.{}/{}", file.package(), service.name(), method.name())
-                        }),
-                    );
+                    for method in &service.method {
+                        let path = format!("/{}.{}/{}", file.package(), service.name(), method.name());
+                        if method.client_streaming() {
+                            of_requests.insert(path.clone());
+                        }
+                        if method.client_streaming() || method.server_streaming() {
+                            streams.insert(path);
+                        }
+                    }
                 }
             }
         }
         streams.retain(|stream| !is_bulk(stream));
         let known: BTreeSet<String> = LONG.iter().chain(&WATCHES).map(|path| (*path).to_owned()).collect();
         assert_eq!(streams, known);
+        assert_eq!(of_requests, REQUEST_STREAMS.map(str::to_owned).into());
     }
 }

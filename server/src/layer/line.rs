@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use super::limit::{BULK_CALLS, Places};
 
-/// How long a call waits for its client, to send more or to read what there is: a person may think about what came before, and a
+/// How long a stream waits for its client, to send more or to read what there is: a person may think about what came before, and a
 /// client that was forgotten does not hold its place for ever.
 pub(crate) const STALLED: Duration = Duration::from_secs(600);
 /// How often it is looked whether a connection's answers wait.

@@ -23,6 +23,8 @@ use crate::stream::{STREAMS, open};
 
 /// A little longer than a client may do nothing.
 const IDLE: Duration = Duration::from_secs(605);
+/// A little longer than a request may be sent in part.
+const PARTIAL: Duration = Duration::from_secs(35);
 
 fn stalled() -> (Code, String) {
     (Code::DeadlineExceeded, "STREAM_STALLED".to_owned())
@@ -32,11 +34,11 @@ fn busy() -> (Code, String) {
     (Code::ResourceExhausted, "BUSY".to_owned())
 }
 
-async fn jump() {
+async fn jump(time: Duration) {
     // What was sent has arrived, and waits.
     sleep(Duration::from_millis(300)).await;
     pause();
-    advance(IDLE).await;
+    advance(time).await;
     resume();
     // What was due is done.
     sleep(Duration::from_millis(300)).await;
@@ -53,7 +55,7 @@ async fn streams_that_never_send_give_their_places_back() {
         }
     }
     assert_eq!(refusal(bed.translation().batch_translate(batch(&[0])).await), busy());
-    jump().await;
+    jump(IDLE).await;
     bed.translation().batch_translate(batch(&[0])).await.expect("a place");
     for (requests, mut answers) in streams {
         assert_eq!(refusal(timeout(SOON, answers.message()).await.unwrap()), stalled());
@@ -100,7 +102,7 @@ async fn streams_that_are_not_read_leave_room_and_end() {
     let health = HealthClient::new(bed.channel.clone()).check(HealthCheckRequest::default()).await;
     assert_eq!(health.unwrap().into_inner().status, 1);
 
-    jump().await;
+    jump(IDLE).await;
     // Who reads now finds what there was, and why there is no more of it.
     let mut late = unread.pop().unwrap();
     let end = loop {
@@ -113,7 +115,7 @@ async fn streams_that_are_not_read_leave_room_and_end() {
     map(&bed.channel).await.expect("its place");
 
     // Who does not read even then loses the connection, and with it all that is kept for it.
-    jump().await;
+    jump(IDLE).await;
     let mut streams = Vec::new();
     for _ in 0..4 {
         streams.push(map(&bed.channel).await.expect("a place"));
@@ -171,7 +173,7 @@ async fn requests_that_never_come_whole_end() {
         ["TranslationService/Translate", "TranslationService/BatchTranslate", "VcpuService/ListVcpus"]
     {
         let call = tokio::spawn(half_sent(bed.address, method));
-        jump().await;
+        jump(PARTIAL).await;
         let status = timeout(SOON, call).await.expect("an answer").unwrap();
         assert_eq!(refusal(Err::<(), _>(status)), stalled(), "{method}");
     }

@@ -22,9 +22,9 @@ carries `google.rpc.ErrorInfo` (domain `pagewalk`) and a message that says what 
   INTERNAL             the hypervisor refused what it should not refuse.
 
 Limits. The daemon serves so many calls at once as it was told to, by default 1024: a quarter of them at most are maps
-and images, a quarter streams that wait for news, and a quarter, up to 128, batches and streams of batches. A call that waits for its client (a request that does not come whole, a
-stream that nobody reads) ends with DEADLINE_EXCEEDED after 10 minutes; a connection ends on which
-an answer stays unread for longer.
+and images, a quarter streams that wait for news, and a quarter, up to 128, batches and streams of batches. A request
+of which nothing more comes ends with DEADLINE_EXCEEDED after 30 seconds, and after 10 minutes a stream that nobody sends to or
+reads; a connection ends on which an answer stays unread for longer.
 
 Roles. `read` looks and never changes the guest; `control` includes it. Until identities land, local listeners grant
 both.

@@ -1,6 +1,6 @@
 //! The pagewalk daemon.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::io::{self, IsTerminal as _, Write as _};
 use std::process::ExitCode;
 
 use clap::Parser as _;
@@ -22,6 +22,10 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn is_broken_pipe(error: &Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
 fn run(cli: Cli) -> Result<(), Error> {
@@ -76,7 +80,11 @@ async fn serve(config: &Config, machines: Machines, tour: Option<bool>) -> Resul
         }
     };
     server.run(stop).await?;
-    if once { tour.await? } else { Ok(()) }
+    if !once {
+        return Ok(());
+    }
+    // Whoever read the tour, and left, has seen enough.
+    tour.await?.or_else(|error| if is_broken_pipe(&error) { Ok(()) } else { Err(error) })
 }
 
 fn start_logging(filter: &str, format: LogFormat) -> Result<(), Error> {

@@ -24,7 +24,7 @@ pub(super) const PAGEWALK: &str = concat!(
         "pagewalk --json walker"
     ),
     exit_codes!(
-        "  1  `translate`, `batch`, `range`, `across`, `nested-gpa`: the access would fault; `find`: nothing leads there; `doctor`: a check failed\n"
+        "  1  `translate`, `batch`, `range`, `across`, `nested-gpa`: the access would fault; `maps`, `find`, `range`: the list is cut short; `find`: nothing leads there; `doctor`: a check failed\n"
     )
 );
 

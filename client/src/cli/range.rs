@@ -16,7 +16,7 @@ use crate::v1::TranslateRangeRequest;
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Guest virtual addresses: START..END (END is not included) or START+SIZE, aligned to 4 KiB; START and END may be symbols,
-    /// and either may be left out
+    /// and either may be left out. Of addresses that are refused alike, the entry shown is that of the first
     #[arg(value_name = "RANGE", value_parser = Range::parse)]
     range: Range,
     #[command(flatten)]

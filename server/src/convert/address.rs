@@ -57,10 +57,16 @@ fn parse_text(text: &str) -> Result<Written, String> {
     if !is_name(trimmed.split(['+', '-']).next().unwrap_or_default().trim_end()) {
         return parse_number(trimmed).map(Written::Number);
     }
+    let number = |offset: &str| {
+        // A name with a dash in it, more likely than not: a symbol has none.
+        let problem =
+            || format!("`{trimmed}` is neither a number nor symbol+offset: `{offset}` is no offset");
+        parse_number(offset.trim_start()).map(i128::from).map_err(|_| problem())
+    };
     let (name, offset) = match trimmed.split_once('+') {
-        Some((name, offset)) => (name, i128::from(parse_number(offset.trim_start())?)),
+        Some((name, offset)) => (name, number(offset)?),
         None => match trimmed.split_once('-') {
-            Some((name, offset)) => (name, -i128::from(parse_number(offset.trim_start())?)),
+            Some((name, offset)) => (name, -number(offset)?),
             None => (trimmed, 0),
         },
     };

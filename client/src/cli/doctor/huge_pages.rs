@@ -35,7 +35,7 @@ pub(super) fn examine(report: &mut Report) {
         match (count("nr_hugepages"), count("free_hugepages")) {
             // Nothing here needs them; a guest that wants them would.
             (Some(0), _) => {
-                report.ok(subject, format!("none (a guest backed by them needs hugepagesz={size})"));
+                report.ok(subject, format!("none (a machine with hugepages={size} needs some)"));
             }
             (Some(all), Some(free)) => report.ok(subject, format!("{free} of {all} free")),
             _ => report.ok(subject, "not offered by this host"),

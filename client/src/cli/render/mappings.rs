@@ -15,8 +15,9 @@ pub(in crate::cli) fn headings() -> String {
 
 /// `START-END  size  GPA  rights  page size  A/D  type  backing`; of a fault what it is.
 pub(in crate::cli) fn row(extent: &Extent) -> String {
-    let end = extent.start.wrapping_add(extent.bytes);
-    let addresses = format!("{}-{}", paint::address(hex(extent.start)), paint::address(hex(end)));
+    // Behind the last address there is none.
+    let end = extent.start.checked_add(extent.bytes).map_or_else(|| format!("{:<18}", "2^64"), hex);
+    let addresses = format!("{}-{}", paint::address(hex(extent.start)), paint::address(end));
     let what = match &extent.outcome {
         Some(Outcome::Translation(page)) => mapped(page),
         Some(Outcome::Fault(refused)) => outcome::fault(refused),
@@ -133,6 +134,12 @@ pub(in crate::cli) fn summary(summary: &Summary<'_>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_last_address_is_followed_by_none() {
+        let extent = |bytes| Extent { start: 0xffff_8000_0000_0000, bytes, outcome: None };
+        assert!(row(&extent(1 << 47)).contains("2^64") && !row(&extent(1 << 12)).contains("2^64"));
+    }
 
     #[test]
     fn sizes_are_short() {

@@ -151,7 +151,8 @@ pub fn run() -> ExitCode {
         Err(error) => return usage::report(&error),
     };
     let output = Output::new(&cli.output);
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+    // Input and output may block this thread for long, and the daemon asks meanwhile whether somebody is there.
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return exit::report(&output, &Failure::Own(format!("cannot start: {error}"))),
     };

@@ -13,6 +13,7 @@ use std::time::Duration;
 use http::{Extensions, Request, Response};
 use http_body::{Frame, SizeHint};
 use pin_project_lite::pin_project;
+use prost::bytes::Bytes;
 use tokio::time::{Instant, Sleep, sleep_until};
 use tonic::Status;
 use tonic::body::Body;
@@ -80,20 +81,23 @@ impl LimitLayer {
 
     fn take(&self, path: &str, line: Option<&Line>) -> Option<Taken> {
         let call = self.calls.take()?;
-        let (kind, share) = if is_bulk(path) {
-            let share = match line {
-                Some(line) => Some(line.bulk.take()?),
-                None => None,
-            };
-            (Some(self.bulk.take()?), share)
+        let shares = if is_bulk(path) {
+            Some((&self.bulk, line.map(|line| &line.bulk)))
         } else if LONG.contains(&path) {
-            (Some(self.long.take()?), None)
+            Some((&self.long, line.map(|line| &line.long)))
         } else if WATCHES.contains(&path) {
-            (Some(self.watches.take()?), None)
+            Some((&self.watches, line.map(|line| &line.watches)))
         } else {
-            (None, None)
+            None
         };
-        Some(Taken { _call: call, _kind: kind, _share: share })
+        let Some((kind, share)) = shares else {
+            return Some(Taken { _call: call, _kind: None, _share: None });
+        };
+        let share = match share {
+            Some(share) => Some(share.take()?),
+            None => None,
+        };
+        Some(Taken { _call: call, _kind: Some(kind.take()?), _share: share })
     }
 }
 
@@ -202,7 +206,8 @@ impl<F: Future<Output = Result<Response<Body>, E>>, E> Future for Limited<F> {
             LimitedProjection::Taken { answer, held } => {
                 let answer = ready!(answer.poll(context));
                 let Some((taken, line)) = held.take() else { return Poll::Ready(answer) };
-                let held = |body| Body::new(Held { body, unread: None, line, _taken: taken });
+                let held =
+                    |body| Body::new(Held { body, rest: Bytes::new(), unread: None, line, _taken: taken });
                 Poll::Ready(answer.map(|answer| answer.map(held)))
             }
             LimitedProjection::Refused => Poll::Ready(Ok(Status::from(Error::Busy).into_http())),
@@ -248,9 +253,15 @@ impl http_body::Body for Awaited {
     }
 }
 
+/// The most of an answer that the transport has without room for it at the client: it takes a piece whole where there is room
+/// for its first byte.
+const PIECE: usize = 1 << 16;
+
 /// The body of an answer, whose call is in flight until it has been sent: a stream counts as long as it is open.
 struct Held {
     body: Body,
+    /// What has not been handed on of the message in hand.
+    rest: Bytes,
     /// The client has to read before the transport asks for more.
     unread: Option<Unread>,
     line: Option<Line>,
@@ -267,19 +278,28 @@ impl http_body::Body for Held {
     ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
         let held = &mut *self;
         held.unread = None;
-        let frame = Pin::new(&mut held.body).poll_frame(context);
-        if let Poll::Ready(Some(Ok(_))) = frame {
-            held.unread = held.line.as_ref().map(Line::unread);
-        }
-        frame
+        let frame = if held.rest.is_empty() {
+            match ready!(Pin::new(&mut held.body).poll_frame(context)) {
+                Some(Ok(frame)) => frame.map_data(|data| {
+                    held.rest = data;
+                    held.rest.split_to(PIECE.min(held.rest.len()))
+                }),
+                ended => return Poll::Ready(ended),
+            }
+        } else {
+            Frame::data(held.rest.split_to(PIECE.min(held.rest.len())))
+        };
+        held.unread = held.line.as_ref().map(Line::unread);
+        Poll::Ready(Some(Ok(frame)))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.rest.is_empty() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        // Nobody needs one, and the body's own does not know of the rest.
+        SizeHint::default()
     }
 }
 
@@ -287,11 +307,42 @@ impl http_body::Body for Held {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use std::collections::BTreeSet;
+    use std::future::poll_fn;
+
+    use http_body::Body as _;
 
     use prost::Message as _;
     use prost_types::FileDescriptorSet;
 
     use super::*;
+
+    #[tokio::test]
+    async fn an_answer_is_handed_on_in_pieces() {
+        let message: String = (0..200_000_u32).map(|at| char::from(b'a' + (at % 26) as u8)).collect();
+        let body = Body::new(message.clone());
+        let taken = LimitLayer::new(4).take(LONG[0], None).unwrap();
+        let mut held =
+            Held { body, rest: Bytes::new(), unread: None, line: Some(Line::new()), _taken: taken };
+        let mut got = Vec::new();
+        while let Some(frame) = poll_fn(|context| Pin::new(&mut held).poll_frame(context)).await {
+            let piece = frame.unwrap().into_data().unwrap();
+            assert!(piece.len() <= PIECE);
+            got.extend(piece);
+            assert_eq!(held.is_end_stream(), got.len() == message.len());
+        }
+        assert_eq!(got, message.into_bytes());
+    }
+
+    #[test]
+    fn one_connection_has_half_of_the_streams_at_most() {
+        let limit = LimitLayer::new(1024);
+        for path in [LONG[0], WATCHES[0]] {
+            let (greedy, other) = (Line::new(), Line::new());
+            let taken: Vec<_> = (0..300).map_while(|_| limit.take(path, Some(&greedy))).collect();
+            assert_eq!(taken.len(), 128, "{path}");
+            assert!(limit.take(path, Some(&other)).is_some(), "{path}");
+        }
+    }
 
     /// A stream that is taken for a small call has the places of small calls.
     #[test]

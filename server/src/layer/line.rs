@@ -20,18 +20,25 @@ pub(crate) const LOOK: Duration = Duration::from_secs(60);
 /// How long an answer may wait on a connection. Longer than [`STALLED`], so that there is time to say why a stream ends.
 const UNREAD: Duration = STALLED.saturating_add(LOOK);
 
+/// Of maps and images, and of watches, on one connection: half of what there is by default.
+const SHARE: usize = 128;
+
 /// A connection; in the extensions of its requests, within a [`Peer`]. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(crate) struct Line {
     /// Since when answers wait. A slot without one is free.
     unread: Arc<Mutex<Vec<Option<Instant>>>>,
-    /// Of the bulk calls, no one connection has more than half.
+    /// Of the calls that may last, no one connection has more than so many of each kind.
     pub(super) bulk: Arc<Places>,
+    pub(super) long: Arc<Places>,
+    pub(super) watches: Arc<Places>,
 }
 
 impl Line {
     pub(crate) fn new() -> Self {
-        Self { unread: Arc::default(), bulk: Arc::new(Places::new(BULK_CALLS / 2)) }
+        let share = |places| Arc::new(Places::new(places));
+        let (bulk, long, watches) = (share(BULK_CALLS / 2), share(SHARE), share(SHARE));
+        Self { unread: Arc::default(), bulk, long, watches }
     }
 
     /// An answer waits from now on, until what this returns is dropped.

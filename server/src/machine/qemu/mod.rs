@@ -21,6 +21,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use pagewalk::{CpuProfile, Gpa, Vendor};
@@ -31,7 +32,7 @@ use super::memory::{GuestRam, MemoryError, Place};
 use super::{Capabilities, Health, Source};
 use crate::vcpu::{Backend, Exit, RegisterChanges, Registers, RunState, SpawnError, Vcpu, VcpuError};
 use layout::Range;
-use monitor::{Event, Events, Monitor};
+use monitor::{ANSWER, Event, Events, Monitor};
 use process::{Area, Process};
 
 pub use monitor::MonitorError;
@@ -44,6 +45,8 @@ const CR4_PAE: u64 = 1 << 5;
 const EFER_LMA: u64 = 1 << 10;
 /// How often the layout of memory is asked for while it moves: it is told piece by piece.
 const LAYOUT_TRIES: usize = 5;
+/// How long a stop may take. A connection that is given up meanwhile can make nothing run on.
+const STOP: Duration = Duration::from_secs(300);
 /// Where QEMU does not tell: what its own CPU models have unless told otherwise.
 const MAXPHYADDR: u8 = 40;
 
@@ -270,19 +273,20 @@ impl Attached {
             let area = areas.iter().find(|area| {
                 area.start <= host && end.is_some_and(|end| end <= area.end) && area.shared && area.inode != 0
             });
-            let place = match area {
-                Some(area) => {
-                    let file = match mapped.get(&area.start) {
-                        Some(file) => Arc::clone(file),
-                        None => {
-                            let (identity, file) = self.file_of(area, [&in_use, files], region.start)?;
-                            in_use.insert(identity, Arc::clone(&file));
-                            mapped.entry(area.start).or_insert(file).clone()
-                        }
-                    };
-                    Place::Mapped(file, area.offset + (host - area.start))
-                }
-                None => {
+            let file = match area {
+                Some(area) => match mapped.get(&area.start) {
+                    Some(file) => Some(Arc::clone(file)),
+                    None => self.file_of(area, [&in_use, files], region.start)?.map(|(identity, file)| {
+                        in_use.insert(identity, Arc::clone(&file));
+                        mapped.entry(area.start).or_insert(file).clone()
+                    }),
+                },
+                None => None,
+            };
+            let is_mapped = file.is_some();
+            let place = match (area, file) {
+                (Some(area), Some(file)) => Place::Mapped(file, area.offset + (host - area.start)),
+                _ => {
                     let from = match &fetched {
                         Some(from) => Arc::clone(from),
                         None => {
@@ -294,7 +298,7 @@ impl Attached {
                     Place::Fetched(from, host)
                 }
             };
-            tracing::debug!(range = ?region, block = %name, mapped = area.is_some(), "guest memory");
+            tracing::debug!(range = ?region, block = %name, mapped = is_mapped, "guest memory");
             places.push((*region, place));
         }
         *files = in_use;
@@ -304,16 +308,19 @@ impl Attached {
     }
 
     /// The file behind an area, mapped, and what tells it from others. The mapping keeps its inode from being given to another
-    /// file.
+    /// file. A device, such as an NVDIMM may have, is no file that can be mapped whole.
     fn file_of(
         &self,
         area: &Area,
         known: [&Files; 2],
         at: Gpa,
-    ) -> Result<((u64, u64), Arc<FileMapping>), QemuError> {
+    ) -> Result<Option<((u64, u64), Arc<FileMapping>)>, QemuError> {
         let failed = |problem| QemuError::Map { at: at.0, problem };
         let file = self.process.file(area)?;
         let metadata = file.metadata().map_err(failed)?;
+        if !metadata.is_file() {
+            return Ok(None);
+        }
         let identity = (metadata.dev(), metadata.ino());
         // One that has grown is mapped anew.
         let covers = |mapping: &&Arc<FileMapping>| mapping.size() as u64 >= metadata.len();
@@ -321,7 +328,7 @@ impl Attached {
             Some(mapping) => Arc::clone(mapping),
             None => FileMapping::of(&file).map_err(failed)?,
         };
-        Ok((identity, mapping))
+        Ok(Some((identity, mapping)))
     }
 
     /// The PDPTE registers that a vCPU of TCG would have, if it had any. TCG sets accessed bits in the PDPTEs in memory, which
@@ -369,8 +376,8 @@ impl Attached {
         self.state().map_err(|error| VcpuError::Unsupported(self.failed(&error.into())))
     }
 
-    fn command<C: qmp::QmpCommand>(&self, command: &C) -> Result<(), VcpuError> {
-        let done = self.monitor.execute(command);
+    fn command<C: qmp::QmpCommand>(&self, command: &C, patience: Duration) -> Result<(), VcpuError> {
+        let done = self.monitor.execute_within(command, patience);
         // An event says so as well, maybe later.
         self.news.state_has_changed();
         done.map(drop).map_err(|error| VcpuError::Unsupported(self.failed(&error.into())))
@@ -444,12 +451,13 @@ impl Backend for QemuVcpu {
     fn pause(&mut self) -> Result<bool, VcpuError> {
         // Somebody else may have stopped it before, and not want it to run on.
         let (state, _) = self.attached.state_now()?;
-        self.attached.command(&qmp::stop {})?;
+        // QEMU waits for its disks first.
+        self.attached.command(&qmp::stop {}, STOP)?;
         Ok(state == RunState::Running)
     }
 
     fn resume(&mut self) -> Result<(), VcpuError> {
-        self.attached.command(&qmp::cont {})
+        self.attached.command(&qmp::cont {}, ANSWER)
     }
 }
 

@@ -26,7 +26,7 @@ const GREETING: Duration = Duration::from_secs(3);
 /// For an answer while attaching, so that whoever waits is told why, and not only that it took too long.
 const FIRST_ANSWERS: Duration = Duration::from_secs(4);
 /// For an answer later on: another client's command may keep QEMU busy.
-const ANSWER: Duration = Duration::from_secs(30);
+pub(super) const ANSWER: Duration = Duration::from_secs(30);
 /// Longest line that is read. The longest answer asked for, a layout of memory, has some ten thousand bytes.
 const LINE_MAX: usize = 16 << 20;
 /// Lines that nobody has asked for.
@@ -187,19 +187,36 @@ impl Monitor {
 
     /// Executes a command. After an error that is final there is no other.
     pub(super) fn execute<C: QmpCommand>(&self, command: &C) -> Result<C::Ok, MonitorError> {
-        self.execute_named(C::NAME, command)
+        self.execute_named(C::NAME, command, self.patience())
+    }
+
+    /// [`Self::execute`], with so much time for the answer.
+    pub(super) fn execute_within<C: QmpCommand>(
+        &self,
+        command: &C,
+        patience: Duration,
+    ) -> Result<C::Ok, MonitorError> {
+        self.execute_named(C::NAME, command, patience)
+    }
+
+    fn patience(&self) -> Duration {
+        if self.trusted.load(Ordering::Relaxed) { ANSWER } else { FIRST_ANSWERS }
     }
 
     /// Executes a command of the monitor for people, as seen from a vCPU.
     pub(super) fn ask(&self, line: &str, vcpu: i64) -> Result<String, MonitorError> {
         let command = qmp::human_monitor_command { command_line: line.to_owned(), cpu_index: Some(vcpu) };
-        self.execute_named(line, &command)
+        self.execute_named(line, &command, self.patience())
     }
 
-    fn execute_named<C: QmpCommand>(&self, name: &str, command: &C) -> Result<C::Ok, MonitorError> {
+    fn execute_named<C: QmpCommand>(
+        &self,
+        name: &str,
+        command: &C,
+        patience: Duration,
+    ) -> Result<C::Ok, MonitorError> {
         let mut slot = self.wire.lock().unwrap_or_else(PoisonError::into_inner);
         let wire = slot.as_mut().map_err(|error| error.clone())?;
-        let patience = if self.trusted.load(Ordering::Relaxed) { ANSWER } else { FIRST_ANSWERS };
         wire.inner_mut().get_mut_read().deadline = Instant::now() + patience;
         match wire.execute(command) {
             Ok(answer) => Ok(answer),

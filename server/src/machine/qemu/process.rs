@@ -95,8 +95,8 @@ impl Process {
             move |problem| ProcessError { pid, what, problem }
         };
         let started = started(pid).map_err(failed("it is not there"))?;
-        let folder = fs::metadata(format!("/proc/{pid}")).map_err(failed("its owner cannot be read"))?;
-        Ok(Self { pid, started, owner: folder.uid() })
+        let owner = owner(pid).map_err(failed("its owner cannot be read"))?;
+        Ok(Self { pid, started, owner })
     }
 
     /// Whose it is: not of whoever started it where its memory is kept from them.
@@ -104,9 +104,15 @@ impl Process {
         self.owner
     }
 
-    /// What was opened of a process that is still the same one.
+    /// What was opened of a process that is still the same one, and has become nobody else's by executing another program.
     fn same(&self, opened: File) -> io::Result<File> {
-        if self.lives() { Ok(opened) } else { Err(io::Error::other("it has ended")) }
+        if !self.lives() {
+            return Err(io::Error::other("it has ended"));
+        }
+        if owner(self.pid)? != self.owner {
+            return Err(io::Error::other("it has another owner than it had"));
+        }
+        Ok(opened)
     }
 
     /// What tells it from every other process of this host.
@@ -138,7 +144,7 @@ impl Process {
         let what = "its mappings cannot be read";
         let mut text = Vec::new();
         File::open(format!("/proc/{}/maps", self.pid))
-            .and_then(|maps| maps.take(MAPS_MAX).read_to_end(&mut text))
+            .and_then(|maps| self.same(maps)?.take(MAPS_MAX).read_to_end(&mut text))
             .map_err(self.failed(what))?;
         let text = String::from_utf8_lossy(&text);
         text.lines()
@@ -196,6 +202,11 @@ impl Fetch for ProcessMemory {
     }
 }
 
+/// Whose a process is.
+fn owner(pid: u32) -> io::Result<u32> {
+    Ok(fs::metadata(format!("/proc/{pid}"))?.uid())
+}
+
 /// When a process started. One that has ended and was not waited for is not there any more.
 fn started(pid: u32) -> io::Result<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
@@ -237,6 +248,16 @@ mod tests {
     use std::io::Write as _;
 
     use super::*;
+
+    /// As where it executes a program of somebody else's, set-user-ID.
+    #[test]
+    fn a_process_that_has_become_anothers_is_not_looked_into() {
+        let own = Process::open(std::process::id()).unwrap();
+        assert!(own.areas().is_ok());
+        let others = Arc::new(Process { owner: own.owner + 1, ..own });
+        assert!(others.areas().unwrap_err().to_string().contains("another owner"));
+        assert!(others.memory(&Arc::default()).is_err());
+    }
 
     #[test]
     fn areas_of_all_kinds() {

@@ -22,7 +22,8 @@ carries `google.rpc.ErrorInfo` (domain `pagewalk`) and a message that says what 
   INTERNAL             the hypervisor refused what it should not refuse.
 
 Limits. The daemon serves so many calls at once as it was told to, by default 1024: a quarter of them at most are maps
-and images, a quarter streams that wait for news, and a quarter, up to 128, batches and streams of batches. A request
+and images, a quarter streams that wait for news, and a quarter, up to 128, batches and streams of batches. One connection
+has 128 of the former and 64 of the latter at most. A request
 of which nothing more comes ends with DEADLINE_EXCEEDED after 30 seconds, and after 10 minutes a stream that nobody sends to or
 reads; a connection ends on which an answer stays unread for longer.
 

@@ -125,7 +125,10 @@ async fn a_client_that_does_not_read_holds_two_answers() {
     let mut request = request(0, &large);
     request.batch.as_mut().unwrap().head.freshness = v1::Freshness::Sync.into();
     let narrow = Channel::from_shared(format!("http://{}", bed.address)).unwrap();
-    let narrow = narrow.initial_stream_window_size(1 << 16).connect().await.unwrap();
+    // One answer fits, and the beginning of another.
+    let window = (2 << 20) + (1 << 16);
+    let narrow = narrow.initial_stream_window_size(window).initial_connection_window_size(8 << 20);
+    let narrow = narrow.connect().await.unwrap();
     let before = made.load(Ordering::Relaxed);
     let (requests, answers) = open(narrow).await.unwrap();
     let sending = tokio::spawn(async move { while requests.send(request.clone()).await.is_ok() {} });

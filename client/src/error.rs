@@ -85,6 +85,12 @@ impl Error {
             return ConnectionError::from_transport(endpoint, source).into();
         }
         let info = status.get_details_error_info();
+        // The other end may look at the clock first, and its library then says no more than a code.
+        if let (Some(after), None, Code::DeadlineExceeded | Code::Cancelled) =
+            (deadline, &info, status.code())
+        {
+            return Self::Deadline { endpoint: endpoint.to_string(), after };
+        }
         let message = if info.is_none() && status.code() == Code::Unimplemented {
             // A daemon gives a reason even for calls that it does not know.
             format!(

@@ -187,8 +187,10 @@ struct Heard {
     state: RunStateNow,
 }
 
-/// By device and inode, so that a file is mapped once: file systems number their inodes each for itself.
-type Files = BTreeMap<(u64, u64), Arc<FileMapping>>;
+/// Device and inode: file systems number their inodes each for itself.
+type Identity = (u64, u64);
+/// So that a file is mapped once.
+type Files = BTreeMap<Identity, Arc<FileMapping>>;
 
 #[derive(Default)]
 struct Layout {
@@ -314,7 +316,7 @@ impl Attached {
         area: &Area,
         known: [&Files; 2],
         at: Gpa,
-    ) -> Result<Option<((u64, u64), Arc<FileMapping>)>, QemuError> {
+    ) -> Result<Option<(Identity, Arc<FileMapping>)>, QemuError> {
         let failed = |problem| QemuError::Map { at: at.0, problem };
         let file = self.process.file(area)?;
         let metadata = file.metadata().map_err(failed)?;

@@ -253,9 +253,9 @@ impl http_body::Body for Awaited {
     }
 }
 
-/// The most of an answer that the transport has without room for it at the client: it takes a piece whole where there is room
-/// for its first byte.
-const PIECE: usize = 1 << 16;
+/// The last of a message, by itself: the transport takes a piece whole where the client has room for its first byte, and lets go
+/// of the call once it has the last one, which nobody counts any more.
+const LAST: usize = 1 << 16;
 
 /// The body of an answer, whose call is in flight until it has been sent: a stream counts as long as it is open.
 struct Held {
@@ -266,6 +266,13 @@ struct Held {
     unread: Option<Unread>,
     line: Option<Line>,
     _taken: Taken,
+}
+
+impl Held {
+    fn piece(&mut self) -> Bytes {
+        let size = self.rest.len();
+        self.rest.split_to(if size > LAST { size - LAST } else { size })
+    }
 }
 
 impl http_body::Body for Held {
@@ -282,12 +289,12 @@ impl http_body::Body for Held {
             match ready!(Pin::new(&mut held.body).poll_frame(context)) {
                 Some(Ok(frame)) => frame.map_data(|data| {
                     held.rest = data;
-                    held.rest.split_to(PIECE.min(held.rest.len()))
+                    held.piece()
                 }),
                 ended => return Poll::Ready(ended),
             }
         } else {
-            Frame::data(held.rest.split_to(PIECE.min(held.rest.len())))
+            Frame::data(held.piece())
         };
         held.unread = held.line.as_ref().map(Line::unread);
         Poll::Ready(Some(Ok(frame)))
@@ -317,7 +324,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn an_answer_is_handed_on_in_pieces() {
+    async fn the_last_of_an_answer_is_handed_on_by_itself() {
         let message: String = (0..200_000_u32).map(|at| char::from(b'a' + (at % 26) as u8)).collect();
         let body = Body::new(message.clone());
         let taken = LimitLayer::new(4).take(LONG[0], None).unwrap();
@@ -326,9 +333,9 @@ mod tests {
         let mut got = Vec::new();
         while let Some(frame) = poll_fn(|context| Pin::new(&mut held).poll_frame(context)).await {
             let piece = frame.unwrap().into_data().unwrap();
-            assert!(piece.len() <= PIECE);
-            got.extend(piece);
+            got.extend_from_slice(&piece);
             assert_eq!(held.is_end_stream(), got.len() == message.len());
+            assert!(!held.is_end_stream() || piece.len() == LAST);
         }
         assert_eq!(got, message.into_bytes());
     }

@@ -31,6 +31,7 @@ use pagewalk_proto::v1;
 use pagewalk_proto::v1::translation_service_client::TranslationServiceClient;
 use pagewalkd::machine::Machine;
 use tokio::runtime::{Builder, Runtime};
+use tokio_stream::{StreamExt as _, StreamMap};
 use tonic::transport::Channel;
 
 const ABOUT: &str = "Written by `cargo bench -p pagewalkd --bench readers`; `benches/readers/main.rs` says what is compared. \
@@ -164,15 +165,15 @@ fn saturate(other: &Other, streams: usize, stop: &AtomicBool, answered: &AtomicU
     runtime().block_on(async {
         let channel = other.connect(Who::Daemon, Way::Unix).await;
         let requests = Arc::new(Shape::Dense.requests());
-        let mut all = Vec::new();
-        for _ in 0..streams {
-            all.push(open(&channel, Arc::clone(&requests), u64::MAX).await);
+        // Whichever has an answer: read in turn, one that runs ahead would fill the connection's window while another is waited for.
+        let mut all = StreamMap::new();
+        for stream in 0..streams {
+            all.insert(stream, open(&channel, Arc::clone(&requests), u64::MAX).await);
         }
         while !stop.load(Ordering::Relaxed) {
-            for answers in &mut all {
-                answers.message().await.unwrap().unwrap();
-                answered.fetch_add(1, Ordering::Relaxed);
-            }
+            let (_, answer) = all.next().await.unwrap();
+            answer.unwrap();
+            answered.fetch_add(1, Ordering::Relaxed);
         }
     });
 }

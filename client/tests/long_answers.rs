@@ -49,6 +49,27 @@ fn a_document_comes_before_the_addresses_end() {
     assert_eq!(documents[2]["faultCount"], 1);
 }
 
+/// What was asked before it is answered, in a document that is whole.
+#[test]
+fn a_word_that_is_no_address_ends_the_documents() {
+    for pieces in 1..=2 {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all("0x2000\n".repeat(pieces * MOST).as_bytes()).unwrap();
+        file.write_all(b"nothing\n").unwrap();
+        let batch = Command::new(env!("CARGO_BIN_EXE_pagewalk"))
+            .args(["--addr", &scripted::start(None).to_string(), "--json", "--timeout", "60s"])
+            .args(["batch", "--max-faults", "0", "--file"])
+            .arg(file.path())
+            .output()
+            .unwrap();
+        assert_eq!(batch.status.code(), Some(2));
+        let problem = format!("line {}: nothing: ", pieces * MOST + 1);
+        assert!(String::from_utf8_lossy(&batch.stderr).contains(&problem), "{batch:?}");
+        let answers: Value = serde_json::from_slice(&batch.stdout).unwrap();
+        assert_eq!(answers.as_array().map_or(1, Vec::len), pieces);
+    }
+}
+
 /// What somebody sees who runs it at a terminal, and the exit code.
 fn at_a_terminal(arguments: &str) -> (String, i32) {
     let pagewalk = env!("CARGO_BIN_EXE_pagewalk");

@@ -3,10 +3,9 @@
 //! Every status carries a `google.rpc.ErrorInfo` whose reason a program can match on, and a message that tells a person what
 //! to do. A fault of the guest is no error: it is an answer.
 
-use std::time::Duration;
-
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use pagewalk::StateError;
 use tonic::{Code, Status};

@@ -73,8 +73,8 @@ pub(super) async fn run(context: &Context, args: &Args) -> Result<ExitCode, Fail
     let progress = Progress::new();
     let (mut requests, mut answered, mut faults) = (0_u64, 0_u64, 0_u64);
     loop {
-        // One answer is a document, several are an array: what comes next has to be known.
-        let next = source.next()?;
+        // One answer is a document, several are an array: what comes next has to be known. A problem with it is told after this.
+        let next = source.next();
         let answer = client.batch_translate(args.request(context, &addresses)).await?;
         if answer.column.len() != Some(addresses.len()) {
             let problem = "the answer has not as many words as there were addresses; update this client";
@@ -88,13 +88,13 @@ pub(super) async fn run(context: &Context, args: &Args) -> Result<ExitCode, Fail
         } else {
             let text = if context.output.is_json() {
                 let document = json::document("BatchTranslateResponse", &answer)?;
-                json::element(&document, requests == 1, next.is_none())?
+                json::element(&document, requests == 1, !matches!(next, Ok(Some(_))))?
             } else {
                 text(&addresses, &answer)
             };
             progress.aside(|| context.output.print(&text))?;
         }
-        match next {
+        match next? {
             Some(next) => addresses = next,
             None => break,
         }

@@ -317,7 +317,6 @@ mod tests {
     use std::future::poll_fn;
 
     use http_body::Body as _;
-
     use prost::Message as _;
     use prost_types::FileDescriptorSet;
 

@@ -18,7 +18,7 @@ pub struct FileMapping {
     // Before the mapping that it guards.
     guard: Guard,
     region: MmapRegion,
-    file: File,
+    file: FileOffset,
     /// A fetch met its end too early.
     short: AtomicBool,
 }
@@ -33,16 +33,17 @@ impl FileMapping {
         if size == 0 {
             return Err(io::Error::other("the file is empty"));
         }
+        let file = FileOffset::new(file.try_clone()?, 0);
         let region = MmapRegionBuilder::new(size)
             .with_mmap_prot(libc::PROT_READ)
             .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-            .with_file_offset(FileOffset::new(file.try_clone()?, 0))
+            .with_file_offset(file.clone())
             .build()
             .map_err(io::Error::other)?;
         // SAFETY: the range is `region`, which is unmapped after the guard is dropped, by the order of the fields. All access
         // to it is atomic or volatile, so that any contents will do.
         let guard = unsafe { Guard::register(region.as_ptr(), region.size())? };
-        Ok(Arc::new(Self { guard, region, file: file.try_clone()?, short: AtomicBool::new(false) }))
+        Ok(Arc::new(Self { guard, region, file, short: AtomicBool::new(false) }))
     }
 
     /// Its size in bytes, as it was when it was mapped.
@@ -77,7 +78,7 @@ pub trait Fetch: Send + Sync {
 /// Not through the mapping: there, to read a hole of a file in memory allocates it, for good and at the guest's cost.
 impl Fetch for FileMapping {
     fn fetch(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        let read = self.file.read_exact_at(into, offset);
+        let read = self.file.file().read_exact_at(into, offset);
         if matches!(&read, Err(e) if e.kind() == io::ErrorKind::UnexpectedEof) {
             self.short.store(true, Ordering::Release);
         }

@@ -101,8 +101,6 @@ struct Stretch {
     read_only: bool,
     from: Arc<dyn Fetch>,
     offset: u64,
-    /// There is a window on it.
-    is_mapped: bool,
 }
 
 impl Stretch {
@@ -123,6 +121,8 @@ pub struct GuestRam {
     files: Box<[Arc<FileMapping>]>,
     /// All that is somebody else's.
     others: Box<[Stretch]>,
+    /// Bytes of those that no window is on.
+    fetched: u64,
     regions: Box<[Region]>,
 }
 
@@ -192,8 +192,8 @@ impl GuestRam {
         largest_first(&mut windows);
         let mut windows = windows.into_iter();
         let first = windows.next().ok_or(MemoryError::Empty)?;
-        let (files, others) = Default::default();
-        Ok(Self { first, rest: windows.collect(), map, files, others, regions: regions.into() })
+        let (files, others, fetched) = Default::default();
+        Ok(Self { first, rest: windows.collect(), map, files, others, fetched, regions: regions.into() })
     }
 
     /// Memory that belongs to somebody else, and is only ever read.
@@ -202,6 +202,7 @@ impl GuestRam {
     /// When there is no region, one is not made of whole pages or not in its file, or two overlap.
     pub fn of_others(regions: impl IntoIterator<Item = (Region, Place)>) -> Result<Self, MemoryError> {
         let (mut windows, mut files, mut others, mut all) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut fetched = 0;
         for (region, place) in regions {
             let Region { start: Gpa(start), size, read_only } = region;
             if start % PAGE != 0 || size % PAGE != 0 || size == 0 || start.checked_add(size).is_none() {
@@ -226,7 +227,8 @@ impl GuestRam {
                 }
                 Place::Fetched(from, offset) => (from, offset, false),
             };
-            others.push(Stretch { start, size, read_only, from, offset, is_mapped });
+            fetched += if is_mapped { 0 } else { size };
+            others.push(Stretch { start, size, read_only, from, offset });
             all.push(region);
         }
         all.sort_by_key(|region| region.start.0);
@@ -248,14 +250,15 @@ impl GuestRam {
             map: GuestMemoryMmap::new(),
             files: files.into(),
             others: others.into(),
+            fetched,
             regions: all.into(),
         })
     }
 
     /// No memory at all, until it is known where it lies.
     pub(super) fn none() -> Self {
-        let (rest, files, others, regions) = Default::default();
-        Self { first: Window::NONE, rest, map: GuestMemoryMmap::new(), files, others, regions }
+        let (rest, files, others, fetched, regions) = Default::default();
+        Self { first: Window::NONE, rest, map: GuestMemoryMmap::new(), files, others, fetched, regions }
     }
 
     /// The regions, by address.
@@ -279,7 +282,7 @@ impl GuestRam {
     /// Whether none of it has to be fetched.
     #[must_use]
     pub fn is_mapped(&self) -> bool {
-        self.others.iter().all(|stretch| stretch.is_mapped)
+        self.fetched == 0
     }
 
     /// Whether most of it has to be fetched, so that a walk may block: to be done where that holds up nobody.
@@ -288,8 +291,7 @@ impl GuestRam {
     /// microseconds for an entry.
     #[must_use]
     pub fn blocks(&self) -> bool {
-        let fetched = self.others.iter().filter(|stretch| !stretch.is_mapped);
-        fetched.map(|stretch| stretch.size).sum::<u64>() > self.size() / 2
+        self.fetched > self.size() / 2
     }
 
     /// Whether a file behind it was found shorter than it was: some of what was read may be zeroes that nobody wrote.
@@ -372,6 +374,7 @@ impl GuestRam {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use std::os::fd::FromRawFd as _;
     use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 
     use pagewalk::{Backing, ExchangeError, Memory as _};
@@ -470,10 +473,11 @@ mod tests {
     /// A guest's memory that nobody has touched stays so.
     #[test]
     fn to_read_a_hole_does_not_fill_it() {
-        let Ok(file) = tempfile::tempfile_in("/dev/shm") else {
-            eprintln!("SKIPPED: there is no /dev/shm");
-            return;
-        };
+        // SAFETY: the name is a string, and the call has no other precondition.
+        let file = unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC) };
+        assert!(file >= 0, "{}", std::io::Error::last_os_error());
+        // SAFETY: it was just made, and is nobody else's.
+        let file = unsafe { std::fs::File::from_raw_fd(file) };
         file.set_len(16 << 20).unwrap();
         file.write_all_at(&[7], 5 << 20).unwrap();
         let before = file.metadata().unwrap().blocks();

@@ -1,5 +1,5 @@
-//! What every call passes through, outermost first: bounds on the calls in flight and on idle ones, a span, the client's deadline, and a
-//! reason for what the transport refuses.
+//! What every call passes through, outermost first: bounds on the calls in flight and on idle ones, a span, the client's
+//! deadline, and a reason for what the transport refuses.
 
 mod deadline;
 mod limit;

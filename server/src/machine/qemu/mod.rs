@@ -14,6 +14,7 @@ mod layout;
 mod monitor;
 mod process;
 mod registers;
+mod vcpu;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -30,10 +31,11 @@ use qapi::qmp;
 use super::mapping::{Fetch, FileMapping};
 use super::memory::{GuestRam, MemoryError, Place};
 use super::{Capabilities, Health, Source};
-use crate::vcpu::{Backend, Exit, RegisterChanges, Registers, RunState, SpawnError, Vcpu, VcpuError};
+use crate::vcpu::{Registers, RunState, SpawnError, Vcpu, VcpuError};
 use layout::Range;
-use monitor::{ANSWER, Event, Events, Monitor};
+use monitor::{Event, Events, Monitor};
 use process::{Area, Process};
+use vcpu::QemuVcpu;
 
 pub use monitor::MonitorError;
 pub use process::ProcessError;
@@ -45,8 +47,6 @@ const CR4_PAE: u64 = 1 << 5;
 const EFER_LMA: u64 = 1 << 10;
 /// How often the layout of memory is asked for while it moves: it is told piece by piece.
 const LAYOUT_TRIES: usize = 5;
-/// How long a stop may take. A connection that is given up meanwhile can make nothing run on.
-const STOP: Duration = Duration::from_secs(300);
 /// Where QEMU does not tell: what its own CPU models have unless told otherwise.
 const MAXPHYADDR: u8 = 40;
 
@@ -383,83 +383,6 @@ impl Attached {
         // An event says so as well, maybe later.
         self.news.state_has_changed();
         done.map(drop).map_err(|error| VcpuError::Unsupported(self.failed(&error.into())))
-    }
-}
-
-/// One vCPU of the guest.
-struct QemuVcpu {
-    attached: Arc<Attached>,
-    index: i64,
-    /// Of what was counted, what is behind it.
-    overtaken: u64,
-    /// What the monitor has no word for, of the CPU and of the last registers.
-    cpu_assumed: Vec<String>,
-    assumed: Vec<String>,
-}
-
-impl QemuVcpu {
-    fn read(&mut self) -> Result<Registers, QemuError> {
-        self.attached.refresh_memory()?;
-        let answer = self.attached.monitor.ask("info registers", self.index)?;
-        let mut read = registers::parse(&answer).map_err(|problem| self.attached.answer(problem))?;
-        if let Some(pdptes) = self.attached.pdptes(&read.registers) {
-            read.registers.pdptes = Some(pdptes);
-            read.assumed
-                .push("PDPTE0-3=as in memory at CR3, without the accessed bits that TCG sets".to_owned());
-        }
-        self.assumed = read.assumed;
-        Ok(read.registers)
-    }
-}
-
-impl Backend for QemuVcpu {
-    fn run(&mut self) -> Exit {
-        Exit::Failed("QEMU runs this guest".to_owned())
-    }
-
-    fn step(&mut self) -> Result<Exit, VcpuError> {
-        Err(VcpuError::Unsupported("QEMU's monitor has no single step: use its gdbstub".to_owned()))
-    }
-
-    fn registers(&mut self) -> Result<Registers, String> {
-        self.read().map_err(|error| self.attached.failed(&error))
-    }
-
-    fn set_registers(&mut self, _: &RegisterChanges) -> Result<(), VcpuError> {
-        Err(VcpuError::Unsupported("QEMU's monitor writes no registers: use its gdbstub".to_owned()))
-    }
-
-    fn assumed(&self) -> Vec<String> {
-        self.cpu_assumed.iter().chain(&self.assumed).cloned().collect()
-    }
-
-    fn elsewhere(&mut self) -> Option<(RunState, String)> {
-        let state = self.attached.state().map_err(|error| self.attached.failed(&error.into()));
-        Some(match (self.attached.news.health.lost(), state) {
-            (Some(reason), _) => (RunState::InternalError, reason.to_string()),
-            (None, Ok(state)) => state,
-            // It is asked again at the next look.
-            (None, Err(_)) => {
-                self.attached.heard.lock().unwrap_or_else(PoisonError::into_inner).state.clone()
-            }
-        })
-    }
-
-    fn overtaken(&mut self) -> bool {
-        let now = self.attached.news.overtaken.load(Ordering::Acquire);
-        std::mem::replace(&mut self.overtaken, now) != now
-    }
-
-    fn pause(&mut self) -> Result<bool, VcpuError> {
-        // Somebody else may have stopped it before, and not want it to run on.
-        let (state, _) = self.attached.state_now()?;
-        // QEMU waits for its disks first.
-        self.attached.command(&qmp::stop {}, STOP)?;
-        Ok(state == RunState::Running)
-    }
-
-    fn resume(&mut self) -> Result<(), VcpuError> {
-        self.attached.command(&qmp::cont {}, ANSWER)
     }
 }
 

@@ -8,6 +8,7 @@ mod convert;
 pub mod layer;
 pub mod listen;
 pub mod machine;
+mod readable;
 mod render;
 pub mod serve;
 mod service;

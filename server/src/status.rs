@@ -13,6 +13,7 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::convert::nested::request_field;
 use crate::machine::{AttachError, DetachError, LookupError};
+use crate::readable::readable;
 use crate::vcpu::VcpuError;
 
 /// Domain of every `ErrorInfo`.
@@ -163,34 +164,36 @@ impl Error {
     }
 }
 
-/// Longest message. It may quote the client, travels in a header, and a header that is too long ends the connection.
+/// Longest message. It travels in a header, and a header that is too long ends the connection.
 const MESSAGE_MAX: usize = 800;
 
-fn bounded(mut message: String) -> String {
-    if message.len() > MESSAGE_MAX {
-        message.truncate(message.floor_char_boundary(MESSAGE_MAX));
-        message.push_str("...");
+/// What is told of a message, which may quote a client, a file or a guest.
+fn told(message: &str) -> String {
+    let mut told = readable(message);
+    if told.len() > MESSAGE_MAX {
+        told.truncate(told.floor_char_boundary(MESSAGE_MAX));
+        told.push_str("...");
     }
-    message
+    told
 }
 
 impl From<Error> for Status {
     fn from(error: Error) -> Self {
         let (code, reason) = error.code();
-        let message = bounded(error.to_string());
+        let message = told(&error.to_string());
         let mut details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::<String, String>::new());
         match &error {
             Error::Invalid { field, problem } | Error::Unimplemented { field, problem } => {
-                details.add_bad_request_violation(*field, bounded(problem.clone()));
+                details.add_bad_request_violation(*field, told(problem));
             }
             Error::SecondDimension { field, error } => {
-                details.add_bad_request_violation(*field, bounded(error.to_string()));
+                details.add_bad_request_violation(*field, told(&error.to_string()));
             }
             Error::Vcpu(VcpuError::InvalidNested(error)) => {
-                details.add_bad_request_violation(request_field(error), bounded(error.to_string()));
+                details.add_bad_request_violation(request_field(error), told(&error.to_string()));
             }
             Error::Vcpu(VcpuError::NestedField { field, problem }) => {
-                details.add_bad_request_violation(*field, bounded(problem.clone()));
+                details.add_bad_request_violation(*field, told(problem));
             }
             _ => {}
         }

@@ -71,7 +71,7 @@ impl Bed {
             }
             Err(problem) => {
                 let said = problem.to_string();
-                assert!(!said.is_empty() && !said.contains('\n'), "{said:?}");
+                assert!(!said.is_empty() && !said.contains(char::is_control), "{said:?}");
                 match problem {
                     DescriptionError::Toml(_) => 3,
                     DescriptionError::Key { .. } => 4,

@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::machine::{GuestRam, Machine};
+use crate::readable::readable;
 use crate::symbols::{KernelMemory, Placed, Symbols};
 use layout::Layout;
 
@@ -154,16 +155,16 @@ fn task(kernel: &KernelMemory<'_>, layout: &Layout, at: u64) -> Result<Option<Ta
         let pgd = pointer(kernel, before.wrapping_add(layout.pgd));
         let root = pgd.and_then(|pgd| kernel.root(pgd));
         let mut pid = [0; 4];
-        let mut name = vec![0; layout.comm_size];
+        let mut comm = vec![0; layout.comm_size];
         if !kernel.read(at.wrapping_add(layout.pid), &mut pid)
-            || !kernel.read(at.wrapping_add(layout.comm), &mut name)
+            || !kernel.read(at.wrapping_add(layout.comm), &mut comm)
         {
             return Err(absent());
         }
         // A program that was started, or ended, meanwhile has another address space, or none.
         if mm()? == before {
             let root = root.ok_or_else(|| format!("the task at {at:#x} has no top table in memory"))?;
-            return Ok(Some(Task { pid: u32::from_le_bytes(pid), name: readable(&name), root }));
+            return Ok(Some(Task { pid: u32::from_le_bytes(pid), name: name(&comm), root }));
         }
     }
     Err(format!("the task at {at:#x} did not stand still"))
@@ -180,18 +181,12 @@ fn number(bytes: &[u8]) -> u64 {
     bytes.iter().rev().fold(0, |number, byte| (number << 8) | u64::from(*byte))
 }
 
-/// A name up to its first zero, without characters that steer a terminal.
-fn readable(name: &[u8]) -> String {
-    let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
+/// A name up to its first zero, whose bytes may be of any kind.
+fn name(bytes: &[u8]) -> String {
+    let bytes = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
     let mut text = String::new();
-    for chunk in name.utf8_chunks() {
-        for valid in chunk.valid().chars() {
-            if valid.is_control() {
-                text.extend(valid.escape_unicode());
-            } else {
-                text.push(valid);
-            }
-        }
+    for chunk in bytes.utf8_chunks() {
+        text.push_str(&readable(chunk.valid()));
         text.extend(chunk.invalid().iter().flat_map(|byte| byte.escape_ascii()).map(char::from));
     }
     text

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::nested::NestedEntry;
 use super::number::Number;
 use crate::machine::Landmark;
+use crate::readable::readable;
 use crate::vcpu::{self, NestedMode, Registers, Snapshot};
 
 const PAGE: u64 = 4096;
@@ -309,7 +310,8 @@ impl Description {
             let line = e.span().map(|Range { start, .. }| {
                 format!("line {}: ", text.get(..start).unwrap_or_default().matches('\n').count() + 1)
             });
-            DescriptionError::Toml(format!("{}{}", line.unwrap_or_default(), e.message()))
+            // They quote the text as well.
+            DescriptionError::Toml(format!("{}{}", line.unwrap_or_default(), readable(e.message())))
         })?;
         description.check()?;
         Ok(description)

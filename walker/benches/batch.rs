@@ -13,7 +13,6 @@
 //! `x86_64` and memflow check presence and page size alone.
 //!
 //! `cargo bench -p pagewalk --bench batch -- CASE...` takes these cases alone, and their rows of the record are replaced.
-//! `--count portable|avx2 CASE` walks a million addresses and prints nothing, for an instruction counter.
 
 #![allow(
     missing_docs,
@@ -133,11 +132,6 @@ fn main() {
     let arguments: Vec<String> = args().skip(1).filter(|argument| argument != "--bench").collect();
     // Cargo passes `--bench`; without it this is a test that each case runs.
     let short = !args().any(|argument| argument == "--bench");
-    if let [count, instructions, case] = &arguments[..]
-        && count == "--count"
-    {
-        return count_instructions(instructions, case);
-    }
     let wanted = |case: &str| {
         let mut cases = arguments.iter().filter(|argument| !argument.starts_with("--")).peekable();
         cases.peek().is_none() || cases.any(|wanted| wanted == case)
@@ -198,21 +192,4 @@ fn two_guests(mixed: &Guest, plain: &Guest, rows: &mut Rows, short: bool) {
         ("single walks", Box::new(single(mixed))),
     ];
     rounds(mixed, contestants, rows, "mixed", short);
-}
-
-fn count_instructions(instructions: &str, case: &str) {
-    let guest = match case {
-        "hot" => Guest::dense(512),
-        _ => Guest::dense(1 << 18),
-    };
-    let mut contestant: Walks<'_> = match instructions {
-        "portable" => Box::new(batch(&guest, Instructions::Portable, CALL)),
-        "avx2" => Box::new(batch(&guest, Instructions::Avx2, CALL)),
-        "single" => Box::new(single(&guest)),
-        "nothing" => return,
-        _ => panic!("--count portable|avx2|single|nothing hot|near"),
-    };
-    for _ in 0..16 {
-        contestant(&guest.gvas[..TURN]);
-    }
 }

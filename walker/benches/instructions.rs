@@ -1,5 +1,8 @@
-//! Instructions of one walk, the bench's loop included, as callgrind counts them: `cargo bench -p pagewalk --bench instructions`
-//! runs itself under valgrind, and takes the difference of two runs of which one walks a hundred thousand times more.
+//! Instructions of one walk, alone and in a batch, the bench's loop included, as callgrind counts them: `cargo bench -p pagewalk
+//! --bench instructions` runs itself under valgrind, and takes the difference of two runs of which one walks a hundred thousand
+//! times more.
+//!
+//! Batches are those of the bench of that name, in calls of 4096, by the portable lanes and by AVX2: valgrind knows no AVX-512.
 //!
 //! Times depend on the machine and on how the code happens to lie; these do not. But a compiler that finds a peer too large to
 //! inline here, and inlines it into the bench of times, adds a call of a dozen instructions.
@@ -11,11 +14,16 @@
     reason = "a bench that reports on standard output"
 )]
 
+#[path = "batch/guests.rs"]
+mod guests;
 mod support;
 
 use std::env::{args, current_exe};
+use std::hint::black_box;
 use std::process::Command;
 
+use guests::read;
+use pagewalk::{Gva, Instructions, Window};
 use support::bed::{PAGE, PAGE_SIZE, Ram};
 use support::guest::{Guest, PLAIN};
 use support::{memflow, offset_page_table};
@@ -28,9 +36,15 @@ const CASES: &[(&str, &[&str])] = &[
     ("5-level", &["pagewalk"]),
     ("NPT-4x4", &["pagewalk"]),
     ("EPT-4x4", &["pagewalk"]),
+    ("batch-hot", &["portable", "avx2", "single walks"]),
+    ("batch-near", &["portable", "avx2", "single walks"]),
+    ("batch-mixed", &["portable", "avx2", "single walks"]),
+    ("batch-nested", &["portable", "avx2", "single walks"]),
 ];
-const FEW: u64 = 1_000;
-const MORE: u64 = 100_000;
+const FEW: u64 = CALL as u64;
+const MORE: u64 = 25 * CALL as u64;
+/// Addresses of one call.
+const CALL: usize = 4096;
 
 fn main() {
     let arguments: Vec<String> = args().skip_while(|argument| argument != "--count").collect();
@@ -60,6 +74,9 @@ fn collected(side: &str, case: &str, times: u64) -> u64 {
 }
 
 fn walk(side: &str, case: &str, times: u64) {
+    if let Some(guest) = case.strip_prefix("batch-") {
+        return batch(side, guest, times as usize);
+    }
     let ram = Ram::new(64 * PAGE);
     let guest = match case {
         "hot" | "hot-chained" => Guest::hot(ram, 4, 1, PLAIN),
@@ -78,4 +95,31 @@ fn walk(side: &str, case: &str, times: u64) {
         ("memflow", false) => memflow::in_a_loop(&guest)(times),
         _ => panic!("{side}: no such side"),
     };
+}
+
+fn batch(side: &str, guest: &str, times: usize) {
+    let guest = match guest {
+        "hot" => guests::Guest::dense(512),
+        "near" => guests::Guest::dense(1 << 14),
+        "mixed" => guests::Guest::mixed(1 << 14),
+        "nested" => guests::Guest::nested(1 << 12),
+        _ => panic!("{guest}: no such guest"),
+    };
+    let (memory, access) = (Window::new(guest.words), black_box(read()));
+    let mut words = [0; CALL];
+    for gvas in guest.gvas[..times].chunks(CALL) {
+        let instructions = match side {
+            "portable" => Instructions::Portable,
+            "avx2" => Instructions::Avx2,
+            _ => {
+                for gva in gvas {
+                    black_box(&guest.walker.translate(&memory, Gva(*gva), &access));
+                }
+                continue;
+            }
+        };
+        let mut fault = |_, fault| drop(black_box(fault));
+        guest.walker.translate_batch_by(instructions, &memory, &access, gvas, &mut words, &mut fault);
+        black_box(&words);
+    }
 }

@@ -86,26 +86,38 @@ impl Bench {
             echo::know(&layered, answer).await;
             let calls = if flight == 1 { self.calls / 4 } else { self.calls };
             let mut times = [Vec::new(), Vec::new(), Vec::new(), Vec::new()];
+            let mut cpus = times.clone();
             for _ in 0..if self.rounds == 1 { 1 } else { rounds } {
-                let ours = in_flight(flight, calls, || {
-                    let (mut daemon, request) = (daemon.clone(), request.clone());
-                    async move { drop(daemon.translate(request).await.unwrap()) }
-                });
-                times[0].push(ours.await);
-                let known = in_flight(flight, calls, || {
-                    let (channel, request) = (layered.clone(), request.clone());
-                    async move { drop(echo::known(&channel, request).await) }
-                });
-                times[3].push(known.await);
-                for (times, channel) in times[1..].iter_mut().zip([&layered, &bare]) {
-                    let call = in_flight(flight, calls, || {
-                        let (channel, payload) = (channel.clone(), payload.clone());
-                        async move { drop(echo::ask(&channel, SIZED, payload).await) }
+                for (side, (times, cpus)) in times.iter_mut().zip(&mut cpus).enumerate() {
+                    let used = self.other.cpu();
+                    times.push(match side {
+                        0 => {
+                            let call = || {
+                                let (mut daemon, request) = (daemon.clone(), request.clone());
+                                async move { drop(daemon.translate(request).await.unwrap()) }
+                            };
+                            in_flight(flight, calls, call).await
+                        }
+                        1 => {
+                            let call = || {
+                                let (channel, request) = (layered.clone(), request.clone());
+                                async move { drop(echo::known(&channel, request).await) }
+                            };
+                            in_flight(flight, calls, call).await
+                        }
+                        _ => {
+                            let channel = if side == 2 { &layered } else { &bare };
+                            let call = || {
+                                let (channel, payload) = (channel.clone(), payload.clone());
+                                async move { drop(echo::ask(&channel, SIZED, payload).await) }
+                            };
+                            in_flight(flight, calls, call).await
+                        }
                     });
-                    times.push(call.await);
+                    cpus.push((self.other.cpu() - used) / calls as f64);
                 }
             }
-            let [ours, layered, bare, known] = times;
+            let [ours, known, layered, bare] = times;
             let case = format!("Translate, {way:?}, {flight} in flight");
             self.report.add(&case, "ns a call", ours.clone(), "echo behind the same layers", layered.clone());
             self.report.add(&case, "ns a call", ours.clone(), "bare echo", bare.clone());
@@ -119,6 +131,11 @@ impl Bench {
                 "bare echo",
                 bare,
             );
+            let case = format!("Translate, {way:?}, {flight} in flight: the daemon's CPU");
+            let [ours, known, layered, bare] = cpus;
+            self.report.add(&case, "ns a call", ours.clone(), "echo behind the same layers", layered);
+            self.report.add(&case, "ns a call", ours.clone(), "bare echo", bare);
+            self.report.add(&case, "ns a call", ours, "the answer known, same layers", known);
         }
     }
 

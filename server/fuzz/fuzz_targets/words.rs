@@ -9,6 +9,6 @@ thread_local! {
     static BED: Bed = Bed::default();
 }
 
-fuzz_target!(init: report::begin("fuzz-words", &CLASSES, 200_000), |bytes: &[u8]| {
+fuzz_target!(init: report::begin("fuzz-words", &CLASSES, 20_000), |bytes: &[u8]| {
     report::case(|counts| BED.with(|bed| bed.check(bytes, counts)));
 });

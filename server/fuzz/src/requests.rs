@@ -1,6 +1,7 @@
 //! Arbitrary bytes as the message of a call, through a connection and every layer, to the demo machine in plain memory.
 //!
-//! The first byte picks the method. Machines are not attached and registers not set: an input has to mean the same every time.
+//! The first byte picks the method, and where it is large, the others are not the message but say what is in it: of bytes, few are
+//! a request that is answered. Machines are not attached and registers not set: an input has to mean the same every time.
 
 use h2::client::SendRequest;
 use http::Request;
@@ -33,6 +34,147 @@ const METHODS: [&str; 9] = [
     "VcpuService/GetRegisters",
     "MachineService/GetMachine",
 ];
+
+/// First bytes from here on have the message built.
+const BUILT: u8 = 0x80;
+
+/// Where something of the demo guest is, or nothing can be.
+const PLACES: [u64; 8] = [
+    0xffff_8000_0001_0000,
+    0xffff_8000_0001_3000,
+    0xffff_ffff_8100_1000,
+    0x40_0000,
+    0,
+    0x1_0000,
+    0x8000_0000_0000,
+    0xffff_ffff_ffff_f000,
+];
+
+/// What a request is made of, as the bytes of an input choose it.
+struct Choices<'a>(std::slice::Iter<'a, u8>);
+
+impl Choices<'_> {
+    fn byte(&mut self) -> u8 {
+        self.0.next().copied().unwrap_or_default()
+    }
+
+    fn flag(&mut self) -> bool {
+        self.byte() & 1 != 0
+    }
+
+    fn number(&mut self, below: u8) -> i32 {
+        (self.byte() % below).into()
+    }
+
+    fn address(&mut self) -> v1::Address {
+        let place = PLACES[usize::from(self.byte()) % PLACES.len()];
+        let offset = u64::from(self.byte()) << 4 | u64::from(self.byte()) << 12;
+        v1::Address { value: Some(v1::address::Value::Number(place.wrapping_add(offset))) }
+    }
+
+    fn access(&mut self) -> v1::Access {
+        let (kind, privilege) = (self.number(5), self.number(5));
+        let more = self.byte();
+        v1::Access {
+            kind,
+            privilege,
+            ac: (more & 1 != 0).then_some(more & 2 != 0),
+            pkru: (more & 4 != 0).then(|| self.byte().into()),
+            pkrs: (more & 8 != 0).then(|| self.byte().into()),
+            stack: more & 0x10 != 0,
+        }
+    }
+
+    /// Walker state in which most registers are the vCPU's own.
+    fn walker(&mut self) -> Option<v1::WalkerOverride> {
+        use v1::walker_override::SecondDimension;
+        let which = self.byte();
+        let root = |choices: &mut Self| u64::from(choices.byte() % 32) << 12;
+        (which & 0xc0 == 0xc0).then(|| v1::WalkerOverride {
+            cr3: (which & 1 != 0).then(|| root(self)),
+            cr4: (which & 2 != 0)
+                .then(|| 0x20 | u64::from(self.byte()) << 16 | u64::from(self.byte() & 0x10) << 8),
+            efer: (which & 4 != 0).then(|| u64::from(self.byte()) << 8),
+            maxphyaddr: (which & 8 != 0).then(|| u32::from(self.byte() % 56)),
+            second_dimension: match which >> 4 & 3 {
+                1 => Some(SecondDimension::Npt(v1::Npt { ncr3: root(self), ..Default::default() })),
+                2 => {
+                    let eptp = root(self) | u64::from(self.byte());
+                    Some(SecondDimension::Ept(v1::Ept { eptp, ..Default::default() }))
+                }
+                _ => None,
+            },
+            ..Default::default()
+        })
+    }
+}
+
+/// A message for this method, most fields of which can be.
+fn build(method: &str, choices: &[u8]) -> Vec<u8> {
+    let mut choices = Choices(choices.iter());
+    let freshness = choices.number(4);
+    let walker = choices.walker();
+    match method {
+        "TranslationService/Translate" => v1::TranslateRequest {
+            address: Some(choices.address()),
+            access: Some(choices.access()),
+            ad_policy: choices.number(2),
+            freshness,
+            r#override: walker,
+            trace: choices.flag(),
+            explain: choices.flag(),
+            validate: choices.flag(),
+            ..Default::default()
+        }
+        .encode_to_vec(),
+        "TranslationService/TranslateNestedGpa" => v1::TranslateNestedGpaRequest {
+            address: Some(choices.address()),
+            // Other fields of it are a GVA's.
+            access: Some(v1::Access { ac: None, pkru: None, pkrs: None, stack: false, ..choices.access() }),
+            phase: choices.number(3),
+            ad_policy: choices.number(2),
+            freshness,
+            r#override: walker,
+            trace: choices.flag(),
+            explain: choices.flag(),
+            validate: choices.flag(),
+            ..Default::default()
+        }
+        .encode_to_vec(),
+        "TranslationService/ExplainFault" => {
+            use v1::explain_fault_request::Seen;
+            let (nested_gpa, bits) = (Some(choices.address()), u64::from(choices.byte()));
+            let seen = match choices.number(4) {
+                0 => Seen::PageFault(v1::PageFault { error_code: bits as u32, cr2: nested_gpa }),
+                1 => Seen::NestedPageFault(v1::NestedPageFault { exit_info_1: bits | 1 << 32, nested_gpa }),
+                2 => Seen::EptViolation(v1::EptViolation {
+                    exit_qualification: bits,
+                    nested_gpa,
+                    ..Default::default()
+                }),
+                _ => Seen::EptMisconfiguration(v1::EptMisconfiguration { nested_gpa }),
+            };
+            v1::ExplainFaultRequest { seen: Some(seen), freshness, r#override: walker, ..Default::default() }
+                .encode_to_vec()
+        }
+        "TranslationService/BatchTranslate" => {
+            let head = v1::BatchTranslateRequestHead {
+                access: Some(choices.access()),
+                freshness,
+                r#override: walker,
+                max_faults: choices.flag().then(|| choices.byte().into()),
+                validate: choices.flag(),
+                ..Default::default()
+            };
+            let column = (0..choices.byte()).map(|_| match choices.address().value {
+                Some(v1::address::Value::Number(gva)) => gva,
+                _ => 0,
+            });
+            v1::BatchTranslateRequest { head, column: column.collect() }.encode_to_vec()
+        }
+        _ => Vec::new(),
+    }
+}
 
 /// A daemon in this process, and a connection to it.
 pub struct Bed {
@@ -105,8 +247,15 @@ impl Bed {
     /// # Panics
     /// Where the answer is none.
     pub fn check(&self, bytes: &[u8], counts: &mut [u64]) {
-        let Some((&method, message)) = bytes.split_first() else { return };
-        let method = METHODS[usize::from(method) % METHODS.len()];
+        let Some((&first, message)) = bytes.split_first() else { return };
+        let method = METHODS[usize::from(first) % METHODS.len()];
+        let built;
+        let message = if first < BUILT {
+            message
+        } else {
+            built = build(method, message);
+            &built
+        };
         let (status, answer) = self.call(method, message);
         // UNKNOWN, DEADLINE_EXCEEDED, INTERNAL, UNAVAILABLE, DATA_LOSS: the daemon's fault, not the request's.
         assert!(!matches!(status, 2 | 4 | 13 | 14 | 15), "{method}: status {status}");

@@ -12,7 +12,7 @@ use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-use crate::{answers::Answers, connection::ConnectionError, endpoint::Endpoint, error::Error};
+use crate::{answers::Answers, connection::ConnectionError, endpoint::Endpoint, error::Error, unix};
 
 /// How long a call may take unless told otherwise.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(10);
@@ -71,7 +71,13 @@ impl Client {
     pub async fn connect(endpoint: Endpoint) -> Result<Self, Error> {
         let transport = endpoint.transport()?;
         // The transport's own bound covers neither the TLS handshake nor the name's resolution.
-        let channel = match tokio::time::timeout(endpoint.connect_timeout(), transport.connect()).await {
+        let connected = async {
+            match endpoint.socket() {
+                Some(path) => unix::connect(&transport, path.clone()).await,
+                None => transport.connect().await,
+            }
+        };
+        let channel = match tokio::time::timeout(endpoint.connect_timeout(), connected).await {
             Ok(Ok(channel)) => channel,
             Ok(Err(error)) => return Err(ConnectionError::from_transport(&endpoint, &error).into()),
             Err(_) => return Err(ConnectionError::timeout(&endpoint).into()),

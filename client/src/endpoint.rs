@@ -145,12 +145,8 @@ impl Endpoint {
                      pass the certificate of the daemon's authority (--tls-ca)"
                 )));
             }
-            (Target::Unix(path), None) => {
-                let Some(path) = path.to_str() else {
-                    return Err(EndpointError::Contradiction(format!("{self} is not UTF-8")));
-                };
-                (format!("unix:{path}"), None)
-            }
+            // Whoever connects by the socket knows its path.
+            (Target::Unix(_), None) => ("http://localhost".to_owned(), None),
             (Target::Tcp { authority, .. }, None) => (format!("http://{authority}"), None),
             (Target::Tcp { authority, .. }, Some(tls)) => (format!("https://{authority}"), Some(tls)),
         };

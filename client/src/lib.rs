@@ -29,6 +29,7 @@ mod endpoint;
 mod error;
 mod image;
 mod tls;
+mod unix;
 
 pub use answers::Answers;
 pub use client::{Client, DEFAULT_DEADLINE};

@@ -13,6 +13,8 @@ use prost::encoding::{
     self, DecodeContext, WireType, encode_key, encode_varint, encoded_len_varint, key_len,
 };
 
+use zerocopy::IntoBytes as _;
+
 use crate::v1;
 
 const WORD: usize = size_of::<u64>();
@@ -141,6 +143,25 @@ impl Hash for Column {
 impl From<Bytes> for Column {
     fn from(bytes: Bytes) -> Self {
         Self(Pieces::One(bytes))
+    }
+}
+
+/// Words of this machine, nothing copied where its order is that of the wire.
+impl From<Vec<u64>> for Column {
+    fn from(mut words: Vec<u64>) -> Self {
+        for word in &mut words {
+            *word = word.to_le();
+        }
+        Self(Pieces::One(Bytes::from_owner(Owned(words))))
+    }
+}
+
+/// Words, as the bytes that they are in memory.
+struct Owned(Vec<u64>);
+
+impl AsRef<[u8]> for Owned {
+    fn as_ref(&self) -> &[u8] {
+        self.0.as_bytes()
     }
 }
 

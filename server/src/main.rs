@@ -4,12 +4,18 @@ use std::io::{self, IsTerminal as _, Write as _};
 use std::process::ExitCode;
 
 use clap::Parser as _;
+use mimalloc::MiMalloc;
 use pagewalkd::config::{Cli, Command, Config, LogFormat, Options};
 use pagewalkd::machine::Machines;
 use pagewalkd::serve::Server;
 use pagewalkd::tour;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
+
+/// The columns of batches come and go by the half-megabyte: the C library's allocator hands such memory back to the system and has
+/// it cleared anew each time.
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 

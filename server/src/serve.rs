@@ -15,6 +15,7 @@ use pagewalk_proto::v1::walker_service_server::WalkerServiceServer;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::service::Routes;
 use tonic::transport::Server as Grpc;
@@ -24,7 +25,7 @@ use tower::layer::util::{Identity, Stack};
 
 use crate::config::Config;
 use crate::layer::{DeadlineLayer, LimitLayer, ReasonLayer, TraceLayer};
-use crate::listen::{Incoming, ListenError, TlsError, UdsListener, bind_tcp};
+use crate::listen::{Incoming, ListenError, TlsError, UdsListener, bind_tcp, widen};
 use crate::machine::Machines;
 use crate::service::{Daemon, add_to};
 
@@ -149,7 +150,8 @@ impl Server {
         }
         let socket_file = self.uds.map(|uds| {
             let router: Router<Layers> = self.grpc.add_routes(self.routes.clone());
-            let incoming = Incoming::new(UnixListenerStream::new(uds.listener));
+            let accepted = UnixListenerStream::new(uds.listener);
+            let incoming = Incoming::new(accepted.map(|stream| stream.inspect(widen)));
             tasks.spawn(router.serve_with_incoming_shutdown(incoming, drained(&self.draining)));
             uds.file
         });

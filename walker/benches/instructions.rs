@@ -14,6 +14,7 @@
     reason = "a bench that reports on standard output"
 )]
 
+#[allow(dead_code, reason = "the bench of batches uses more of it")]
 #[path = "batch/guests.rs"]
 mod guests;
 mod support;
@@ -38,6 +39,7 @@ const CASES: &[(&str, &[&str])] = &[
     ("EPT-4x4", &["pagewalk"]),
     ("batch-hot", &["portable", "avx2", "single walks"]),
     ("batch-near", &["portable", "avx2", "single walks"]),
+    ("batch-sparse", &["portable", "avx2", "single walks"]),
     ("batch-mixed", &["portable", "avx2", "single walks"]),
     ("batch-nested", &["portable", "avx2", "single walks"]),
 ];
@@ -101,6 +103,7 @@ fn batch(side: &str, guest: &str, times: usize) {
     let guest = match guest {
         "hot" => guests::Guest::dense(512),
         "near" => guests::Guest::dense(1 << 14),
+        "sparse" => guests::Guest::sparse(1 << 12),
         "mixed" => guests::Guest::mixed(1 << 14),
         "nested" => guests::Guest::nested(1 << 12),
         _ => panic!("{guest}: no such guest"),
@@ -118,7 +121,9 @@ fn batch(side: &str, guest: &str, times: usize) {
                 continue;
             }
         };
-        let mut fault = |_, fault| drop(black_box(fault));
+        let mut fault = |_, fault| {
+            black_box(&fault);
+        };
         guest.walker.translate_batch_by(instructions, &memory, &access, gvas, &mut words, &mut fault);
         black_box(&words);
     }

@@ -7,14 +7,18 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
+use hyper_util::rt::TokioIo;
 use pagewalkd::config::Config;
+use pagewalkd::listen::widen;
 use pagewalkd::machine::{Machine, Machines};
 use pagewalkd::serve::{Server, transport};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Channel, Endpoint};
+use tower::service_fn;
 
 use super::echo::Echo;
 use super::guest::{BATCHES, Shape, in_process};
@@ -74,6 +78,7 @@ async fn start(directory: &Path, machines: Vec<Machine>) -> Vec<String> {
         addresses.push(tcp.local_addr().unwrap().to_string());
         let tcp = TcpIncoming::from(tcp).with_nodelay(Some(true));
         let unix = UnixListenerStream::new(UnixListener::bind(socket(directory, who)).unwrap());
+        let unix = unix.map(|stream| stream.inspect(widen));
         let routes = || Routes::new(Echo);
         if who == Who::Layered {
             let mut server = transport(CALLS);
@@ -143,11 +148,23 @@ impl Other {
     }
 
     pub(crate) async fn connect(&self, who: Who, way: Way) -> Channel {
-        let target = self.target(who, way);
-        let uri = if way == Way::Tcp { format!("http://{target}") } else { target };
+        let uri = format!("http://{}", self.addresses[who as usize]);
         let endpoint = Endpoint::from_shared(uri).unwrap();
         let endpoint = endpoint.initial_stream_window_size(8 << 20).initial_connection_window_size(16 << 20);
-        endpoint.max_frame_size(1 << 20).tcp_nodelay(true).connect().await.unwrap()
+        let endpoint = endpoint.max_frame_size(1 << 20).tcp_nodelay(true);
+        if way == Way::Tcp {
+            return endpoint.connect().await.unwrap();
+        }
+        let path = socket(self.directory.path(), who);
+        let connector = service_fn(move |_| {
+            let path = path.clone();
+            async move {
+                let stream = UnixStream::connect(path).await?;
+                widen(&stream);
+                Ok::<_, std::io::Error>(TokioIo::new(stream))
+            }
+        });
+        endpoint.connect_with_connector(connector).await.unwrap()
     }
 
     /// Nanoseconds of processor that it has used.

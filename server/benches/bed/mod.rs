@@ -10,3 +10,7 @@ pub(crate) mod report;
 pub(crate) fn open(spec: &str) -> pagewalkd::machine::Machine {
     spec.parse::<pagewalkd::machine::MachineSpec>().unwrap().open().unwrap()
 }
+
+/// The daemon's own.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;

@@ -8,6 +8,7 @@ mod uds;
 pub(crate) use incoming::Incoming;
 pub(crate) use tcp::bind as bind_tcp;
 pub use tls::{Tls, TlsError};
+pub use uds::widen;
 pub(crate) use uds::{SocketFile, UdsListener, claim, connect};
 
 use std::net::SocketAddr;

@@ -1,14 +1,12 @@
 //! Batches: one walk an address, all by the same walker, for the same access.
 //!
-//! The addresses are walked a slice at a time, from a copy on the stack; the words are appended to the column that becomes the
-//! answer.
+//! The addresses are walked a slice at a time, from a copy on the stack, into the column that becomes the answer.
 
 use std::time::Instant;
 
 use pagewalk::{Access, AdPolicy, Gva, PageWord, Trace, Walker};
 use pagewalk_proto::Column;
 use pagewalk_proto::v1;
-use prost::bytes::BytesMut;
 
 use super::Daemon;
 use super::translation::{check_width, walker};
@@ -52,7 +50,7 @@ pub(super) async fn translate(
     }
 
     let mut answer = Answer {
-        words: BytesMut::with_capacity(count * size_of::<u64>()),
+        words: Vec::with_capacity(count),
         faults: Vec::new(),
         max_faults,
         fault_count: 0,
@@ -93,7 +91,7 @@ pub(super) async fn translate(
             faults: answer.faults,
             fault_count: answer.fault_count,
         },
-        column: answer.words.freeze().into(),
+        column: answer.words.into(),
     })
 }
 
@@ -122,7 +120,7 @@ fn max_faults(requested: Option<u32>) -> Result<usize, Error> {
 
 /// An answer in the making.
 struct Answer {
-    words: BytesMut,
+    words: Vec<u64>,
     faults: Vec<v1::BatchFault>,
     max_faults: usize,
     fault_count: u32,
@@ -142,9 +140,11 @@ impl Answer {
         start: usize,
         size: usize,
     ) -> usize {
-        let (mut gvas, mut words) = ([0_u64; SLICE], [0_u64; SLICE]);
+        let mut gvas = [0; SLICE];
         let size = column.copy_to(start, &mut gvas[..size.min(SLICE)]);
-        let (gvas, words) = (&gvas[..size], &mut words[..size]);
+        let gvas = &gvas[..size];
+        self.words.resize(start + size, 0);
+        let words = &mut self.words[start..];
         let mut refused = Vec::new();
         let mut refuse = |at, fault| {
             refused.push((at, convert::fault::word(&fault)));
@@ -174,11 +174,6 @@ impl Answer {
         }
         for (at, word) in refused {
             words[at] = word;
-        }
-        let end = self.words.len();
-        self.words.resize(end + size_of_val(words), 0);
-        for (bytes, word) in self.words[end..].as_chunks_mut().0.iter_mut().zip(words) {
-            *bytes = word.to_le_bytes();
         }
         size
     }

@@ -8,6 +8,9 @@ pub(crate) const WIDTH: usize = 8;
 
 /// A way to load entries, which is there only where the CPU has the instructions for it.
 pub(crate) trait Gather: Copy {
+    /// Whether words that lie apart are loaded by one instruction.
+    const TOGETHER: bool = false;
+
     /// The words with these numbers, each in one atomic access, in the guest's order; 0 for those that there are not.
     fn gather(self, words: &[AtomicU64], numbers: &[u64; WIDTH]) -> [u64; WIDTH];
 
@@ -119,6 +122,8 @@ impl Together {
 
 #[cfg(target_arch = "x86_64")]
 impl Gather for Together {
+    const TOGETHER: bool = true;
+
     #[inline(always)]
     fn gather(self, words: &[AtomicU64], numbers: &[u64; WIDTH]) -> [u64; WIDTH] {
         // SAFETY: that there is a `Self` says that this CPU has AVX-512 F.

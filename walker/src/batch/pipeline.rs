@@ -16,7 +16,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use crate::access::Access;
 use crate::addr::Gpa;
-use crate::batch::admission::{Admission, State};
+use crate::batch::admission::{Admission, State, TablePages};
 use crate::batch::column::{BLOCK, Column, differing, lanes, mask, offset, shift};
 use crate::batch::dispatch::Walks;
 use crate::batch::gather::{Gather, WIDTH};
@@ -357,9 +357,9 @@ impl<'a, M: Memory, const SHORT: bool> Lanes<'a, M, SHORT> {
     /// Gives a whole block its words, where all of its addresses lead through this page table to pages in RAM that the access
     /// may use. Otherwise what it has put into `words` does not count.
     #[inline(always)]
-    fn at_once(
+    fn at_once<G: Gather>(
         &self,
-        gather: impl Gather,
+        gather: G,
         table: &KnownTable<'_>,
         entries: &mut Column,
         gvas: &[u64],
@@ -368,12 +368,15 @@ impl<'a, M: Memory, const SHORT: bool> Lanes<'a, M, SHORT> {
         let (Some(gvas), Some(words)) = (gvas.as_array::<BLOCK>(), words.as_mut_array::<BLOCK>()) else {
             return false;
         };
-        let (groups, _) = entries.as_chunks_mut::<WIDTH>();
-        for (entries, gvas) in groups.iter_mut().zip(gvas.as_chunks::<WIDTH>().0) {
-            *entries = gather.gather(table.entries, &gvas.map(|gva| Self::number(gva, 1)));
+        let pages = self.admission.pages().under(table.state);
+        if G::TOGETHER {
+            return self.at_once_gathered(gather, table, pages, gvas, words);
+        }
+        for (entry, gva) in entries.iter_mut().zip(gvas) {
+            let word = &table.entries[Self::number(*gva, 1) as usize];
+            *entry = u64::from_le(word.load(Ordering::Relaxed));
         }
         Self::pick(entries, gvas, 1);
-        let pages = self.admission.pages().under(table.state);
         let (mut differing, mut elsewhere, mut outside) = (0, 0, 0);
         for ((word, entry), gva) in words.iter_mut().zip(entries.iter()).zip(gvas) {
             let page = pages.word(*entry);
@@ -382,6 +385,40 @@ impl<'a, M: Memory, const SHORT: bool> Lanes<'a, M, SHORT> {
             outside |= self.ram.outside(page & PageWord::FRAME);
             *word = page;
         }
+        Self::all_accepted(pages, differing, elsewhere, outside)
+    }
+
+    /// The same, with entries that stay in the registers into which they are gathered.
+    #[inline(always)]
+    fn at_once_gathered(
+        &self,
+        gather: impl Gather,
+        table: &KnownTable<'_>,
+        pages: TablePages,
+        gvas: &Column,
+        words: &mut Column,
+    ) -> bool {
+        // By lane until the end: what is folded meanwhile leaves the vectors.
+        let mut found = [[0; WIDTH]; 3];
+        let [differing, elsewhere, outside] = &mut found;
+        for (words, gvas) in words.as_chunks_mut::<WIDTH>().0.iter_mut().zip(gvas.as_chunks::<WIDTH>().0) {
+            let entries = gather.gather(table.entries, &gvas.map(|gva| Self::number(gva, 1)));
+            for lane in 0..WIDTH {
+                let entry = Self::entry(entries[lane], gvas[lane], 1);
+                let page = pages.word(entry);
+                differing[lane] |= pages.differing(entry);
+                elsewhere[lane] |= gvas[lane] ^ table.gva;
+                outside[lane] |= self.ram.outside(page & PageWord::FRAME);
+                words[lane] = page;
+            }
+        }
+        let [differing, elsewhere, outside] = found.map(|lanes| lanes.iter().fold(0, |all, lane| all | lane));
+        Self::all_accepted(pages, differing, elsewhere, outside)
+    }
+
+    /// Whether no entry of a table differs from those that map pages, no address leads elsewhere, and no page is outside the run.
+    #[inline(always)]
+    fn all_accepted(pages: TablePages, differing: u64, elsewhere: u64, outside: u64) -> bool {
         pages.accepts(differing) && elsewhere >> Self::shift(2) == 0 && outside >> 63 == 0
     }
 

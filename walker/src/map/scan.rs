@@ -71,6 +71,7 @@ impl<'a, M: Memory, S: FnMut(Extent) -> ControlFlow<()>> Scan<'a, M, S> {
         sink: S,
     ) -> Self {
         let exempt = cursor.access.is_exempt();
+        let instructions = Instructions::best();
         Self {
             walker,
             memory,
@@ -82,8 +83,8 @@ impl<'a, M: Memory, S: FnMut(Extent) -> ControlFlow<()>> Scan<'a, M, S> {
             // The second dimension may refuse the access a table, or the update of an entry, and the dirty bit of a leaf
             // makes a shadow stack: an extent's pages have none of it in common.
             page_by_page: !exempt && (walker.ngpa_walk().is_some() || cursor.access.is_shadow_stack()),
-            behind: Behind::new(),
-            instructions: Instructions::best(),
+            behind: Behind::new(instructions),
+            instructions,
             lane: if exempt && walker.ngpa_walk().is_none() { Lane::new(cursor) } else { None },
             cursor,
         }

@@ -4,9 +4,11 @@
 //! table's range is walked through the same entries but for the last. Where that one agrees with the one that was judged in
 //! every bit but those that say where its page lies, and accessed and dirty bits, its page is known. All else is walked.
 
-use core::sync::atomic::Ordering;
+use core::sync::atomic::AtomicU64;
 
 use crate::addr::{Gpa, NestedGpa};
+use crate::batch::dispatch::{self, Instructions, Work};
+use crate::batch::gather::Gather;
 use crate::entry::LongMode;
 use crate::fault::Fault;
 use crate::format::PageFormat;
@@ -19,6 +21,9 @@ use crate::translation::{PageSize, Translation};
 use super::EXEMPT;
 use super::entries::LINE;
 
+/// Lines that are loaded before they are compared.
+const LINES: usize = 8;
+
 /// The answers that came last.
 pub(super) struct Behind {
     /// For pages, and the guest's rights that it was asked for.
@@ -27,6 +32,7 @@ pub(super) struct Behind {
     /// For the guest's tables.
     tables: Option<Stretch>,
     backing: (u64, u64, Backing),
+    instructions: Instructions,
 }
 
 /// nGPAs whose pages continue each other.
@@ -88,7 +94,14 @@ impl Leaves {
 
     /// How many pages, of `most`, continue the one of `ngpa`, which lies at `gpa`; itself counted.
     #[inline(always)]
-    fn length<M: Memory>(&self, memory: &M, ngpa: u64, gpa: u64, most: u64) -> u64 {
+    fn length<M: Memory>(
+        &self,
+        memory: &M,
+        instructions: Instructions,
+        ngpa: u64,
+        gpa: u64,
+        most: u64,
+    ) -> u64 {
         let number = ngpa.wrapping_sub(self.first) >> self.shift & 0x1ff;
         // No frame carries into a bit that is no address bit.
         let counter = self.frame & !self.frame.wrapping_add(1 << self.shift);
@@ -99,18 +112,11 @@ impl Leaves {
         if let Some(words) = memory.table(self.gpa) {
             let words = words.get(number as usize..(number + most) as usize).unwrap_or_default();
             let (lines, _) = words.as_chunks::<LINE>();
-            length = 0;
-            for line in lines {
-                let mut differs = 0;
-                for (word, further) in line.iter().zip(0..) {
-                    let entry = u64::from_le(word.load(Ordering::Relaxed)) & !self.accessed_dirty;
-                    differs |= entry ^ expected(length + further);
-                }
-                if differs != 0 {
-                    break;
-                }
-                length += LINE as u64;
-            }
+            let mut alike = 0;
+            let expected = expected(0);
+            let (step, ignored) = (1 << self.shift, self.accessed_dirty);
+            dispatch::run(instructions, Alike { lines, expected, step, ignored, alike: &mut alike });
+            length = alike * LINE as u64;
             length = length.max(1);
         }
         while length < most {
@@ -121,6 +127,40 @@ impl Leaves {
             length += 1;
         }
         length
+    }
+}
+
+/// Counts the lines, from the first on, in which each entry but for the `ignored` bits is what the one before is and a `step`.
+struct Alike<'a> {
+    lines: &'a [[AtomicU64; LINE]],
+    /// The first entry.
+    expected: u64,
+    step: u64,
+    ignored: u64,
+    alike: &'a mut u64,
+}
+
+impl Work for Alike<'_> {
+    #[inline(always)]
+    fn run(self, gather: impl Gather) {
+        let Self { lines, mut expected, step, ignored, alike } = self;
+        let further: [u64; LINE] = core::array::from_fn(|number| number as u64 * step);
+        let mut loaded = [[0; LINE]; LINES];
+        for lines in lines.chunks(LINES) {
+            // One after the other: a vector cannot be loaded while the stores of its parts are still on their way.
+            loaded.iter_mut().zip(lines).for_each(|(own, line)| gather.line(line, own));
+            for line in loaded.iter().take(lines.len()) {
+                let mut differs = 0;
+                for (entry, further) in line.iter().zip(further) {
+                    differs |= entry & !ignored ^ expected.wrapping_add(further);
+                }
+                if differs != 0 {
+                    return;
+                }
+                *alike += 1;
+                expected = expected.wrapping_add(step * LINE as u64);
+            }
+        }
     }
 }
 
@@ -141,13 +181,19 @@ impl Stretch {
     /// The stretch that begins with the page of `ngpa`, of which `wanted` bytes from there on count, if the table of `self` tells;
     /// and how many entries of that were read.
     #[inline(always)]
-    fn beside<M: Memory>(&self, memory: &M, ngpa: u64, wanted: u64) -> Option<(Self, u64)> {
+    fn beside<M: Memory>(
+        &self,
+        memory: &M,
+        instructions: Instructions,
+        ngpa: u64,
+        wanted: u64,
+    ) -> Option<(Self, u64)> {
         let table = self.table?;
         let gpa = table.page(memory, ngpa)?;
         let size = 1 << table.shift;
         let start = ngpa & !(size - 1);
         let pages = (wanted.saturating_add(ngpa - start).saturating_add(size - 1)) >> table.shift;
-        let length = table.length(memory, ngpa, gpa, pages);
+        let length = table.length(memory, instructions, ngpa, gpa, pages);
         let leaf = NestedLeaf { gpa: Gpa(gpa), ..self.leaf };
         Some((Self { start, bytes: length << table.shift, leaf, table: self.table }, length.wrapping_add(1)))
     }
@@ -173,8 +219,8 @@ impl Recorder for Last {
 
 impl Behind {
     /// Nothing has been asked yet.
-    pub(super) const fn new() -> Self {
-        Self { pages: None, guest: Rights::NONE, tables: None, backing: (0, 0, Backing::None) }
+    pub(super) const fn new(instructions: Instructions) -> Self {
+        Self { pages: None, guest: Rights::NONE, tables: None, backing: (0, 0, Backing::None), instructions }
     }
 
     /// Whether something of the second dimension has to be read for `page`.
@@ -200,7 +246,7 @@ impl Behind {
         let mut read = 0;
         let stretch = match kept {
             Some(stretch) if stretch.holds(ngpa) => stretch,
-            _ => match kept.and_then(|stretch| stretch.beside(memory, ngpa, wanted)) {
+            _ => match kept.and_then(|stretch| stretch.beside(memory, self.instructions, ngpa, wanted)) {
                 Some((stretch, entries)) => {
                     read = entries;
                     stretch
@@ -218,7 +264,8 @@ impl Behind {
                             let mut stretch =
                                 Stretch { start: ngpa.wrapping_sub(within), bytes, leaf, table };
                             if wanted > bytes - within
-                                && let Some((longer, entries)) = stretch.beside(memory, ngpa, wanted)
+                                && let Some((longer, entries)) =
+                                    stretch.beside(memory, self.instructions, ngpa, wanted)
                             {
                                 stretch = longer;
                                 read += entries;
@@ -261,7 +308,7 @@ impl Behind {
         let kept = self.tables.filter(|_| !pdptes);
         let stretch = match kept {
             Some(stretch) if stretch.holds(ngpa.0) => stretch,
-            _ => match kept.and_then(|stretch| stretch.beside(memory, ngpa.0, 1)) {
+            _ => match kept.and_then(|stretch| stretch.beside(memory, self.instructions, ngpa.0, 1)) {
                 Some((stretch, entries)) => {
                     read = entries;
                     stretch
@@ -323,7 +370,7 @@ impl Behind {
 
 #[cfg(test)]
 mod tests {
-    use core::sync::atomic::AtomicU64;
+    use core::sync::atomic::Ordering;
     use std::vec::Vec;
 
     use super::*;
@@ -391,7 +438,7 @@ mod tests {
                     path.0[level as usize] = path.0[level as usize] & 0x7f00_0000_0000_0f07 | leaf;
                     let guest = Rights(rng.u8(..16) | 1);
                     let ngpa = (rng.u64(..) & 0x3f_ffff_ffff) << 3;
-                    let mut behind = Behind::new();
+                    let mut behind = Behind::new(Instructions::best());
                     let (first, ..) = behind.second(&second, &path, &page(ngpa, guest), 1);
                     let (table, _) = behind.table(&second, &path, NestedGpa(ngpa & !7), false);
                     if first.is_err() && table.is_err() {
@@ -407,7 +454,7 @@ mod tests {
                     let other = ngpa ^ 1 << (shift + rng.u64(..9));
                     let page = page(other, guest);
                     let (kept, _, read) = behind.second(&second, &path, &page, 1);
-                    let (fresh, ..) = Behind::new().second(&second, &path, &page, 1);
+                    let (fresh, ..) = Behind::new(Instructions::best()).second(&second, &path, &page, 1);
                     assert_eq!(kept, fresh, "{flipped:#x} {level} {:x?} {second:?}", path.0);
                     match kept {
                         Ok(page) if read == 2 => {
@@ -417,7 +464,8 @@ mod tests {
                         Err(_) => refused += 1,
                     }
                     let (kept, _) = behind.table(&second, &path, NestedGpa(other & !7), false);
-                    let (fresh, _) = Behind::new().table(&second, &path, NestedGpa(other & !7), false);
+                    let (fresh, _) =
+                        Behind::new(Instructions::best()).table(&second, &path, NestedGpa(other & !7), false);
                     assert_eq!(kept, fresh, "{flipped:#x} {level} {:x?} {second:?}", path.0);
                 }
             }
@@ -455,10 +503,10 @@ mod tests {
                     number += length;
                 }
                 let memory = Window::new(&words);
-                for _ in 0..20 {
+                for instructions in Instructions::ALL.repeat(7) {
                     let ngpa = rng.u64(..512 << 12);
                     let asked = |ngpa, wanted| {
-                        Behind::new().second(&second, &memory, &page(ngpa, Rights::ALL), wanted)
+                        Behind::new(instructions).second(&second, &memory, &page(ngpa, Rights::ALL), wanted)
                     };
                     let (outcome, holds, _) = asked(ngpa, [1, rng.u64(1..1 << 20), 1 << 30][round % 3]);
                     let Ok(first) = outcome else { continue };

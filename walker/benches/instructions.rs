@@ -27,8 +27,14 @@ use guests::read;
 use pagewalk::{Gva, Instructions, Window};
 use support::bed::{PAGE, PAGE_SIZE, Ram};
 use support::guest::{Guest, PLAIN};
+use support::record::{is_test, keep, surroundings};
 use support::{memflow, offset_page_table};
 
+const ABOUT: &str = "# Instructions
+
+Written by `cargo bench -p pagewalk --bench instructions`, which says what is counted: instructions of one walk, alone or in a batch,
+the bench's loop included.";
+const PEERS: &[&str] = &["x86_64", "memflow"];
 const CASES: &[(&str, &[&str])] = &[
     ("hot", &["pagewalk", "x86_64", "memflow"]),
     ("hot-chained", &["pagewalk", "x86_64"]),
@@ -56,12 +62,25 @@ fn main() {
     if Command::new("valgrind").arg("--version").output().is_err() {
         return println!("SKIPPED valgrind: it is not installed");
     }
-    println!("| case | side | instructions |\n|---|---|---:|");
+    let (mut table, mut lines) =
+        ("| case | side | instructions |\n|---|---|---:|\n".to_owned(), String::new());
     for (case, sides) in CASES {
         for side in *sides {
             let each = (collected(side, case, FEW + MORE) - collected(side, case, FEW)) / MORE;
-            println!("| {case} | {side} | {each} |");
+            table += &format!("| {case} | {side} | {each} |\n");
+            lines += &format!(
+                "{{\"bench\":\"instructions\",\"case\":\"{case}\",\"side\":\"{side}\",\"instructions\":{each}}}\n"
+            );
         }
+    }
+    println!("{table}");
+    if !is_test() {
+        keep(
+            "instructions",
+            "INSTRUCTIONS.md",
+            &format!("{ABOUT}\n\n{}\n{table}", surroundings(PEERS)),
+            &lines,
+        );
     }
 }
 

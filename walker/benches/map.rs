@@ -22,13 +22,12 @@ use std::fmt::Write as _;
 use std::fs;
 use std::hint::black_box;
 use std::ops::ControlFlow;
-use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use pagewalk::map::{Extent, Filter, Map, Progress};
 use pagewalk::{ControlRegisters, CpuProfile, Gpa, Instructions, NgpaWalk, PageWalk, Vendor, Walker, Window};
-use support::record::surroundings;
+use support::record::{keep, surroundings};
 
 const PLAIN: u64 = 0x67;
 const TABLE: usize = 512;
@@ -300,11 +299,7 @@ fn main() {
     }
     println!("\n{table}");
     if !short {
-        let target = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("pagewalk-bench");
-        fs::create_dir_all(&target).unwrap();
-        fs::write(target.join("map.jsonl"), lines).unwrap();
-        let results = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/MAP.md");
-        fs::write(results, format!("{}\n{table}", heading())).unwrap();
+        keep("map", "MAP.md", &format!("{}\n{table}", heading()), &lines);
     }
 }
 

@@ -103,13 +103,17 @@ impl Bench {
         println!("\n{table}");
         // A run of a few cases must not replace the record of all.
         if self.rows.len() == self.asked {
-            let target = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("pagewalk-bench");
-            fs::create_dir_all(&target).unwrap();
-            fs::write(target.join(format!("{}.jsonl", self.name)), lines).unwrap();
-            let results = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches").join(file);
-            fs::write(results, format!("{title}\n\n{}\n{table}", surroundings(crates))).unwrap();
+            keep(self.name, file, &format!("{title}\n\n{}\n{table}", surroundings(crates)), &lines);
         }
     }
+}
+
+/// Leaves the JSON lines of a bench under `target/pagewalk-bench`, and its record in `file` beside the benches.
+pub(crate) fn keep(bench: &str, file: &str, record: &str, lines: &str) {
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("pagewalk-bench");
+    fs::create_dir_all(&target).unwrap();
+    fs::write(target.join(format!("{bench}.jsonl")), lines).unwrap();
+    fs::write(Path::new(env!("CARGO_MANIFEST_DIR")).join("benches").join(file), record).unwrap();
 }
 
 /// Where and with what the table was made.

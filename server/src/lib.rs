@@ -8,7 +8,7 @@ mod convert;
 pub mod layer;
 pub mod listen;
 pub mod machine;
-mod readable;
+pub mod readable;
 mod render;
 pub mod serve;
 mod service;

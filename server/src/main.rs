@@ -7,6 +7,7 @@ use clap::Parser as _;
 use mimalloc::MiMalloc;
 use pagewalkd::config::{Cli, Command, Config, LogFormat, Options};
 use pagewalkd::machine::Machines;
+use pagewalkd::readable::readable_lines;
 use pagewalkd::serve::Server;
 use pagewalkd::tour;
 use tokio::signal::unix::{SignalKind, signal};
@@ -24,7 +25,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // The log may not be set up yet, and the reader is a person at a prompt.
-            let _ = writeln!(std::io::stderr(), "pagewalkd: {error}");
+            let _ = writeln!(std::io::stderr(), "pagewalkd: {}", readable_lines(&error.to_string()));
             ExitCode::FAILURE
         }
     }

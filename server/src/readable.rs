@@ -13,13 +13,20 @@ pub(crate) fn readable(text: &str) -> String {
     line
 }
 
+/// The same of text that may have several lines of its own.
+#[must_use]
+pub fn readable_lines(text: &str) -> String {
+    text.lines().map(readable).collect::<Vec<_>>().join("\n")
+}
+
 #[cfg(test)]
 mod tests {
-    use super::readable;
+    use super::{readable, readable_lines};
 
     #[test]
     fn nothing_steers_a_terminal_and_all_else_stays() {
         assert_eq!(readable("a\nb\u{1b}[2J\u{9b}1m"), r"a\u{a}b\u{1b}[2J\u{9b}1m");
         assert_eq!(readable("größer `\"\\"), "größer `\"\\");
+        assert_eq!(readable_lines("a\r\n\tb\u{7}"), "a\n\\u{9}b\\u{7}");
     }
 }

@@ -30,9 +30,20 @@ fn contract() -> io::Result<&'static DescriptorPool> {
     }
 }
 
+/// The document with those control characters escaped that JSON does not ask to be: they steer terminals all the same. They occur
+/// in strings alone.
+fn escaped(document: String) -> String {
+    let steers = |c: char| c.is_control() && !c.is_ascii_control() || c == '\x7f';
+    if !document.contains(steers) {
+        return document;
+    }
+    let escape = |c: char| if steers(c) { format!("\\u{:04x}", u32::from(c)) } else { c.to_string() };
+    document.chars().map(escape).collect()
+}
+
 /// One document, indented.
 pub(super) fn pretty(document: &impl serde::Serialize) -> io::Result<String> {
-    serde_json::to_string_pretty(document).map_err(io::Error::other)
+    serde_json::to_string_pretty(document).map(escaped).map_err(io::Error::other)
 }
 
 /// One document of those that a verb answers with, as they come: several are an array.
@@ -48,5 +59,16 @@ pub(super) fn element(document: &impl serde::Serialize, first: bool, last: bool)
 
 /// One document on one line.
 pub(super) fn line(document: &impl serde::Serialize) -> io::Result<String> {
-    serde_json::to_string(document).map_err(io::Error::other)
+    serde_json::to_string(document).map(escaped).map_err(io::Error::other)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::line;
+
+    #[test]
+    fn nothing_in_a_document_steers_a_terminal() -> std::io::Result<()> {
+        assert_eq!(line(&"a\u{1b}[2J\u{9b}1m\u{7f}ß")?, r#""a\u001b[2J\u009b1m\u007fß""#);
+        Ok(())
+    }
 }

@@ -73,7 +73,7 @@ impl Choices<'_> {
     }
 
     fn access(&mut self) -> v1::Access {
-        let (kind, privilege) = (self.number(5), self.number(5));
+        let (kind, privilege) = (self.number(6), self.number(6));
         let more = self.byte();
         v1::Access {
             kind,
@@ -109,12 +109,12 @@ impl Choices<'_> {
     }
 }
 
-/// A message for this method, most fields of which can be.
-fn build(method: &str, choices: &[u8]) -> Vec<u8> {
+/// A message for this method, most fields of which can be; `None` where there is little to say.
+fn build(method: &str, choices: &[u8]) -> Option<Vec<u8>> {
     let mut choices = Choices(choices.iter());
     let freshness = choices.number(4);
     let walker = choices.walker();
-    match method {
+    Some(match method {
         "TranslationService/Translate" => v1::TranslateRequest {
             address: Some(choices.address()),
             access: Some(choices.access()),
@@ -172,8 +172,18 @@ fn build(method: &str, choices: &[u8]) -> Vec<u8> {
             });
             v1::BatchTranslateRequest { head, column: column.collect() }.encode_to_vec()
         }
-        _ => Vec::new(),
-    }
+        "WalkerService/SetNestedMode" => {
+            use v1::set_nested_mode_request::Mode;
+            let root = u64::from(choices.byte() % 32) << 12;
+            let mode = match choices.number(3) {
+                0 => Mode::Npt(v1::Npt { ncr3: root, ..Default::default() }),
+                1 => Mode::Ept(v1::Ept { eptp: root | u64::from(choices.byte()), ..Default::default() }),
+                _ => Mode::Off(choices.flag()),
+            };
+            v1::SetNestedModeRequest { mode: Some(mode), ..Default::default() }.encode_to_vec()
+        }
+        _ => return None,
+    })
 }
 
 /// A daemon in this process, and a connection to it.
@@ -250,11 +260,12 @@ impl Bed {
         let Some((&first, message)) = bytes.split_first() else { return };
         let method = METHODS[usize::from(first) % METHODS.len()];
         let built;
-        let message = if first < BUILT {
-            message
-        } else {
-            built = build(method, message);
-            &built
+        let message = match build(method, message) {
+            Some(message) if first >= BUILT => {
+                built = message;
+                &built
+            }
+            _ => message,
         };
         let (status, answer) = self.call(method, message);
         // UNKNOWN, DEADLINE_EXCEEDED, INTERNAL, UNAVAILABLE, DATA_LOSS: the daemon's fault, not the request's.
@@ -301,7 +312,10 @@ fn class(method: &str, answer: &[u8]) -> usize {
             EXPLANATION
         }
         "TranslationService/BatchTranslate" => {
-            assert!(!answer.is_empty());
+            let answer = v1::BatchTranslateResponse::decode(answer).expect("an answer");
+            let words = answer.column.len().expect("whole words");
+            let (faults, told) = (answer.head.fault_count as usize, answer.head.faults.len());
+            assert!(told <= faults && faults <= words && words > 0, "{told} of {faults} faults in {words}");
             BATCH
         }
         "WalkerService/GetWalkerState" => {

@@ -82,11 +82,11 @@ impl LimitLayer {
     fn take(&self, path: &str, line: Option<&Line>) -> Option<Taken> {
         let call = self.calls.take()?;
         let shares = if is_bulk(path) {
-            Some((&self.bulk, line.map(|line| &line.bulk)))
+            Some((&self.bulk, line.map(Line::bulk)))
         } else if LONG.contains(&path) {
-            Some((&self.long, line.map(|line| &line.long)))
+            Some((&self.long, line.map(Line::long)))
         } else if WATCHES.contains(&path) {
-            Some((&self.watches, line.map(|line| &line.watches)))
+            Some((&self.watches, line.map(Line::watches)))
         } else {
             None
         };
@@ -296,7 +296,10 @@ impl http_body::Body for Held {
         } else {
             Frame::data(held.piece())
         };
-        held.unread = held.line.as_ref().map(Line::unread);
+        // With trailers, the transport lets go of the call.
+        if frame.is_data() {
+            held.unread = held.line.as_ref().map(Line::unread);
+        }
         Poll::Ready(Some(Ok(frame)))
     }
 

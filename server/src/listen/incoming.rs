@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::{Instant, Sleep, sleep};
+use tokio::time::{Sleep, sleep};
 use tokio_stream::Stream;
 use tonic::transport::server::Connected;
 
@@ -98,7 +98,8 @@ impl<IO> Connection<IO> {
                 tracing::debug!("a client does not read its answers: its connection ends");
                 return Err(io::ErrorKind::TimedOut.into());
             }
-            self.look.as_mut().reset(Instant::now() + LOOK);
+            let next = self.look.deadline() + LOOK;
+            self.look.as_mut().reset(next);
         }
         Ok(())
     }

@@ -14,14 +14,18 @@ use super::ListenError;
 
 /// Owner and group.
 const MODE: u32 = 0o660;
-/// What a socket holds that the other end has not read: as much as anybody may ask for by default. The kernel takes it twice, for
-/// what it needs itself; of its own accord it gives half, and the two ends of a batch would wait for one another twice as often.
+/// What a socket holds that the other end has not read, which the kernel doubles for what it needs itself: as much as Linux lets
+/// anybody ask for where nobody has set another bound. Of its own accord it gives half, and the two ends of a batch would wait
+/// for one another twice as often.
 const SEND_BUFFER: usize = 212_992;
 
-/// Has a Unix socket hold more of what its other end has not read.
+/// Has a Unix socket hold more of what its other end has not read, if it holds less.
 pub fn widen(stream: &tokio::net::UnixStream) {
-    // With less, it is as it was.
-    let _ = SockRef::from(stream).set_send_buffer_size(SEND_BUFFER);
+    let socket = SockRef::from(stream);
+    // Where it cannot be had, it is as it was.
+    if socket.send_buffer_size().is_ok_and(|size| size < 2 * SEND_BUFFER) {
+        let _ = socket.set_send_buffer_size(SEND_BUFFER);
+    }
 }
 
 /// A bound socket; its file goes with it.

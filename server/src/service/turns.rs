@@ -1,9 +1,9 @@
 //! Turns: how bulk work shares the processors with small calls.
 //!
-//! A batch of addresses keeps a worker of the runtime busy for milliseconds. It does so in stretches of a fraction of one, and
-//! between two of them lets the worker do what has become ready meanwhile. After a few of them it is the next one's turn. A map is
-//! made in turns, too, of about a millisecond, on threads of their own. At most all processors but one are taken by turns at the
-//! same time, first come, first served: a small call finds a worker that is free or soon will be, and a processor for it.
+//! A batch of addresses keeps a worker of the runtime busy for milliseconds. It does so in turns of a fraction of one, and
+//! between two of them lets the worker do what has become ready meanwhile. A map is made in turns, too, of about a millisecond,
+//! on threads of their own. At most all processors but one are taken by turns at the same time, first come, first served: a
+//! small call finds a worker that is free or soon will be, and a processor for it.
 
 use std::num::NonZero;
 use std::sync::Arc;
@@ -13,10 +13,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::Semaphore;
 use tokio::task::yield_now;
 
-/// How long a worker is kept from small calls, give or take a slice of the work.
-const STRETCH: Duration = Duration::from_micros(200);
-/// How long a turn is: as long as a map's. A batch that is taken up again finds less of what it needs in the caches.
-const TURN: Duration = Duration::from_millis(1);
+/// How long a turn is, give or take a slice of the work.
+const TURN: Duration = Duration::from_micros(200);
 
 #[derive(Debug)]
 pub(crate) struct Turns(Arc<Semaphore>);
@@ -38,17 +36,15 @@ impl Turns {
     pub(crate) async fn take(&self, mut slice: impl FnMut() -> Slice) {
         loop {
             // Nobody closes the semaphore.
-            let _turn = self.0.acquire().await;
-            let begun = Instant::now();
-            while begun.elapsed() < TURN {
-                let stretch = Instant::now();
-                while stretch.elapsed() < STRETCH {
-                    if slice() == Slice::Last {
-                        return;
-                    }
+            let turn = self.0.acquire().await;
+            let start = Instant::now();
+            while start.elapsed() < TURN {
+                if slice() == Slice::Last {
+                    return;
                 }
-                yield_now().await;
             }
+            drop(turn);
+            yield_now().await;
         }
     }
 }

@@ -108,7 +108,14 @@ impl Leaves {
         let room = (counter.wrapping_sub(gpa & counter) >> self.shift).wrapping_add(1);
         let most = most.min(0x200 - number).min(room);
         let expected = |length: u64| self.judged | gpa.wrapping_add(length << self.shift);
+        let follows = |length: u64| {
+            let at = Gpa(self.gpa.0.wrapping_add((number + length) << 3));
+            memory.load_u64(at).map(|entry| entry & !self.accessed_dirty) == Some(expected(length))
+        };
         let mut length = 1;
+        if most > 1 && !follows(1) {
+            return length;
+        }
         if let Some(words) = memory.table(self.gpa) {
             let words = words.get(number as usize..(number + most) as usize).unwrap_or_default();
             let (lines, _) = words.as_chunks::<LINE>();
@@ -119,11 +126,7 @@ impl Leaves {
             length = alike * LINE as u64;
             length = length.max(1);
         }
-        while length < most {
-            let at = Gpa(self.gpa.0.wrapping_add((number + length) << 3));
-            if memory.load_u64(at).map(|entry| entry & !self.accessed_dirty) != Some(expected(length)) {
-                break;
-            }
+        while length < most && follows(length) {
             length += 1;
         }
         length

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use super::mapping::FileMapping;
 use super::memory::{GuestRam, Place, Region};
 use super::{Capabilities, Health, LocalSource, OpenError, regular_file};
+use crate::readable::readable;
 use crate::vcpu::{RecordedBackend, Vcpu};
 
 pub use description::{
@@ -100,7 +101,7 @@ pub(super) fn open(id: &str, path: &Path) -> Result<LocalSource, OpenError> {
     let of = description.of.as_deref().map(|of| format!(": {of}")).unwrap_or_default();
     Ok(LocalSource {
         kind: "image",
-        description: format!("image {}{of}", path.display()),
+        description: readable(&format!("image {}{of}", path.display())),
         vcpus,
         memory,
         capabilities: Capabilities::of_a_record(reason),

@@ -97,10 +97,10 @@ impl Problem {
     pub fn advice(self) -> &'static str {
         match self {
             Self::NotRunning => {
-                "start a daemon: cargo run --release -- demo, or pass its address with --addr"
+                "start a daemon (cargo run --release -- demo; on a Unix socket: pagewalkd serve --uds PATH), or pass its address with --addr"
             }
             Self::NoSocket => {
-                "start a daemon that listens there, or pass another address with --addr (unix:/PATH or HOST:PORT)"
+                "start a daemon there (pagewalkd serve --uds PATH), or pass another address with --addr (unix:/PATH or HOST:PORT)"
             }
             Self::Forbidden => {
                 "ask the daemon's operator for access to the socket and its folder, or use another address"

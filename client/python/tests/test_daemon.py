@@ -448,6 +448,13 @@ def test_impossible_registers_are_refused(client: pagewalk.Client) -> None:
     assert "CR0" in raised.value.message
 
 
+def test_a_socket_path_may_have_any_character_but_a_comma(daemon: Daemon, tmp_path: Path) -> None:
+    path = tmp_path / "a%20b c#?ü"
+    path.symlink_to(daemon.socket)
+    with pagewalk.connect(f"unix:{path}") as client:
+        assert client.vcpus()
+
+
 def test_unix_socket(daemon: Daemon) -> None:
     with pagewalk.connect(f"unix:{daemon.socket}") as client:
         assert client.machine().source == "demo"

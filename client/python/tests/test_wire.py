@@ -402,6 +402,11 @@ def test_unix_sockets_speak_no_tls(certificates: Path) -> None:
         pagewalk.connect("unix:/run/x", tls=tls)
 
 
+def test_a_comma_in_a_socket_path_is_refused() -> None:
+    with pytest.raises(ValueError, match="comma"):
+        pagewalk.connect("unix:/run/a,b")
+
+
 @pytest.mark.parametrize("words", [[], [1], [1, 1, 1]])
 def test_a_batch_has_a_word_for_each_address(local: pagewalk.Client, scripted: Scripted, words: list[int]) -> None:
     scripted.answer = translation_pb2.BatchTranslateResponse(words=words)

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
-use super::{Context, exit::Failure};
+use super::{Context, exit::Failure, render::paint};
 use crate::SaveError;
 use crate::v1::ImageEnd;
 
@@ -56,7 +56,8 @@ pub(super) async fn run(context: &Context, args: &Args) -> Result<ExitCode, Fail
     bar.finish_and_clear();
     let saved = saved?;
     context.output.answer("ImageEnd", &ImageEnd { contents_bytes: saved.contents_bytes }, |_| {
-        let (description, memory) = (saved.description.display(), saved.memory.display());
+        let [description, memory] =
+            [&saved.description, &saved.memory].map(|path| paint::plain(&path.display().to_string()));
         let (all, sent) = (HumanBytes(saved.memory_bytes), HumanBytes(saved.contents_bytes));
         format!(
             "saved {description} and {memory}: {all} of memory, {sent} of it not zero\n  open it with: pagewalkd serve --machine image:{description}"

@@ -3,6 +3,7 @@
 use std::{env, process::ExitCode};
 
 use super::exit::{USAGE, json_error};
+use super::render::paint;
 
 /// Prints help or a complaint. Parsing has failed, so whether JSON is wanted is read from the arguments themselves.
 pub(super) fn report(error: &clap::Error) -> ExitCode {
@@ -15,7 +16,12 @@ pub(super) fn report(error: &clap::Error) -> ExitCode {
         anstream::eprintln!("{:#}", json_error("INVALID_ARGUMENT", Some("USAGE"), message));
         return ExitCode::from(USAGE);
     }
+    if error.use_stderr() {
+        // It quotes the arguments.
+        anstream::eprint!("{}", paint::plain(&error.render().to_string()));
+        return ExitCode::from(USAGE);
+    }
     // Nobody is left to tell if even this cannot be written.
     let _ = error.print();
-    if error.use_stderr() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS }
+    ExitCode::SUCCESS
 }

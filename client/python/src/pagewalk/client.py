@@ -7,6 +7,7 @@ from datetime import timedelta
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Union
+from urllib.parse import quote
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -105,6 +106,10 @@ class Client:
                 raise ValueError(f"{target} is a Unix socket, on which daemons speak no TLS: leave out tls")
             # The default is the socket's path, which HTTP/2 servers refuse as an authority.
             options.append(("grpc.default_authority", "localhost"))
+            if "," in target:
+                raise ValueError(f"{target} has a comma, which gRPC takes for the end of the path: use another path")
+            # gRPC takes it for a URI.
+            target = "unix:" + quote(target.removeprefix("unix:"))
         if tls is None:
             self._channel = grpc.insecure_channel(target, options)
         else:

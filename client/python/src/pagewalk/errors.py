@@ -118,7 +118,7 @@ def _unreachable(target: str, cause: str, *, tls: bool) -> str:
     if tls:
         hint = "Is the daemon started with --tls-cert, --tls-key and --client-ca, and do the certificates fit?"
     elif "refused" in cause or "No such file" in cause:
-        hint = "Start it: cargo run --release -- demo"
+        hint = "Start it: cargo run --release -- demo (on a Unix socket: pagewalkd serve --uds PATH)"
     else:
         hint = "Does it serve this address, without TLS? Start it: cargo run --release -- demo"
     return f"cannot reach a pagewalk daemon at {target}: {cause}. {hint}"

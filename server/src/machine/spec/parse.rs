@@ -20,9 +20,11 @@ impl FromStr for MachineSpec {
             Some((id, spec)) if !id.contains([':', ',']) => (Some(id), spec),
             _ => (None, text),
         };
-        let (kind, options) = match spec.split_once(':') {
-            Some((kind, options)) => (kind, Some(options)),
-            None => (spec, None),
+        let (kind, options) = match (spec.strip_prefix("demo,"), spec.split_once(':')) {
+            // It needs no option, so that the first one may come where others have their second.
+            (Some(options), _) => ("demo", Some(options)),
+            (None, Some((kind, options))) => (kind, Some(options)),
+            (None, None) => (spec, None),
         };
         let (options, symbols) = match options {
             Some(options) => take_symbols(options)?,
@@ -303,6 +305,8 @@ mod tests {
         for (with, without, file) in [
             ("demo:symbols=/a/System.map", "demo", "/a/System.map"),
             ("demo:plain,symbols=k", "demo:plain", "k"),
+            ("demo,symbols=a:b", "demo", "a:b"),
+            ("x=demo,plain,symbols=k", "x=demo:plain", "k"),
             ("x=kvm:elf=f,symbols=s=t:u,mem=2M", "x=kvm:elf=f,mem=2M", "s=t:u"),
             ("kvm:symbols=v,elf=f", "kvm:elf=f", "v"),
             (

@@ -4,7 +4,7 @@ use std::{io, process::ExitCode};
 
 use serde_json::{Value, json};
 
-use super::output::Output;
+use super::{json, output::Output};
 use crate::{ConnectionError, Error, endpoint::EndpointError};
 
 /// The access asked for would fault, a list is not complete, nothing was found, or a check failed.
@@ -120,7 +120,7 @@ pub(super) fn report(output: &Output, failure: &Failure) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     if output.is_json() {
-        output.complain(&format!("{:#}", failure.json()));
+        output.complain(&json::escaped(format!("{:#}", failure.json())));
     } else {
         output.complain_line(&failure.message());
     }

@@ -32,7 +32,7 @@ fn contract() -> io::Result<&'static DescriptorPool> {
 
 /// The document with those control characters escaped that JSON does not ask to be: they steer terminals all the same. They occur
 /// in strings alone.
-fn escaped(document: String) -> String {
+pub(super) fn escaped(document: String) -> String {
     let steers = |c: char| c.is_control() && !c.is_ascii_control() || c == '\x7f';
     if !document.contains(steers) {
         return document;

@@ -3,6 +3,7 @@
 use std::{env, process::ExitCode};
 
 use super::exit::{USAGE, json_error};
+use super::json;
 use super::render::paint;
 
 /// Prints help or a complaint. Parsing has failed, so whether JSON is wanted is read from the arguments themselves.
@@ -13,7 +14,8 @@ pub(super) fn report(error: &clap::Error) -> ExitCode {
         let text = error.render().to_string();
         let message = text.trim_start_matches("error: ");
         let message = message.split_once("\n\nFor more").map_or(message, |(message, _)| message).trim();
-        anstream::eprintln!("{:#}", json_error("INVALID_ARGUMENT", Some("USAGE"), message));
+        let error = format!("{:#}", json_error("INVALID_ARGUMENT", Some("USAGE"), message));
+        anstream::eprintln!("{}", json::escaped(error));
         return ExitCode::from(USAGE);
     }
     if error.use_stderr() {

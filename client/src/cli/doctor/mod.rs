@@ -12,6 +12,7 @@ use self::check::Report;
 use super::{
     Context,
     exit::{Failure, NEGATIVE},
+    json,
 };
 
 #[derive(Debug, clap::Args)]
@@ -29,7 +30,7 @@ pub(super) async fn run(context: &Context, args: &Args) -> Result<ExitCode, Fail
     qmp::examine(&mut report, &args.qmp);
     daemon::examine(&mut report, endpoint, &context.connection).await;
     if context.output.is_json() {
-        context.output.print(&format!("{:#}", report.json()))?;
+        context.output.print(&json::escaped(format!("{:#}", report.json())))?;
     } else {
         context.output.print(&report.text())?;
     }

@@ -259,14 +259,8 @@ impl Bed {
     pub fn check(&self, bytes: &[u8], counts: &mut [u64]) {
         let Some((&first, message)) = bytes.split_first() else { return };
         let method = METHODS[usize::from(first) % METHODS.len()];
-        let built;
-        let message = match build(method, message) {
-            Some(message) if first >= BUILT => {
-                built = message;
-                &built
-            }
-            _ => message,
-        };
+        let built = if first < BUILT { None } else { build(method, message) };
+        let message = built.as_deref().unwrap_or(message);
         let (status, answer) = self.call(method, message);
         // UNKNOWN, DEADLINE_EXCEEDED, INTERNAL, UNAVAILABLE, DATA_LOSS: the daemon's fault, not the request's.
         assert!(!matches!(status, 2 | 4 | 13 | 14 | 15), "{method}: status {status}");

@@ -123,8 +123,7 @@ impl Leaves {
             let expected = expected(0);
             let (step, ignored) = (1 << self.shift, self.accessed_dirty);
             dispatch::run(instructions, Alike { lines, expected, step, ignored, alike: &mut alike });
-            length = alike * LINE as u64;
-            length = length.max(1);
+            length = (alike * LINE as u64).max(1);
         }
         while length < most && follows(length) {
             length += 1;

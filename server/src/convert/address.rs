@@ -36,7 +36,8 @@ pub(crate) fn number(address: Option<v1::Address>, field: &'static str) -> Resul
         Written::Number(number) => Ok(number),
         Written::Symbol(SymbolOffset { name, .. }) => {
             let problem = format!(
-                "`{name}` is no number: a symbol is a virtual address of the machine's own kernel, which this is not"
+                "`{name}` is no number: a symbol is a virtual address of the machine's own kernel, which this is not{}",
+                hex_hint(&name)
             );
             Err(Error::invalid(field, problem))
         }
@@ -73,13 +74,17 @@ fn parse_text(text: &str) -> Result<Written, String> {
     Ok(Written::Symbol(SymbolOffset { name: name.trim_end().to_owned(), offset }))
 }
 
-/// Whether this may be the name of a symbol. Hex digits alone are taken for a number whose 0x was forgotten.
+/// What an error about a name adds: kernels have names of hex digits alone, such as `edd`, but most who write them forgot 0x.
+pub(crate) fn hex_hint(name: &str) -> &'static str {
+    if name.chars().all(|c| c.is_ascii_hexdigit()) { "; hex needs 0x in front" } else { "" }
+}
+
+/// Whether this may be the name of a symbol.
 fn is_name(text: &str) -> bool {
     let known = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '$' | '@');
     text.starts_with(|c: char| !c.is_ascii_digit() && known(c))
         && text.chars().all(known)
         && text.contains(|c: char| c.is_ascii_alphanumeric())
-        && !text.chars().all(|c| c.is_ascii_hexdigit())
 }
 
 fn parse_number(text: &str) -> Result<u64, String> {
@@ -89,9 +94,9 @@ fn parse_number(text: &str) -> Result<u64, String> {
     };
     let digits = digits.replace('_', "");
     if digits.is_empty() || !digits.chars().all(|c| c.is_digit(radix)) {
-        let hint = if text.chars().all(|c| c.is_ascii_hexdigit()) { "; hex needs 0x in front" } else { "" };
         return Err(format!(
-            "`{text}` is neither a number nor symbol+offset: write 0x and hex digits, or decimal digits{hint}"
+            "`{text}` is neither a number nor symbol+offset: write 0x and hex digits, or decimal digits{}",
+            hex_hint(text)
         ));
     }
     u64::from_str_radix(&digits, radix).map_err(|_| format!("`{text}` does not fit 64 bits"))
@@ -123,6 +128,8 @@ mod tests {
             ("schedule + 16", "schedule", 16),
             ("_end-1", "_end", -1),
             (".Lx$1@2", ".Lx$1@2", 0),
+            ("edd", "edd", 0),
+            ("af+0xf", "af", 15),
             ("x+18446744073709551615", "x", i128::from(u64::MAX)),
         ] {
             let expected = SymbolOffset { name: name.to_owned(), offset };
@@ -139,8 +146,8 @@ mod tests {
             "+1",
             "0x1_0000_0000_0000_0000",
             "18446744073709551616",
-            "ffff",
-            "ffff+1",
+            "1fff",
+            "1fff+1",
             "0xg",
             "1 2",
             "_",
@@ -155,7 +162,7 @@ mod tests {
             assert!(parse_text(text).is_err(), "{text:?}");
         }
         assert!(parse_text(&"1".repeat(1000)).is_err());
-        assert!(parse_text("ffff").is_err_and(|e| e.contains("0x in front")));
+        assert!(parse_text("7fff").is_err_and(|e| e.contains("0x in front")));
     }
 
     proptest! {

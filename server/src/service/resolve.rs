@@ -10,7 +10,7 @@ use tokio::time::timeout_at;
 use tonic::Request;
 
 use super::Daemon;
-use crate::convert::address::{SymbolOffset, Written, written};
+use crate::convert::address::{SymbolOffset, Written, hex_hint, written};
 use crate::convert::snapshot::{age, run_state};
 use crate::layer::Deadline;
 use crate::machine::{GuestRam, Machine};
@@ -201,7 +201,8 @@ fn address_of(machine: &Machine, symbol: &SymbolOffset, field: &'static str) -> 
         return Err(Error::invalid(
             field,
             format!(
-                "`{name}` is no number, and machine `{id}` has no symbols: attach it with symbols=FILE, or write 0x and hex digits"
+                "`{name}` is no number, and machine `{id}` has no symbols: attach it with symbols=FILE, or write 0x and hex digits{}",
+                hex_hint(name)
             ),
         ));
     };

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 
+use crate::convert::address::hex_hint;
 use crate::machine::{GuestRam, Machine, regular_file};
 use crate::tasks::Known;
 pub(crate) use placement::{KernelMemory, Placed};
@@ -211,12 +212,12 @@ impl Symbols {
 
     fn unknown(&self, name: &str) -> String {
         let close = similar::similar(&self.table, name);
-        let hint = if close.is_empty() {
+        let close = if close.is_empty() {
             String::new()
         } else {
             format!("; close to it are `{}`", close.join("`, `"))
         };
-        format!("there is no symbol `{name}` in {}{hint}", self.file.display())
+        format!("there is no symbol `{name}` in {}{}{close}", self.file.display(), hex_hint(name))
     }
 
     /// The nearest symbol of a virtual address.

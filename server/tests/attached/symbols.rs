@@ -182,8 +182,10 @@ fn judge_guest(
             judge.disagree(|| format!("linux_banner holds {:?}", String::from_utf8_lossy(&banner)));
         }
 
-        let asked: Vec<(&String, u64)> =
-            (0..cases(1000)?.div_ceil(PAUSES)).filter_map(|_| rng.choice(&known).copied()).collect();
+        // Those that could be taken for numbers among them.
+        let odd = known.iter().filter(|(name, _)| name.chars().all(|c| c.is_ascii_hexdigit() || c == '_'));
+        let any = (0..cases(1000)?.div_ceil(PAUSES)).filter_map(|_| rng.choice(&known));
+        let asked: Vec<(&String, u64)> = odd.chain(any).copied().collect();
         let answers =
             guest.ask_all(vcpu, asked.iter().map(|(_, address)| format!("gva2gpa {address:#x}")))?;
         for ((name, address), answer) in asked.into_iter().zip(answers) {

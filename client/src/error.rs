@@ -22,8 +22,8 @@ pub enum Error {
     Connection(#[from] ConnectionError),
     /// The client's own deadline passed.
     #[error(
-        "no answer from {endpoint} within {:?}; the daemon may be busy, or with --sync the vCPU \
-         may not come out: allow more time with --timeout", .after
+        "no answer from {endpoint} within {:?}; the daemon may be busy, what listens there may be no daemon, or with --sync \
+         the vCPU may not come out: allow more time with --timeout", .after
     )]
     Deadline {
         /// Who did not answer.

@@ -3,8 +3,10 @@
 //! The comments of the proto files are the documentation, here and over server reflection.
 
 mod column;
+mod readable;
 
 pub use column::{Column, WithColumn};
+pub use readable::{readable, readable_lines, steers};
 
 pub mod v1 {
     //! Package `pagewalk.v1`.

@@ -8,7 +8,6 @@ mod convert;
 pub mod layer;
 pub mod listen;
 pub mod machine;
-pub mod readable;
 mod render;
 pub mod serve;
 mod service;

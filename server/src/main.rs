@@ -5,9 +5,9 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 use mimalloc::MiMalloc;
+use pagewalk_proto::readable_lines;
 use pagewalkd::config::{Cli, Command, Config, LogFormat, Options};
 use pagewalkd::machine::Machines;
-use pagewalkd::readable::readable_lines;
 use pagewalkd::serve::Server;
 use pagewalkd::tour;
 use tokio::signal::unix::{SignalKind, signal};

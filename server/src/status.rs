@@ -13,8 +13,8 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::convert::nested::request_field;
 use crate::machine::{AttachError, DetachError, LookupError};
-use crate::readable::readable;
 use crate::vcpu::VcpuError;
+use pagewalk_proto::readable;
 
 /// Domain of every `ErrorInfo`.
 const DOMAIN: &str = "pagewalk";

@@ -4,7 +4,7 @@
 use std::io;
 use std::sync::OnceLock;
 
-use pagewalk_proto::FILE_DESCRIPTOR_SET;
+use pagewalk_proto::{FILE_DESCRIPTOR_SET, steers as steers_terminals};
 use prost::Message;
 use prost_reflect::{DescriptorPool, DynamicMessage};
 
@@ -30,10 +30,10 @@ fn contract() -> io::Result<&'static DescriptorPool> {
     }
 }
 
-/// The document with those control characters escaped that JSON does not ask to be: they steer terminals all the same. They occur
+/// The document with those characters escaped that JSON does not ask to be, and that steer terminals all the same. They occur
 /// in strings alone.
 pub(super) fn escaped(document: String) -> String {
-    let steers = |c: char| c.is_control() && !c.is_ascii_control() || c == '\x7f';
+    let steers = |c: char| steers_terminals(c) && (!c.is_ascii() || c == '\x7f');
     if !document.contains(steers) {
         return document;
     }

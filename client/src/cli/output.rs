@@ -3,6 +3,7 @@
 use std::io::{self, Write as _};
 
 use clap::{Args, ValueEnum};
+use pagewalk_proto::readable_lines;
 use prost::Message;
 
 use super::{json, render::paint};
@@ -80,7 +81,7 @@ impl Output {
     }
 
     pub(super) fn complain_line(self, message: &str) {
-        self.complain(&format!("{} {}", paint::bad("error:"), paint::plain(message)));
+        self.complain(&format!("{} {}", paint::bad("error:"), readable_lines(message)));
     }
 
     /// Nobody is left to tell if this cannot be written.

@@ -2,9 +2,10 @@
 
 use std::{env, process::ExitCode};
 
+use pagewalk_proto::readable_lines;
+
 use super::exit::{USAGE, json_error};
 use super::json;
-use super::render::paint;
 
 /// Prints help or a complaint. Parsing has failed, so whether JSON is wanted is read from the arguments themselves.
 pub(super) fn report(error: &clap::Error) -> ExitCode {
@@ -20,7 +21,7 @@ pub(super) fn report(error: &clap::Error) -> ExitCode {
     }
     if error.use_stderr() {
         // It quotes the arguments.
-        anstream::eprint!("{}", paint::plain(&error.render().to_string()));
+        anstream::eprint!("{}", readable_lines(&error.render().to_string()));
         return ExitCode::from(USAGE);
     }
     // Nobody is left to tell if even this cannot be written.

@@ -15,9 +15,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::machine::{GuestRam, Machine};
-use crate::readable::readable;
 use crate::symbols::{KernelMemory, Placed, Symbols};
 use layout::Layout;
+use pagewalk_proto::readable;
 
 /// Tasks that are read.
 const MOST: u32 = 1 << 16;

@@ -1,11 +1,9 @@
 //! One line per check: what was looked at, how it stands, and what to do.
 
+use pagewalk_proto::readable_lines;
 use serde_json::{Value, json};
 
-use crate::cli::render::{
-    paint,
-    table::{Cell, Table},
-};
+use crate::cli::render::table::{Cell, Table};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Standing {
@@ -70,10 +68,10 @@ impl Report {
     pub(super) fn text(&self) -> String {
         let mut table = Table::default();
         for check in &self.checks {
-            let finding = paint::plain(&check.finding);
+            let finding = readable_lines(&check.finding);
             let finding = match &check.advice {
                 None => finding,
-                Some(advice) => format!("{finding}: {}", paint::plain(advice)),
+                Some(advice) => format!("{finding}: {}", readable_lines(advice)),
             };
             table.row([
                 match check.standing {

@@ -1,9 +1,11 @@
 //! The daemon's ladder, lightly coloured. Its layout is the daemon's affair, so only its words are looked at.
 
+use pagewalk_proto::readable_lines;
+
 use super::paint;
 
 pub(in crate::cli) fn coloured(text: &str) -> String {
-    let text = paint::plain(text.trim_end_matches('\n'));
+    let text = readable_lines(text.trim_end_matches('\n'));
     text.split_inclusive(|c: char| c.is_whitespace()).map(word).collect()
 }
 
@@ -32,6 +34,6 @@ mod tests {
         let painted = coloured(ladder);
         assert!(painted.len() > ladder.len());
         let stripped = anstream::adapter::strip_str(&painted).to_string();
-        assert_eq!(stripped, ladder.trim_end_matches('\n').replace('\t', "\u{fffd}"));
+        assert_eq!(stripped, ladder.trim_end_matches('\n').replace('\t', r"\u{9}"));
     }
 }

@@ -1,5 +1,7 @@
 //! Machines: what they are, their memory, and addresses worth asking about.
 
+use pagewalk_proto::readable_lines;
+
 use super::{
     paint,
     table::{Cell, Table},
@@ -26,17 +28,17 @@ pub(in crate::cli) fn attached(answer: &AttachMachineResponse) -> String {
 fn machine(machine: &Machine) -> String {
     let mut parts = vec![format!(
         "{}  source {}, {}, {} of memory, MAXPHYADDR {}",
-        paint::heading(paint::plain(&machine.id)),
-        paint::plain(&machine.source),
+        paint::heading(readable_lines(&machine.id)),
+        readable_lines(&machine.source),
         vcpus(machine.vcpus),
         size(machine.memory_bytes),
         machine.maxphyaddr,
     )];
     if !machine.description.is_empty() {
-        parts.push(format!("  {}", paint::plain(&machine.description)));
+        parts.push(format!("  {}", readable_lines(&machine.description)));
     }
     if machine.state() == MachineState::Lost {
-        parts.push(format!("  LOST: {}", paint::plain(&machine.state_reason)));
+        parts.push(format!("  LOST: {}", readable_lines(&machine.state_reason)));
     }
     if let Some(symbols) = &machine.symbols {
         let place = match (symbols.placement(), symbols.slide) {
@@ -47,8 +49,8 @@ fn machine(machine: &Machine) -> String {
         parts.push(format!(
             "  symbols: {} of {}, {place}: {}",
             symbols.count,
-            paint::plain(&symbols.file),
-            paint::plain(&symbols.reason)
+            readable_lines(&symbols.file),
+            readable_lines(&symbols.reason)
         ));
     }
     if let Some(can) = &machine.capabilities {
@@ -79,9 +81,9 @@ fn machine(machine: &Machine) -> String {
     let mut landmarks = Table::default().indented(2);
     for landmark in &machine.landmarks {
         landmarks.row([
-            Cell::new(paint::plain(&landmark.name)),
+            Cell::new(readable_lines(&landmark.name)),
             Cell::address(landmark.address),
-            Cell::dim(paint::plain(&landmark.description)),
+            Cell::dim(readable_lines(&landmark.description)),
         ]);
     }
     parts.push(landmarks.render());

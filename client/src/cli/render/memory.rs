@@ -2,6 +2,8 @@
 
 use std::fmt::Write as _;
 
+use pagewalk_proto::readable_lines;
+
 use super::{hex, paint, provenance};
 use crate::v1::{MemoryStop, ReadMemoryResponse, WriteMemoryResponse};
 
@@ -24,7 +26,7 @@ pub(in crate::cli) fn dump(first: u64, answer: &ReadMemoryResponse, last: bool) 
         }
         let printed: String =
             bytes.iter().map(|&b| if (0x20..0x7f).contains(&b) { char::from(b) } else { '.' }).collect();
-        let _ = writeln!(text, "{at:016x}  {digits:<48}  {}", paint::plain(&printed));
+        let _ = writeln!(text, "{at:016x}  {digits:<48}  {printed}");
     }
     if last {
         if let Some(early) = &answer.stop {
@@ -48,7 +50,7 @@ pub(in crate::cli) fn written(answer: &WriteMemoryResponse) -> String {
 pub(in crate::cli) fn stop(stop: &MemoryStop) -> String {
     let why = match &stop.fault {
         Some(fault) => super::outcome::fault(fault),
-        None => format!("GPA {}: {}", hex(stop.gpa), paint::plain(&stop.reason)),
+        None => format!("GPA {}: {}", hex(stop.gpa), readable_lines(&stop.reason)),
     };
     format!("{} at {}: {why}", paint::bad("stopped"), hex(stop.address))
 }

@@ -38,19 +38,3 @@ pub(in crate::cli) fn heading(text: impl Display) -> String {
 pub(in crate::cli) fn dim(text: impl Display) -> String {
     painted(DIM, text)
 }
-
-/// Words from elsewhere, without characters that steer a terminal.
-pub(in crate::cli) fn plain(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() && c != '\n' { char::REPLACEMENT_CHARACTER } else { c }).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn words_from_elsewhere_cannot_steer_the_terminal() {
-        assert_eq!(plain("two\nlines"), "two\nlines");
-        assert_eq!(plain("\x1b[2Jgone\r\u{9b}1m"), "\u{fffd}[2Jgone\u{fffd}\u{fffd}1m");
-    }
-}

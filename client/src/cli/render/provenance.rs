@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use pagewalk_proto::readable_lines;
+
 use super::{names, paint};
 use crate::v1::{Provenance, RunState};
 
@@ -17,7 +19,7 @@ pub(in crate::cli) fn short(provenance: Option<&Provenance>) -> String {
         words.push(names::run_state(provenance.run_state()).into());
     }
     if !provenance.assumed.is_empty() {
-        words.push(format!("assumed {}", paint::plain(&provenance.assumed.join(" "))));
+        words.push(format!("assumed {}", readable_lines(&provenance.assumed.join(" "))));
     }
     if provenance.torn {
         words.push("torn: an entry changed during the walk".into());
@@ -33,10 +35,10 @@ pub(in crate::cli) fn short(provenance: Option<&Provenance>) -> String {
 /// The same with machine, source and host.
 pub(in crate::cli) fn long(provenance: &Provenance) -> String {
     let machine =
-        format!("machine {} ({})", paint::plain(&provenance.machine), paint::plain(&provenance.source));
+        format!("machine {} ({})", readable_lines(&provenance.machine), readable_lines(&provenance.source));
     let host = match provenance.host.as_str() {
         "" => String::new(),
-        host => format!(" on {}", paint::plain(host)),
+        host => format!(" on {}", readable_lines(host)),
     };
     format!("{machine}{host} {}", short(Some(provenance)))
 }

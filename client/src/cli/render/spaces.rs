@@ -1,5 +1,7 @@
 //! Address spaces, and what one address means in each.
 
+use pagewalk_proto::{readable, readable_lines};
+
 use super::{
     hex, outcome, paint, provenance,
     table::{Cell, Table},
@@ -42,7 +44,7 @@ pub(in crate::cli) fn list(answer: &ListAddressSpacesResponse) -> String {
 
 /// Why tasks are missing.
 fn problem(list: &TaskList) -> Option<String> {
-    let reason = paint::plain(&list.reason);
+    let reason = readable_lines(&list.reason);
     match list.state() {
         TaskListState::Complete | TaskListState::Unspecified => None,
         TaskListState::Incomplete => {
@@ -55,15 +57,11 @@ fn problem(list: &TaskList) -> Option<String> {
 /// `1 init, 57 cat`, and how many more.
 fn tasks(tasks: &[Task], left_out: u32) -> String {
     let mut tasks: Vec<String> =
-        tasks.iter().map(|task| format!("{} {}", task.pid, one_line(&task.name))).collect();
+        tasks.iter().map(|task| format!("{} {}", task.pid, readable(&task.name))).collect();
     if left_out > 0 {
         tasks.push(format!("{left_out} more"));
     }
     tasks.join(", ")
-}
-
-fn one_line(name: &str) -> String {
-    paint::plain(name).replace('\n', "\u{fffd}")
 }
 
 /// A line for each address space, and one for all.

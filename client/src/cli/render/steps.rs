@@ -1,7 +1,9 @@
 //! The entries read during a walk, as a table.
 
+use pagewalk_proto::readable_lines;
+
 use super::{
-    names, paint,
+    names,
     table::{Cell, Table},
 };
 use crate::v1::{PagingMode, Rights, Step};
@@ -16,7 +18,8 @@ pub(in crate::cli) fn table(steps: &[Step]) -> String {
             Cell::address(step.entry_gpa),
             super::hex(step.entry).into(),
             step.rights_so_far.as_ref().map(|rights| so_far(step.mode(), rights)).unwrap_or_default().into(),
-            format!("{}{}", paint::plain(&step.verdict), super::outcome::symbol(step.symbol.as_ref())).into(),
+            format!("{}{}", readable_lines(&step.verdict), super::outcome::symbol(step.symbol.as_ref()))
+                .into(),
         ]);
     }
     table.render()

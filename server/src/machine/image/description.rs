@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 use super::nested::NestedEntry;
 use super::number::Number;
 use crate::machine::Landmark;
-use crate::readable::readable;
 use crate::vcpu::{self, NestedMode, Registers, Snapshot};
+use pagewalk_proto::readable;
 
 const PAGE: u64 = 4096;
 const REGIONS_MAX: usize = 4096;

@@ -15,8 +15,8 @@ use std::sync::Arc;
 use super::mapping::FileMapping;
 use super::memory::{GuestRam, Place, Region};
 use super::{Capabilities, Health, LocalSource, OpenError, regular_file};
-use crate::readable::readable;
 use crate::vcpu::{RecordedBackend, Vcpu};
+use pagewalk_proto::readable;
 
 pub use description::{
     Cpu, Description, DescriptionError, LandmarkEntry, MemoryRegion, Selectors, VcpuEntry, VendorName,

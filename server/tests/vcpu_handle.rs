@@ -364,3 +364,43 @@ async fn a_guest_that_is_held_runs_on_when_its_vcpu_goes() {
         assert_eq!(resumed.load(Ordering::Relaxed), round % 2, "a guest that was stopped before stays so");
     }
 }
+
+#[tokio::test]
+async fn what_is_said_while_a_guest_is_held_stays() {
+    let elsewhere = Elsewhere { paused: false, resumed: Arc::default() };
+    let elsewhere = Vcpu::spawn("elsewhere", 0, CPU, elsewhere).unwrap();
+    // Its script over, it comes out at once, for ever.
+    let Control { vcpu: here, .. } = spawn();
+    for vcpu in [elsewhere, here] {
+        let state = async || vcpu.sync(soon()).await.unwrap().run_state;
+        let hold = async || {
+            let hold = Hold::new(Arc::clone(&vcpu));
+            assert_eq!(hold.pause(soon()).await.unwrap().run_state, RunState::Paused);
+            hold
+        };
+        // The last one lets it go.
+        let (first, second) = (hold().await, hold().await);
+        drop(first);
+        assert_eq!(state().await, RunState::Paused);
+        drop(second);
+        assert_eq!(state().await, RunState::Running);
+        // A pause outlasts it.
+        let held = hold().await;
+        vcpu.pause(soon()).await.unwrap();
+        drop(held);
+        assert_eq!(state().await, RunState::Paused);
+        // One that was not heeded does not count later.
+        drop(hold().await);
+        assert_eq!(state().await, RunState::Paused);
+        vcpu.resume(soon()).await.unwrap();
+        // Run on, and stopped by the next one, it runs on after that.
+        let held = hold().await;
+        vcpu.resume(soon()).await.unwrap();
+        assert_eq!(state().await, RunState::Running);
+        let again = hold().await;
+        drop(held);
+        assert_eq!(state().await, RunState::Paused);
+        drop(again);
+        assert_eq!(state().await, RunState::Running);
+    }
+}

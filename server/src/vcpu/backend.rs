@@ -1,8 +1,10 @@
 //! What a vCPU's thread drives: something that runs, and whose registers can be read and written.
 
 use std::ptr::NonNull;
+use std::sync::{Arc, Mutex};
 
 use super::command::VcpuError;
+use super::hold::Holders;
 use super::nested::{EnterL2, GuestMode, L2Registers, SecondDimension};
 use super::registers::{RegisterChanges, Registers};
 use super::snapshot::RunState;
@@ -98,6 +100,11 @@ pub trait Backend: Send + 'static {
     /// As [`Backend::pause`].
     fn resume(&mut self) -> Result<(), VcpuError> {
         Err(VcpuError::Unsupported("nothing here runs elsewhere".into()))
+    }
+
+    /// Who holds the guest: all vCPUs of one that runs elsewhere stop together, and share this.
+    fn holders(&self) -> Arc<Mutex<Holders>> {
+        Arc::default()
     }
 
     /// The L2 that the vCPU, which holds `registers`, runs now: because the guest entered one, or [`Backend::enter_nested`] did.

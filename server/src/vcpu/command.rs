@@ -14,8 +14,9 @@ use super::snapshot::{RunState, Snapshot};
 /// askers share one exit.
 #[derive(Debug)]
 pub(super) enum Action {
-    /// Sets the flag if it was this that stopped the vCPU.
-    Pause(Arc<AtomicBool>),
+    Pause,
+    /// Stops the vCPU until this is let go of; sets the flag once it does.
+    Hold(Arc<AtomicBool>),
     Resume,
     Step,
     SetRegisters(Box<RegisterChanges>),

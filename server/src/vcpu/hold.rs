@@ -1,7 +1,7 @@
-//! Stopping a vCPU for a while, whatever becomes of whoever wants it stopped.
+//! Stopping a guest for a while, whatever becomes of whoever wants it stopped.
 //!
 //! A stop may take its time where another process runs the guest, and be done after nobody waits for it any more. Letting go is
-//! therefore no command, which ends with its asker: the thread finds it after the stop, and knows whether that stopped anything.
+//! therefore no command, which ends with its asker: the thread finds it after the stop, and knows whether there was one.
 
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,18 +11,19 @@ use super::Vcpu;
 use super::command::{Action, VcpuError};
 use super::snapshot::Snapshot;
 
-/// A vCPU that is stopped for a while. Once this is dropped it runs on, if it was this that stopped it.
+/// A vCPU that is stopped for a while. Once the last of those that hold a guest is dropped it runs on, if it was stopped for them
+/// and nobody has paused, stepped or resumed it since.
 #[derive(Debug)]
 pub struct Hold {
     vcpu: Arc<Vcpu>,
-    stopped: Arc<AtomicBool>,
+    holds: Arc<AtomicBool>,
 }
 
 impl Hold {
     /// Of a vCPU that [`Hold::pause`] is to stop.
     #[must_use]
     pub fn new(vcpu: Arc<Vcpu>) -> Self {
-        Self { vcpu, stopped: Arc::default() }
+        Self { vcpu, holds: Arc::default() }
     }
 
     /// Stops the vCPU. A stopped one stays so afterwards, too.
@@ -30,13 +31,13 @@ impl Hold {
     /// # Errors
     /// As [`Vcpu::pause`]. The stop may be under way all the same.
     pub async fn pause(&self, deadline: Instant) -> Result<Arc<Snapshot>, VcpuError> {
-        self.vcpu.command(Action::Pause(Arc::clone(&self.stopped)), deadline).await
+        self.vcpu.command(Action::Hold(Arc::clone(&self.holds)), deadline).await
     }
 }
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        self.vcpu.shared.released.add(Arc::clone(&self.stopped));
+        self.vcpu.shared.released.add(Arc::clone(&self.holds));
         self.vcpu.look();
     }
 }
@@ -46,11 +47,37 @@ impl Drop for Hold {
 pub(super) struct Released(Mutex<Vec<Arc<AtomicBool>>>);
 
 impl Released {
-    fn add(&self, stopped: Arc<AtomicBool>) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(stopped);
+    fn add(&self, holds: Arc<AtomicBool>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(holds);
     }
 
     pub(super) fn take(&self) -> Vec<Arc<AtomicBool>> {
         std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// How many hold a guest, and whether it is to run on after the last of them.
+#[derive(Debug, Default)]
+pub struct Holders {
+    count: u32,
+    run_on: bool,
+}
+
+impl Holders {
+    /// Another one has stopped it, or found it stopped.
+    pub(super) fn join(&mut self, ran: bool) {
+        self.count += 1;
+        self.run_on |= ran;
+    }
+
+    /// Somebody has said whether it runs: that stays.
+    pub(super) fn overrule(&mut self) {
+        self.run_on = false;
+    }
+
+    /// One has let go. Says whether the guest is to run on now.
+    pub(super) fn leave(&mut self) -> bool {
+        self.count -= 1;
+        self.count == 0 && std::mem::take(&mut self.run_on)
     }
 }

@@ -35,7 +35,7 @@ use tokio::time::timeout_at;
 
 pub use backend::{Backend, Exit, ImmediateExit};
 pub use command::VcpuError;
-pub use hold::Hold;
+pub use hold::{Hold, Holders};
 pub use nested::{
     EnterL2, Entered, GuestMode, L2Error, L2Registers, NestedEffect, NestedEffectKind, NestedMode,
     NestedRequest, SecondDimension,
@@ -222,7 +222,7 @@ impl Vcpu {
     /// # Errors
     /// When it does not come out in time, has stopped for good, or nothing runs here.
     pub async fn pause(&self, deadline: Instant) -> Result<Arc<Snapshot>, VcpuError> {
-        self.command(Action::Pause(Arc::default()), deadline).await
+        self.command(Action::Pause, deadline).await
     }
 
     /// Lets a paused vCPU run on. Resuming a running one changes nothing.

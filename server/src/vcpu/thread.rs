@@ -7,8 +7,8 @@
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use pagewalk::{ControlRegisters, CpuProfile, PageWalk, PagingMode, StateError, Walker};
@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 
 use super::backend::{Backend, Exit};
 use super::command::{Action, Command, Done, Reply, VcpuError};
-use super::hold::Released;
+use super::hold::{Holders, Released};
 use super::kick::{Kicker, OnThread};
 use super::nested::{
     EnterL2, Entered, L2Registers, NestedEffect, NestedEffectKind, NestedMode, NestedRequest, SecondDimension,
@@ -110,6 +110,7 @@ impl<B: Backend> VcpuThread<B> {
         let first = shared.published.latest();
         let elsewhere = backend.elsewhere().is_some();
         let overlay = backend.overlay();
+        let holders = backend.holders();
         let stays = elsewhere || first.run_state == RunState::Static;
         let mut driver = Driver {
             name,
@@ -120,6 +121,7 @@ impl<B: Backend> VcpuThread<B> {
             publisher,
             activity: if stays { Activity::Stay } else { Activity::Run },
             elsewhere,
+            holders,
             run_state: first.run_state,
             reason: first.run_state_reason.clone(),
             overlay,
@@ -155,6 +157,7 @@ struct Driver<'a, B> {
     activity: Activity,
     /// Another process runs the guest.
     elsewhere: bool,
+    holders: Arc<Mutex<Holders>>,
     run_state: RunState,
     reason: String,
     /// The L2 that is laid over the walkers alone.
@@ -200,13 +203,53 @@ impl<B: Backend> Driver<'_, B> {
 
     /// Lets the vCPU run on for those who had it stopped and do not need that any more.
     fn let_go(&mut self, ticket: u64) {
-        for stopped in self.shared.released.take() {
-            if stopped.load(Ordering::Relaxed)
-                && let Err(problem) = self.perform(&Action::Resume, ticket)
-            {
-                tracing::warn!(vcpu = %self.name, "does not run on after it was held: {problem}");
+        for holds in self.shared.released.take() {
+            if !holds.load(Ordering::Relaxed) {
+                continue;
+            }
+            let runs_on = self.with_holders(|driver, holders| match holders.leave() {
+                true => driver.run_on().map(|()| true),
+                false => Ok(false),
+            });
+            match runs_on {
+                Ok(true) => drop(self.publish(ticket)),
+                Ok(false) => {}
+                Err(problem) => {
+                    tracing::warn!(vcpu = %self.name, "does not run on after it was held: {problem}");
+                }
             }
         }
+    }
+
+    /// Nobody else stops the guest, or lets it go, until `work` is done.
+    fn with_holders<T>(&mut self, work: impl FnOnce(&mut Self, &mut Holders) -> T) -> T {
+        let holders = Arc::clone(&self.holders);
+        let mut holders = holders.lock().unwrap_or_else(PoisonError::into_inner);
+        work(self, &mut holders)
+    }
+
+    /// Stops the guest, and says whether it ran until then.
+    fn stop(&mut self) -> Result<bool, VcpuError> {
+        self.must_execute()?;
+        if self.elsewhere {
+            return self.command_elsewhere(Backend::pause);
+        }
+        let ran = !matches!(self.activity, Activity::Pause);
+        if ran {
+            self.enter(Activity::Pause, RunState::Paused, "paused on request".into());
+        }
+        Ok(ran)
+    }
+
+    /// Lets the guest run on.
+    fn run_on(&mut self) -> Result<(), VcpuError> {
+        self.must_execute()?;
+        if self.elsewhere {
+            self.command_elsewhere(Backend::resume)?;
+        } else if matches!(self.activity, Activity::Pause) {
+            self.enter(Activity::Run, RunState::Running, String::new());
+        }
+        Ok(())
     }
 
     fn run(&mut self, ticket: u64, on_thread: &OnThread<'_>) {
@@ -271,30 +314,28 @@ impl<B: Backend> Driver<'_, B> {
 
     fn perform(&mut self, action: &Action, ticket: u64) -> Reply {
         match action {
-            Action::Pause(stopped) => {
-                self.must_execute()?;
-                let ran = if self.elsewhere {
-                    self.command_elsewhere(Backend::pause)?
-                } else {
-                    let ran = !matches!(self.activity, Activity::Pause);
-                    if ran {
-                        self.enter(Activity::Pause, RunState::Paused, "paused on request".into());
-                    }
-                    ran
-                };
-                stopped.store(ran, Ordering::Relaxed);
-            }
-            Action::Resume => {
-                self.must_execute()?;
-                if self.elsewhere {
-                    self.command_elsewhere(Backend::resume)?;
-                } else if matches!(self.activity, Activity::Pause) {
-                    self.enter(Activity::Run, RunState::Running, String::new());
-                }
-            }
+            Action::Pause => self.with_holders(|driver, holders| {
+                driver.stop()?;
+                holders.overrule();
+                Ok(())
+            })?,
+            Action::Hold(holds) => self.with_holders(|driver, holders| {
+                holders.join(driver.stop()?);
+                holds.store(true, Ordering::Relaxed);
+                Ok(())
+            })?,
+            Action::Resume => self.with_holders(|driver, holders| {
+                driver.run_on()?;
+                holders.overrule();
+                Ok(())
+            })?,
             Action::Step => {
                 self.must_execute()?;
-                match self.guarded(Backend::step) {
+                let stepped = self.guarded(Backend::step);
+                if let Ok(Ok(_)) = stepped {
+                    self.with_holders(|_, holders| holders.overrule());
+                }
+                match stepped {
                     Ok(Ok(_)) if self.elsewhere => {
                         self.look_elsewhere();
                     }

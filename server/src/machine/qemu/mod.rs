@@ -31,7 +31,7 @@ use qapi::qmp;
 use super::mapping::{Fetch, FileMapping};
 use super::memory::{GuestRam, MemoryError, Place};
 use super::{Capabilities, Health, Source};
-use crate::vcpu::{Registers, RunState, SpawnError, Vcpu, VcpuError};
+use crate::vcpu::{Holders, Registers, RunState, SpawnError, Vcpu, VcpuError};
 use layout::Range;
 use monitor::{Event, Events, Monitor};
 use process::{Area, Process};
@@ -179,6 +179,8 @@ struct Attached {
     memory: ArcSwap<GuestRam>,
     /// Held while QEMU is asked what it does with the guest.
     heard: Mutex<Heard>,
+    /// Who has the guest stopped for a while: all its vCPUs stop together.
+    holders: Arc<Mutex<Holders>>,
 }
 
 /// What QEMU does with the guest, as it last said, and what [`News::state`] was before it was asked.
@@ -436,6 +438,7 @@ pub(super) fn open(id: &str, path: &Path, pid: Option<u32>) -> Result<Qemu, Qemu
         layout: Mutex::default(),
         memory: ArcSwap::from_pointee(GuestRam::none()),
         heard: Mutex::new(Heard { told: 0, state: (RunState::Running, String::new()) }),
+        holders: Arc::default(),
     });
     attached.refresh_memory()?;
     attached.state()?;

@@ -1,14 +1,14 @@
 //! A vCPU of a guest of QEMU's, as its thread asks for it: it never runs here.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use qapi::qmp;
 
 use super::monitor::ANSWER;
 use super::{Attached, QemuError, registers};
-use crate::vcpu::{Backend, Exit, RegisterChanges, Registers, RunState, VcpuError};
+use crate::vcpu::{Backend, Exit, Holders, RegisterChanges, Registers, RunState, VcpuError};
 
 /// How long a stop may take. A connection that is given up meanwhile can make nothing run on.
 const STOP: Duration = Duration::from_secs(300);
@@ -87,5 +87,9 @@ impl Backend for QemuVcpu {
 
     fn resume(&mut self) -> Result<(), VcpuError> {
         self.attached.command(&qmp::cont {}, ANSWER)
+    }
+
+    fn holders(&self) -> Arc<Mutex<Holders>> {
+        Arc::clone(&self.attached.holders)
     }
 }

@@ -113,8 +113,8 @@ class MachineServiceServicer(object):
 
     def SaveImage(self, request, context):
         """Saves a machine as an image: a description (TOML) and a file with its memory, which the client writes next to each other,
-        and which source `image` opens again. A guest that runs is paused for as long as this takes, and then runs on. The
-        stream has one `start`, pieces of memory by ascending offset, without what is zero, and one `end`: without it the image
+        and which source `image` opens again. A guest that runs is paused for as long as this takes, and then runs on,
+        unless it was paused, stepped or resumed meanwhile: that stays. The stream has one `start`, pieces of memory by ascending offset, without what is zero, and one `end`: without it the image
         is not whole. A vCPU in nested mode is saved with its second dimension, and opened with the same two walkers.
 
         Role: `control`: all of memory leaves the daemon, and the guest is held up.

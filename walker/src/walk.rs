@@ -34,11 +34,13 @@ impl PageWalk {
     /// Names the register that no CPU would accept.
     pub fn new(registers: &ControlRegisters, cpu: &CpuProfile) -> Result<Self, StateError> {
         let format = PageFormat::guest(registers, cpu)?;
-        let masking = match cpu.vendor {
-            Vendor::Intel if format.mode().is_long() => CR3_LAM_U48 | CR3_LAM_U57,
+        let no_address = match format.mode() {
+            // Intel SDM volume 3, "Use of CR3 with 32-Bit Paging", "Use of CR3 with PAE Paging": ignored.
+            PagingMode::TwoLevel | PagingMode::Pae => bits(32, 63),
+            mode if mode.is_long() && cpu.vendor == Vendor::Intel => CR3_LAM_U48 | CR3_LAM_U57,
             _ => 0,
         };
-        Self::rooted(format, "CR3", registers.cr3 & !masking, cpu)
+        Self::rooted(format, "CR3", registers.cr3 & !no_address, cpu)
     }
 
     /// `gva_walk` under PAE paging, with the PDPTE registers that the CPU loaded when CR3 was written (Intel SDM volume 3,
@@ -131,13 +133,16 @@ pub(crate) fn translate<M: Memory, R: Recorder>(
     let as_data = access.as_data();
     let access = if walk.format.shadow_stacks() { access } else { &as_data };
     let format = &walk.format;
-    let masked = format.masking().apply(gva, access);
-    if format.mode().is_long() && !is_canonical(masked, format.linear_width()) {
+    let address = if format.mode().is_long() { format.masking().apply(gva, access) } else { gva & LINEAR_32 };
+    if format.mode().is_long() && !is_canonical(address, format.linear_width()) {
         return Err(Refusal::without_entry(Reason::NonCanonical).in_guest(format, access, gva));
     }
     // The address that is translated is the one that a fault reports.
-    linear(walk, second, memory, masked, access, recorder)
+    linear(walk, second, memory, address, access, recorder)
 }
+
+/// Linear addresses wrap at 4 GiB outside long mode.
+const LINEAR_32: u64 = 0xffff_ffff;
 
 /// [`translate`] of a canonical address, from which nothing is masked. A shadow-stack access comes only where there are some.
 pub(crate) fn linear<M: Memory, R: Recorder>(
@@ -171,18 +176,15 @@ pub(crate) fn linear<M: Memory, R: Recorder>(
     })
 }
 
-/// CR0.PG is clear: linear addresses are 32 bits wide and physical.
+/// CR0.PG is clear: linear addresses are physical.
 fn unpaged(gva: u64) -> Translation {
     Translation {
-        gpa: Gpa(gva & LINEAR_32),
+        gpa: Gpa(gva),
         entry: 0,
         nested: None,
         page: Page::new(PageSize::Unpaged, Shown::of(Rights::ALL)),
     }
 }
-
-/// Linear addresses wrap at 4 GiB outside long mode.
-const LINEAR_32: u64 = 0xffff_ffff;
 
 /// The page that the guest's own tables give; what lies behind it is for the caller to see.
 fn paged<E: EntryLayout, M: Memory, R: Recorder>(
@@ -194,9 +196,8 @@ fn paged<E: EntryLayout, M: Memory, R: Recorder>(
     recorder: &mut R,
 ) -> Result<Translation, Fault> {
     let format = &walk.format;
-    let address = if format.mode().is_long() { gva } else { gva & LINEAR_32 };
     let purpose = Purpose { dimension: Dimension::Guest, second, access, unwritable: None };
-    match descend::<E, M, R>(walk, memory, address, purpose, recorder) {
+    match descend::<E, M, R>(walk, memory, gva, purpose, recorder) {
         Ok(leaf) => Ok(Translation {
             gpa: Gpa(leaf.output),
             entry: leaf.entry,

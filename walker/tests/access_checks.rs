@@ -511,7 +511,8 @@ fn masking_belongs_to_a_vendor_and_to_long_mode() {
     assert_eq!(reserved(&lam, &INTEL), None);
     assert_eq!(PageWalk::new(&lam, &INTEL).unwrap().root(), PML4);
     assert_eq!(reserved(&lam, &AMD), Some(("CR3", 3 << 61)));
-    assert_eq!(reserved(&ControlRegisters { efer: 0, ..lam }, &INTEL), Some(("CR3", 3 << 61)));
+    // PAE paging ignores them, with all of the upper half.
+    assert_eq!(reserved(&ControlRegisters { efer: 0, ..lam }, &INTEL), None);
     assert_eq!(reserved(&ControlRegisters { cr3: PML4 | 7 << 61, ..lam }, &INTEL), Some(("CR3", 1 << 63)));
     assert_eq!(
         NgpaWalk::npt(3 << 61, &long_mode(0, 0), &INTEL).unwrap_err(),

@@ -212,11 +212,24 @@ fn pdpte_registers_stand_in_for_memory() {
 }
 
 #[test]
-fn cr3_has_32_bits_outside_long_mode() {
+fn the_upper_half_of_cr3_is_ignored_outside_long_mode() {
     for registers in [two_level(0), pae(0x1000, 0)] {
-        let high = ControlRegisters { cr3: 0x1_0000_1000, ..registers };
-        let refused = PageWalk::new(&high, &CPU);
-        assert_eq!(refused, Err(StateError::ReservedBits { register: "CR3", bits: 1 << 32 }));
+        let high = ControlRegisters { cr3: registers.cr3 | 0xffff_ffff << 32, ..registers };
+        assert_eq!(PageWalk::new(&high, &CPU), PageWalk::new(&registers, &CPU));
+        // No VMRUN takes it for nCR3.
+        let refused = NgpaWalk::npt(0x1_0000_1000, &registers, &CPU);
+        assert_eq!(refused, Err(StateError::ReservedBits { register: "nCR3", bits: 1 << 32 }));
+    }
+}
+
+#[test]
+fn a_fault_tells_an_address_of_32_bits_outside_long_mode() {
+    let ram = Ram::new();
+    for registers in [two_level(0), pae(0x1000, 0)] {
+        let walker = Walker::new(PageWalk::new(&registers, &CPU).unwrap());
+        // As a debugger extends the sign of a pointer of 32 bits.
+        let fault = walker.translate(&ram.window(), Gva(0xffff_ffff_c000_1234), &READ).unwrap_err();
+        assert_eq!((fault.reason, fault.address), (Reason::NotPresent, 0xc000_1234));
     }
 }
 

@@ -114,13 +114,12 @@ async fn translate() {
         (with(Over { cr3: Some(1 << 62), vendor: Some(2), ..Over::default() }), STATE, "CR3"),
         (with(Over { efer: Some(1 << 20 | 0xd00), vendor: Some(1), ..Over::default() }), STATE, "EFER"),
         (with(Over { efer: Some(1 << 40 | 0xd00), ..Over::default() }), STATE, "EFER"),
-        // PAE: a PDPTE with R/W set is in no register, and CR3 has 32 bits.
+        // PAE: a PDPTE with R/W set is in no register.
         (
             with(Over { efer: Some(0), cr4: Some(0x20), pdptrs: vec![0, 3, 0, 0], ..Over::default() }),
             STATE,
             "PDPTE",
         ),
-        (with(Over { efer: Some(0), cr4: Some(0), cr3: Some(1 << 32), ..Over::default() }), STATE, "CR3"),
         // The landmark's address has 64 bits.
         (with(Over { efer: Some(0), cr4: Some(0x20), ..Over::default() }), FIELD, "32 bits"),
         (with(npt(v1::Npt { ncr3: 1 << 48, ..Default::default() })), STATE, "nCR3"),

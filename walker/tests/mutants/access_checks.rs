@@ -175,7 +175,7 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         "the pointer and not what is left of it is tested for being canonical",
         &[(
             "walk.rs",
-            "!is_canonical(masked, format.linear_width())",
+            "!is_canonical(address, format.linear_width())",
             "!is_canonical(gva, format.linear_width())",
         )],
     ),
@@ -183,8 +183,8 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         "CR2 has the metadata",
         &[(
             "walk.rs",
-            "linear(walk, second, memory, masked, access, recorder)",
-            "linear(walk, second, memory, masked, access, recorder)
+            "linear(walk, second, memory, address, access, recorder)",
+            "linear(walk, second, memory, address, access, recorder)
                 .map_err(|fault| Fault { address: gva, ..fault })",
         )],
     ),
@@ -198,11 +198,11 @@ pub(crate) const MUTANTS: &[Mutant] = &[
     ),
     unasked(
         "every vendor's CR3 has LAM bits",
-        &[("walk.rs", "Vendor::Intel if format.mode().is_long() =>", "_ if format.mode().is_long() =>")],
-    ),
-    unasked(
-        "CR3 has LAM bits in every mode",
-        &[("walk.rs", "Vendor::Intel if format.mode().is_long() =>", "Vendor::Intel =>")],
+        &[(
+            "walk.rs",
+            "mode if mode.is_long() && cpu.vendor == Vendor::Intel =>",
+            "mode if mode.is_long() =>",
+        )],
     ),
     unasked(
         "both vendors ignore address bits in both ways",

@@ -6,12 +6,17 @@ pub(crate) const MUTANTS: &[Mutant] = &[
     Mutant {
         slip: "5-level addresses are canonical in 48 bits",
         judges: RULES,
-        changes: &[("walk.rs", "is_canonical(masked, format.linear_width())", "is_canonical(masked, 48)")],
+        changes: &[("walk.rs", "is_canonical(address, format.linear_width())", "is_canonical(address, 48)")],
     },
     Mutant {
         slip: "LA57 is walked as four levels",
         judges: RULES,
         changes: &[("format.rs", "PagingMode::FiveLevel => (5,", "PagingMode::FiveLevel => (4,")],
+    },
+    Mutant {
+        slip: "the upper half of CR3 is refused outside long mode",
+        judges: RULES,
+        changes: &[("walk.rs", "PagingMode::TwoLevel | PagingMode::Pae => bits(32, 63),", "")],
     },
     Mutant {
         slip: "the PAE root is cut to 4 KiB",
@@ -70,8 +75,8 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         &[("reserved.rs", "if cpu.maxphyaddr < 40 { cpu.maxphyaddr as u32 } else { 40 }", "40")],
     ),
     unseen(
-        "linear addresses are wider than 32 bits without paging",
-        &[("walk.rs", "gpa: Gpa(gva & LINEAR_32),", "gpa: Gpa(gva),")],
+        "linear addresses are wider than 32 bits outside long mode",
+        &[("walk.rs", "} else { gva & LINEAR_32 };", "} else { gva };")],
     ),
     unseen(
         "user pages have keys outside long mode",

@@ -9,23 +9,21 @@ impl<P: Physical> Walk<'_, P> {
     pub(super) fn linear_address(&mut self) -> Result<Page, Refusal> {
         let registers = self.system.registers;
 
-        // "Paging Modes": with CR0.PG = 0 linear addresses are treated as physical addresses. That is outside 64-bit mode,
-        // where a linear address has 32 bits.
-        if !registers.cr0_pg() {
-            let physical = bits(self.request.linear, 31, 0);
-            return self.unpaged(physical);
-        }
-
-        // "Paging-Mode Enabling": outside long mode CR4.PAE selects PAE or 32-bit paging; linear addresses have 32 bits.
-        let long = registers.efer_lma();
+        let long = registers.cr0_pg() && registers.efer_lma();
         let input = if long {
-            // In long mode CR4.LA57 selects 5-level paging. Whatever happens from here on, CR2 tells the address without metadata.
-            let address = self.canonical_address(if registers.cr4_la57() { 57 } else { 48 })?;
-            self.request.linear = address;
-            address
+            // In long mode CR4.LA57 selects 5-level paging.
+            self.canonical_address(if registers.cr4_la57() { 57 } else { 48 })?
         } else {
+            // "Address Calculations in 64-Bit Mode": outside it linear addresses have 32 bits.
             bits(self.request.linear, 31, 0)
         };
+        // Whatever happens from here on, CR2 tells the address without metadata, and without what is no part of it.
+        self.request.linear = input;
+
+        // "Paging Modes": with CR0.PG = 0 linear addresses are treated as physical addresses.
+        if !registers.cr0_pg() {
+            return self.unpaged(input);
+        }
 
         let view = View {
             dimension: Dimension::Guest,
@@ -41,6 +39,7 @@ impl<P: Physical> Walk<'_, P> {
         // "4-Level Paging and 5-Level Paging", use of CR3: bits 51:12 are the table's address; the bits below are a PCID, or
         // PWT and PCD, and not part of it.
         let root = view.address(registers.cr3, 51, 12);
+        // "Paging-Mode Enabling": outside long mode CR4.PAE selects PAE or 32-bit paging.
         let mapped = match (long, registers.cr4_pae()) {
             (true, _) if registers.cr4_la57() => self.five_level(&view, root)?,
             (true, _) => self.four_level(&view, root)?,

@@ -37,7 +37,9 @@ pub(crate) fn setup(rng: &mut Rng) -> Setup {
     };
     let pdptes = (shape.0 == 3 && second.is_none() && rng.bool())
         .then(|| [0; 4].map(|_| (rng.u64(..TABLES) * PAGE) | u64::from(rng.u32(..8) != 0)));
-    Setup::with_pdptes(controls(shape, rng).registers(root(rng)), cpu(rng), pdptes, second)
+    // Outside long mode the upper half of CR3 is ignored.
+    let ignored = if matches!(shape.0, 2 | 3) && rng.bool() { rng.u64(..) << 32 } else { 0 };
+    Setup::with_pdptes(controls(shape, rng).registers(root(rng) | ignored), cpu(rng), pdptes, second)
 }
 
 fn ept(rng: &mut Rng) -> Second {

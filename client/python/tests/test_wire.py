@@ -274,6 +274,26 @@ def test_a_choice_of_a_newer_daemon_has_a_name(local: pagewalk.Client, scripted:
     assert str(answer.kind) == "unknown_99"
 
 
+def test_across_sends_what_was_asked(local: pagewalk.Client, scripted: Scripted) -> None:
+    scripted.answer = translation_pb2.TranslateAcrossResponse()
+    answers = local.translate_across(0x5000, [0x1000], "write", privilege="user", ac=False, pkru=4, pkrs=8, stack=True)
+    assert answers == {}
+    assert scripted.request == translation_pb2.TranslateAcrossRequest(
+        vcpu=types_pb2.VcpuRef(),
+        address=types_pb2.Address(number=0x5000),
+        access=types_pb2.Access(
+            kind=types_pb2.ACCESS_KIND_WRITE,
+            privilege=types_pb2.PRIVILEGE_USER,
+            ac=False,
+            pkru=4,
+            pkrs=8,
+            stack=True,
+        ),
+        freshness=types_pb2.FRESHNESS_LATEST,
+        cr3s=[0x1000],
+    )
+
+
 def test_nested_off_and_on_are_told_apart(local: pagewalk.Client, scripted: Scripted) -> None:
     scripted.answer = walker_pb2.SetNestedModeResponse(
         effect=walker_pb2.NestedEffect(kind=walker_pb2.NESTED_EFFECT_KIND_WALKER_ONLY, reason="why")
@@ -281,7 +301,10 @@ def test_nested_off_and_on_are_told_apart(local: pagewalk.Client, scripted: Scri
     change = local.nested_off()
     assert scripted.request.WhichOneof("mode") == "off"
     assert scripted.request.off
+    assert not scripted.request.walker_only
     assert (change.effect, change.reason) == ("walker_only", "why")
+    local.nested_off(walker_only=True)
+    assert scripted.request.walker_only
     local.set_nested(pagewalk.Npt(ncr3=0x1000, host_cr4=0), l2=pagewalk.Registers(cr3=0x2000), walker_only=True)
     assert scripted.request == walker_pb2.SetNestedModeRequest(
         vcpu=types_pb2.VcpuRef(),

@@ -186,14 +186,7 @@ class Client:
         request = translation_pb2.TranslateRequest(
             vcpu=convert.to_vcpu(machine, vcpu),
             address=convert.to_address(address),
-            access=types_pb2.Access(
-                kind=convert.number(types_pb2.AccessKind.DESCRIPTOR, access, "access"),
-                privilege=convert.number(types_pb2.Privilege.DESCRIPTOR, privilege, "privilege"),
-                ac=ac,
-                pkru=pkru,
-                pkrs=pkrs,
-                stack=stack,
-            ),
+            access=convert.to_access(access, privilege, ac=ac, pkru=pkru, pkrs=pkrs, stack=stack),
             ad_policy=convert.number(types_pb2.AdPolicy.DESCRIPTOR, ad_policy, "ad_policy"),
             freshness=convert.number(types_pb2.Freshness.DESCRIPTOR, freshness, "freshness"),
             override=convert.to_override(override),
@@ -210,6 +203,10 @@ class Client:
         access: AccessKind = "read",
         *,
         privilege: Privilege = "as_cpl",
+        ac: bool | None = None,
+        pkru: int | None = None,
+        pkrs: int | None = None,
+        stack: bool = False,
         freshness: Freshness = "latest",
         override: WalkerOverride | None = None,
         vcpu: int = 0,
@@ -222,10 +219,7 @@ class Client:
         request = translation_pb2.TranslateAcrossRequest(
             vcpu=convert.to_vcpu(machine, vcpu),
             address=convert.to_address(address),
-            access=types_pb2.Access(
-                kind=convert.number(types_pb2.AccessKind.DESCRIPTOR, access, "access"),
-                privilege=convert.number(types_pb2.Privilege.DESCRIPTOR, privilege, "privilege"),
-            ),
+            access=convert.to_access(access, privilege, ac=ac, pkru=pkru, pkrs=pkrs, stack=stack),
             freshness=convert.number(types_pb2.Freshness.DESCRIPTOR, freshness, "freshness"),
             override=convert.to_override(override),
             cr3s=[convert.to_word(cr3, "cr3") for cr3 in cr3s],
@@ -268,14 +262,7 @@ class Client:
         data = columns.to_bytes(column)
         head = columns.BatchRequest(
             vcpu=convert.to_vcpu(machine, vcpu),
-            access=types_pb2.Access(
-                kind=convert.number(types_pb2.AccessKind.DESCRIPTOR, access, "access"),
-                privilege=convert.number(types_pb2.Privilege.DESCRIPTOR, privilege, "privilege"),
-                ac=ac,
-                pkru=pkru,
-                pkrs=pkrs,
-                stack=stack,
-            ),
+            access=convert.to_access(access, privilege, ac=ac, pkru=pkru, pkrs=pkrs, stack=stack),
             freshness=convert.number(types_pb2.Freshness.DESCRIPTOR, freshness, "freshness"),
             override=convert.to_override(override),
             max_faults=max_faults,
@@ -360,10 +347,7 @@ class Client:
         request = translation_pb2.TranslateNestedGpaRequest(
             vcpu=convert.to_vcpu(machine, vcpu),
             address=convert.to_address(address),
-            access=types_pb2.Access(
-                kind=convert.number(types_pb2.AccessKind.DESCRIPTOR, access, "access"),
-                privilege=convert.number(types_pb2.Privilege.DESCRIPTOR, privilege, "privilege"),
-            ),
+            access=convert.to_access(access, privilege),
             phase=convert.number(translation_pb2.NestedPhase.DESCRIPTOR, phase, "phase"),
             ad_policy=convert.number(types_pb2.AdPolicy.DESCRIPTOR, ad_policy, "ad_policy"),
             freshness=convert.number(types_pb2.Freshness.DESCRIPTOR, freshness, "freshness"),
@@ -551,14 +535,7 @@ class Client:
         request = mapping_pb2.TranslateRangeRequest(
             vcpu=convert.to_vcpu(machine, vcpu),
             range=to_range(bounds),
-            access=types_pb2.Access(
-                kind=convert.number(types_pb2.AccessKind.DESCRIPTOR, access, "access"),
-                privilege=convert.number(types_pb2.Privilege.DESCRIPTOR, privilege, "privilege"),
-                ac=ac,
-                pkru=pkru,
-                pkrs=pkrs,
-                stack=stack,
-            ),
+            access=convert.to_access(access, privilege, ac=ac, pkru=pkru, pkrs=pkrs, stack=stack),
             budget=to_budget(max_entries, max_extents),
             freshness=convert.number(types_pb2.Freshness.DESCRIPTOR, freshness, "freshness"),
             override=convert.to_override(override),
@@ -625,10 +602,10 @@ class Client:
         )
         return convert.nested_change(self._call(self._walker.SetNestedMode, request))
 
-    def nested_off(self, *, vcpu: int = 0, machine: str = "") -> NestedChange:
-        """Switch nested mode off. Needs the role `control`."""
+    def nested_off(self, *, walker_only: bool = False, vcpu: int = 0, machine: str = "") -> NestedChange:
+        """Switch nested mode off; with `walker_only`, only where walkers alone have it. Needs the role `control`."""
         where = convert.to_vcpu(machine, vcpu)
-        request = convert.to_nested(None, None, where, control_structure=None, walker_only=False)
+        request = convert.to_nested(None, None, where, control_structure=None, walker_only=walker_only)
         return convert.nested_change(self._call(self._walker.SetNestedMode, request))
 
     def vcpus(self, *, machine: str = "") -> list[Vcpu]:

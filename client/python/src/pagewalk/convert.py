@@ -64,6 +64,26 @@ def to_address(address: int | str, what: str = "address") -> types_pb2.Address:
     return types_pb2.Address(number=to_word(address, what))
 
 
+def to_access(
+    kind: str,
+    privilege: str,
+    *,
+    ac: bool | None = None,
+    pkru: int | None = None,
+    pkrs: int | None = None,
+    stack: bool = False,
+) -> types_pb2.Access:
+    """Describe an access; what is `None` is as the vCPU has it."""
+    return types_pb2.Access(
+        kind=number(types_pb2.AccessKind.DESCRIPTOR, kind, "access"),
+        privilege=number(types_pb2.Privilege.DESCRIPTOR, privilege, "privilege"),
+        ac=ac,
+        pkru=pkru,
+        pkrs=pkrs,
+        stack=stack,
+    )
+
+
 def _to_npt(npt: answers.Npt) -> types_pb2.Npt:
     return types_pb2.Npt(
         ncr3=npt.ncr3,

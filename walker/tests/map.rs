@@ -241,8 +241,9 @@ fn access(rng: &mut fastrand::Rng) -> Access {
             AccessKind::ShadowStackWrite,
         ])
         .unwrap();
-    let privilege =
-        rng.choice([Privilege::User, Privilege::Supervisor, Privilege::ImplicitSupervisor]).unwrap();
+    let privilege = rng
+        .choice([Privilege::User, Privilege::Supervisor, Privilege::ImplicitSupervisor, Privilege::Exempt])
+        .unwrap();
     Access::new(kind, privilege).with_ac(rng.bool()).with_pkru(rng.u32(..))
 }
 

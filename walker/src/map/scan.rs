@@ -23,7 +23,7 @@ use super::extent::Extent;
 use super::lane::Lane;
 use super::second::Behind;
 use super::table::Table;
-use super::{Limit, Report};
+use super::{EXEMPT, Limit, Report};
 
 /// Why a scan stopped before the end of its range.
 pub(super) enum Halt {
@@ -83,7 +83,7 @@ impl<'a, M: Memory, S: FnMut(Extent) -> ControlFlow<()>> Scan<'a, M, S> {
             // The second dimension may refuse the access a table, or the update of an entry, and the dirty bit of a leaf
             // makes a shadow stack: an extent's pages have none of it in common.
             page_by_page: !exempt && (walker.ngpa_walk().is_some() || cursor.access.is_shadow_stack()),
-            behind: Behind::new(instructions),
+            behind: Behind::new(if exempt { cursor.access } else { EXEMPT }, instructions),
             instructions,
             lane: if exempt && walker.ngpa_walk().is_none() { Lane::new(cursor) } else { None },
             cursor,

@@ -6,6 +6,7 @@
 
 use core::sync::atomic::AtomicU64;
 
+use crate::access::Access;
 use crate::addr::{Gpa, NestedGpa};
 use crate::batch::dispatch::{self, Instructions, Work};
 use crate::batch::gather::Gather;
@@ -18,7 +19,6 @@ use crate::permission::Rights;
 use crate::trace::{Recorder, Step, Trace};
 use crate::translation::{PageSize, Translation};
 
-use super::EXEMPT;
 use super::entries::LINE;
 
 /// Lines that are loaded before they are compared.
@@ -32,6 +32,8 @@ pub(super) struct Behind {
     /// For the guest's tables.
     tables: Option<Stretch>,
     backing: (u64, u64, Backing),
+    /// What it is asked for: an access whose rights do not count.
+    access: Access,
     instructions: Instructions,
 }
 
@@ -221,8 +223,9 @@ impl Recorder for Last {
 
 impl Behind {
     /// Nothing has been asked yet.
-    pub(super) const fn new(instructions: Instructions) -> Self {
-        Self { pages: None, guest: Rights::NONE, tables: None, backing: (0, 0, Backing::None), instructions }
+    pub(super) const fn new(access: Access, instructions: Instructions) -> Self {
+        let backing = (0, 0, Backing::None);
+        Self { pages: None, guest: Rights::NONE, tables: None, backing, access, instructions }
     }
 
     /// Whether something of the second dimension has to be read for `page`.
@@ -257,7 +260,7 @@ impl Behind {
                     let mut last = Last(Trace::EMPTY_STEP);
                     let format = second.page_walk().format();
                     read = u64::from(format.levels());
-                    match second.final_page(memory, NestedGpa(ngpa), &EXEMPT, page.rights(), &mut last) {
+                    match second.final_page(memory, NestedGpa(ngpa), &self.access, page.rights(), &mut last) {
                         Ok(leaf) => {
                             let bytes = leaf.size.bytes().unwrap_or(1);
                             let within = ngpa & bytes.wrapping_sub(1);
@@ -319,7 +322,7 @@ impl Behind {
                     let mut last = Last(Trace::EMPTY_STEP);
                     let format = second.page_walk().format();
                     read = u64::from(format.levels());
-                    match second.table_entry(memory, ngpa, pdptes, &EXEMPT, &mut None, &mut last) {
+                    match second.table_entry(memory, ngpa, pdptes, &self.access, &mut None, &mut last) {
                         Ok(gpa) if !pdptes => {
                             let bits = 12 + format.index_bits() * last.0.level.wrapping_sub(1);
                             let size = PageSize::of_bits(bits);
@@ -375,6 +378,7 @@ mod tests {
     use core::sync::atomic::Ordering;
     use std::vec::Vec;
 
+    use super::super::EXEMPT;
     use super::*;
     use crate::ept::{EptCapabilities, EptControls};
     use crate::mode::{
@@ -440,7 +444,7 @@ mod tests {
                     path.0[level as usize] = path.0[level as usize] & 0x7f00_0000_0000_0f07 | leaf;
                     let guest = Rights(rng.u8(..16) | 1);
                     let ngpa = (rng.u64(..) & 0x3f_ffff_ffff) << 3;
-                    let mut behind = Behind::new(Instructions::best());
+                    let mut behind = Behind::new(EXEMPT, Instructions::best());
                     let (first, ..) = behind.second(&second, &path, &page(ngpa, guest), 1);
                     let (table, _) = behind.table(&second, &path, NestedGpa(ngpa & !7), false);
                     if first.is_err() && table.is_err() {
@@ -456,7 +460,8 @@ mod tests {
                     let other = ngpa ^ 1 << (shift + rng.u64(..9));
                     let page = page(other, guest);
                     let (kept, _, read) = behind.second(&second, &path, &page, 1);
-                    let (fresh, ..) = Behind::new(Instructions::best()).second(&second, &path, &page, 1);
+                    let (fresh, ..) =
+                        Behind::new(EXEMPT, Instructions::best()).second(&second, &path, &page, 1);
                     assert_eq!(kept, fresh, "{flipped:#x} {level} {:x?} {second:?}", path.0);
                     match kept {
                         Ok(page) if read == 2 => {
@@ -466,8 +471,12 @@ mod tests {
                         Err(_) => refused += 1,
                     }
                     let (kept, _) = behind.table(&second, &path, NestedGpa(other & !7), false);
-                    let (fresh, _) =
-                        Behind::new(Instructions::best()).table(&second, &path, NestedGpa(other & !7), false);
+                    let (fresh, _) = Behind::new(EXEMPT, Instructions::best()).table(
+                        &second,
+                        &path,
+                        NestedGpa(other & !7),
+                        false,
+                    );
                     assert_eq!(kept, fresh, "{flipped:#x} {level} {:x?} {second:?}", path.0);
                 }
             }
@@ -508,7 +517,12 @@ mod tests {
                 for instructions in Instructions::ALL.repeat(7) {
                     let ngpa = rng.u64(..512 << 12);
                     let asked = |ngpa, wanted| {
-                        Behind::new(instructions).second(&second, &memory, &page(ngpa, Rights::ALL), wanted)
+                        Behind::new(EXEMPT, instructions).second(
+                            &second,
+                            &memory,
+                            &page(ngpa, Rights::ALL),
+                            wanted,
+                        )
                     };
                     let (outcome, holds, _) = asked(ngpa, [1, rng.u64(1..1 << 20), 1 << 30][round % 3]);
                     let Ok(first) = outcome else { continue };

@@ -27,6 +27,10 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         )],
     ),
     mutant(
+        "a map's second dimension is asked for a read, whatever the access",
+        &[("map/scan.rs", "if exempt { cursor.access } else { EXEMPT }", "EXEMPT")],
+    ),
+    mutant(
         "a fault of a map's second dimension holds for a byte too many",
         &[("map/second.rs", "(below & !ngpa).saturating_add(1)", "(below & !ngpa).saturating_add(2)")],
     ),

@@ -69,7 +69,7 @@ class MemoryServiceServicer(object):
         Neither rights nor accessed and dirty bits matter, and a hypervisor's dirty log is not told.
 
         Role: `control`.
-        Errors: as `ReadMemory`, and FAILED_PRECONDITION where the source only reads: attached guests, dumps.
+        Errors: as `ReadMemory`, and FAILED_PRECONDITION where the source only reads: attached guests, dumps, images.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

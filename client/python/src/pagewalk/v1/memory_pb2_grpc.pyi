@@ -99,7 +99,7 @@ class MemoryServiceStub(typing.Generic[_MemoryServiceReadMemoryType, _MemoryServ
     Neither rights nor accessed and dirty bits matter, and a hypervisor's dirty log is not told.
 
     Role: `control`.
-    Errors: as `ReadMemory`, and FAILED_PRECONDITION where the source only reads: attached guests, dumps.
+    Errors: as `ReadMemory`, and FAILED_PRECONDITION where the source only reads: attached guests, dumps, images.
     """
 
 MemoryServiceAsyncStub: typing_extensions.TypeAlias = MemoryServiceStub[
@@ -141,7 +141,7 @@ class MemoryServiceServicer(metaclass=abc.ABCMeta):
         Neither rights nor accessed and dirty bits matter, and a hypervisor's dirty log is not told.
 
         Role: `control`.
-        Errors: as `ReadMemory`, and FAILED_PRECONDITION where the source only reads: attached guests, dumps.
+        Errors: as `ReadMemory`, and FAILED_PRECONDITION where the source only reads: attached guests, dumps, images.
         """
 
 def add_MemoryServiceServicer_to_server(servicer: MemoryServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

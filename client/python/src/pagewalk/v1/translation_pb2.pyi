@@ -77,9 +77,9 @@ class TranslateRequest(google.protobuf.message.Message):
     explain: builtins.bool
     """Fill `TranslateResponse.explanation`. Default: false."""
     validate: builtins.bool
-    """Read the entries again at the end of the walk. Where one has changed, accessed and dirty bits aside, walk again, 8 times at
-    most, or once with AD_POLICY_SET, and report in `Provenance.torn` if one has changed under the last walk, too. Default:
-    false.
+    """Read the entries again at the end of the walk. Where one has changed, accessed and dirty bits aside, the walk is made again,
+    up to 8 walks in all. With AD_POLICY_SET there is one walk, as what it has set would stay. `Provenance.torn` says that an
+    entry has changed under the last walk, too. Default: false.
     """
     @property
     def vcpu(self) -> pagewalk.v1.types_pb2.VcpuRef:
@@ -525,9 +525,9 @@ class TranslateNestedGpaRequest(google.protobuf.message.Message):
     explain: builtins.bool
     """Fill `TranslateNestedGpaResponse.explanation`. Default: false."""
     validate: builtins.bool
-    """Read the entries again at the end of the walk. Where one has changed, accessed and dirty bits aside, walk again, 8 times at
-    most, or once with AD_POLICY_SET, and report in `Provenance.torn` if one has changed under the last walk, too. Default:
-    false.
+    """Read the entries again at the end of the walk. Where one has changed, accessed and dirty bits aside, the walk is made again,
+    up to 8 walks in all. With AD_POLICY_SET there is one walk, as what it has set would stay. `Provenance.torn` says that an
+    entry has changed under the last walk, too. Default: false.
     """
     @property
     def vcpu(self) -> pagewalk.v1.types_pb2.VcpuRef:

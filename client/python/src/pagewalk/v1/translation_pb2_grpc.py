@@ -107,8 +107,8 @@ class TranslationServiceServicer(object):
 
         Role: `read`.
         Errors: as `Translate`; also INVALID_ARGUMENT for no address, for more than 262144 or for a column that is not made of
-        whole words; RESOURCE_EXHAUSTED for a message of more bytes than that many addresses take, or when more than 128
-        batches and streams of batches are being served, or 64 of one connection: retry after a moment.
+        whole words; RESOURCE_EXHAUSTED for a message of more bytes than that many addresses take, or when as many batches and
+        streams of batches are being served as the daemon takes on, 128 at most, or 64 of one connection: retry after a moment.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -229,8 +229,8 @@ class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _T
 
     Role: `read`.
     Errors: as `Translate`; also INVALID_ARGUMENT for no address, for more than 262144 or for a column that is not made of
-    whole words; RESOURCE_EXHAUSTED for a message of more bytes than that many addresses take, or when more than 128
-    batches and streams of batches are being served, or 64 of one connection: retry after a moment.
+    whole words; RESOURCE_EXHAUSTED for a message of more bytes than that many addresses take, or when as many batches and
+    streams of batches are being served as the daemon takes on, 128 at most, or 64 of one connection: retry after a moment.
     """
 
     StreamTranslate: _TranslationServiceStreamTranslateType
@@ -354,8 +354,8 @@ class TranslationServiceServicer(metaclass=abc.ABCMeta):
 
         Role: `read`.
         Errors: as `Translate`; also INVALID_ARGUMENT for no address, for more than 262144 or for a column that is not made of
-        whole words; RESOURCE_EXHAUSTED for a message of more bytes than that many addresses take, or when more than 128
-        batches and streams of batches are being served, or 64 of one connection: retry after a moment.
+        whole words; RESOURCE_EXHAUSTED for a message of more bytes than that many addresses take, or when as many batches and
+        streams of batches are being served as the daemon takes on, 128 at most, or 64 of one connection: retry after a moment.
         """
 
     @abc.abstractmethod

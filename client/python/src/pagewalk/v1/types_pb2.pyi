@@ -10,22 +10,27 @@ entry that maps a page. Levels count from the leaf end: 1 is the page table, 4 t
 Addresses and raw entries are `fixed64`. Enums' zero values are never answers.
 
 Errors. A fault of the guest is an answer, never an error. A request that cannot be answered fails with a status that
-carries `google.rpc.ErrorInfo` (domain `pagewalk`) and a message that says what to do. Every RPC can fail with
-  INVALID_ARGUMENT     a field is missing, out of range or contradicts another,
+carries `google.rpc.ErrorInfo` (domain `pagewalk`) and a message that says what to do. The codes are
+  INVALID_ARGUMENT     a field is missing, out of range or contradicts another, or the request is no message of the contract,
   NOT_FOUND            there is no such machine or vCPU,
-  FAILED_PRECONDITION  the machine's source cannot do this at all or not now,
-  UNIMPLEMENTED        the contract knows it and this daemon does not yet,
-  PERMISSION_DENIED    the caller's role does not reach,
-  RESOURCE_EXHAUSTED   a limit of the daemon is reached,
-  DEADLINE_EXCEEDED    the request's deadline, or the daemon's own bound, passed first,
-  UNAVAILABLE          the daemon is stopping, or the vCPU has gone,
-  INTERNAL             the hypervisor refused what it should not refuse.
+  ALREADY_EXISTS       there is a machine of that id, or of the same guest (MACHINE_EXISTS, of `AttachMachine`),
+  FAILED_PRECONDITION  the machine's source cannot do this at all or not now, or the guest to attach cannot be had,
+  ABORTED              somebody resumed the guest while its image was saved (MACHINE_RAN_ON, of `SaveImage`),
+  UNIMPLEMENTED        this daemon does not serve it, or not yet,
+  PERMISSION_DENIED    the daemon does not make files for this client (FILE_NOT_ALLOWED, of `AttachMachine`),
+  RESOURCE_EXHAUSTED   too many calls are being served (BUSY), or the request is too large (MESSAGE_TOO_LARGE),
+  DEADLINE_EXCEEDED    the request's deadline, or the daemon's own bound, passed first (DEADLINE, VCPU_UNRESPONSIVE), or the
+                       client did not send or read for too long (STREAM_STALLED),
+  UNAVAILABLE          the daemon is stopping, or the machine or the vCPU has gone,
+  INTERNAL             the hypervisor refused what it should not refuse (HYPERVISOR), or the daemon failed (DAEMON_FAILED).
+In brackets are reasons of `ErrorInfo`. What the transport refuses by itself has the transport's code, and reason TRANSPORT.
 
 Limits. The daemon serves so many calls at once as it was told to, by default 1024: a quarter of them at most are maps
-and images, a quarter streams that wait for news, and a quarter, up to 128, batches and streams of batches. One connection
-has 128 of the former and 64 of the latter at most. A request
-of which nothing more comes ends with DEADLINE_EXCEEDED after 30 seconds, and after 10 minutes a stream that nobody sends to or
-reads; a connection ends on which an answer stays unread for longer.
+and images, a quarter watches, which wait for news, and a quarter, up to 128, batches and streams of batches. Whatever it was
+told, one connection has at most 128 maps and images, 128 watches, and 64 batches and streams of batches. A request of which
+nothing more comes ends with DEADLINE_EXCEEDED after 30 seconds. So does a stream that nobody sends to or reads, after 10
+minutes, and a `SaveImage` that nobody reads, after 30 seconds. A connection ends on which an answer stays unread for longer than
+10 minutes.
 
 Roles. `read` looks and never changes the guest; `control` includes it. Until identities land, local listeners grant
 both.
@@ -1065,7 +1070,7 @@ class Provenance(google.protobuf.message.Message):
     vcpu: builtins.int
     """Index of the vCPU that answered; 0 where the answer is about no vCPU in particular."""
     source: builtins.str
-    """Source of the machine: `kvm`, `demo`, later `qemu`, `dump`, `image`."""
+    """Source of the machine: `kvm`, `demo`, `qemu`, `dump`, `image`."""
     generation: builtins.int
     """Generation of the vCPU's walker state that was read. Starts at 1 and counts the published changes."""
     run_state: Global___RunState.ValueType

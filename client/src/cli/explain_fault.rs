@@ -65,7 +65,12 @@ pub(super) async fn run(context: &Context, args: &Args) -> Result<ExitCode, Fail
         Args { ept_misconfiguration: Some(nested_gpa), .. } => {
             Seen::EptMisconfiguration(EptMisconfiguration { nested_gpa: address(nested_gpa) })
         }
-        _ => return Err(Failure::Usage("give --error-code and --cr2".into())),
+        _ => {
+            return Err(Failure::Usage(
+                "give --error-code and --cr2, --exit-info-1 and --exit-info-2, --exit-qualification and --guest-physical, or --ept-misconfiguration"
+                    .into(),
+            ));
+        }
     };
     let request = ExplainFaultRequest {
         vcpu: context.vcpu.reference(),

@@ -122,7 +122,7 @@ enum Verb {
     /// Write memory, by virtual or by physical address
     #[command(after_help = examples::WRITE)]
     Write(memory::WriteArgs),
-    /// Explain a page fault that somebody saw
+    /// Explain a fault that somebody saw: #PF, nested page fault, EPT violation or misconfiguration
     #[command(after_help = examples::EXPLAIN_FAULT)]
     ExplainFault(explain_fault::Args),
     /// Check this host and the daemon, and say what to do

@@ -3,6 +3,7 @@
 #[allow(dead_code, reason = "each test uses its part")]
 mod dump_file;
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use dump_file::tables;
@@ -10,7 +11,10 @@ use pagewalk::{
     Access, AccessKind, AdPolicy, Backing, ControlRegisters, EptCapabilities, EptControls, Gva, NgpaWalk,
     NoTrace, NptControls, PagingMode, Privilege, Translation,
 };
-use pagewalkd::machine::image::VcpuEntry;
+use pagewalkd::machine::image::{
+    Cpu, Description, EptEntry, L2Entry, LandmarkEntry, MemoryRegion, NestedEntry, NptEntry, Number,
+    Selectors, VcpuEntry, VendorName,
+};
 use pagewalkd::machine::{Machine, MachineSpec};
 use pagewalkd::vcpu::{NestedMode, RunState};
 use tempfile::TempDir;
@@ -276,6 +280,88 @@ fn what_is_no_description_is_not_read_at_length() {
     assert!(spec(folder.path()).open().unwrap_err().to_string().contains("is not UTF-8 text"));
 }
 
+/// A description with every key that there is.
+fn full() -> Description {
+    let number = Number(0x1000);
+    let npt = NptEntry {
+        ncr3: number,
+        host_cr0: number,
+        host_cr4: number,
+        host_efer: number,
+        guest_mode_execute_trap: true,
+    };
+    let ept = EptEntry { eptp: number, mode_based_execute: true, tables_written: true, capabilities: number };
+    let l2 = L2Entry {
+        cr0: Some(number),
+        cr3: Some(number),
+        cr4: Some(number),
+        efer: Some(number),
+        pat: Some(number),
+    };
+    // Registers that it does not name are written in any case.
+    let vcpu = VcpuEntry {
+        pat: Some(number),
+        pkru: Some(number),
+        pkrs: Some(number),
+        cpl: Some(0),
+        pdptes: Some([number; 4]),
+        assumed: vec!["EFER=0xd01".to_owned()],
+        selectors: Selectors { cs: 1, ss: 1, ds: 1, es: 1, fs: 1, gs: 1 },
+        nested: Some(NestedEntry { npt: Some(npt), ept: Some(ept), l2: Some(l2) }),
+        ..VcpuEntry::default()
+    };
+    Description {
+        version: Description::VERSION,
+        of: Some("a guest".to_owned()),
+        cpu: Cpu { vendor: VendorName::Amd, maxphyaddr: 46, gib_pages: true, encryption_bit: Some(51) },
+        regions: vec![MemoryRegion {
+            gpa: number,
+            size: number,
+            file: "memory".to_owned(),
+            offset: number,
+            read_only: true,
+        }],
+        vcpus: vec![vcpu],
+        landmarks: vec![LandmarkEntry {
+            name: "here".to_owned(),
+            address: number,
+            description: "what is here".to_owned(),
+        }],
+    }
+}
+
+/// The keys of a table and of all in it.
+fn keys(table: &toml::Table) -> BTreeSet<&str> {
+    fn inner(value: &toml::Value) -> BTreeSet<&str> {
+        match value {
+            toml::Value::Table(table) => keys(table),
+            toml::Value::Array(values) => values.iter().flat_map(inner).collect(),
+            _ => BTreeSet::new(),
+        }
+    }
+    table.iter().flat_map(|(key, value)| inner(value).into_iter().chain([key.as_str()])).collect()
+}
+
+/// Whether a text has `key` as a key: with a value, with keys behind it, or as the name of a table.
+fn has_key(text: &str, key: &str) -> bool {
+    text.match_indices(key).any(|(at, _)| {
+        let (before, behind) = (&text[..at], &text[at + key.len()..]);
+        !before.ends_with(|c: char| c.is_alphanumeric() || c == '_')
+            && [" = ", ".", "]"].iter().any(|end| behind.starts_with(end))
+    })
+}
+
+#[test]
+fn the_example_has_every_key() {
+    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/image-example.toml");
+    let example = std::fs::read_to_string(example).unwrap();
+    let full: toml::Table = full().to_toml().unwrap().parse().unwrap();
+    let keys = keys(&full);
+    assert!(keys.len() >= 70 && keys.contains("host_efer"), "{keys:?}");
+    let missing: Vec<_> = keys.into_iter().filter(|key| !has_key(&example, key)).collect();
+    assert!(missing.is_empty(), "deploy/image-example.toml says nothing of {missing:?}");
+}
+
 /// The example of `deploy/` opens, with files of the sizes that it names.
 #[test]
 fn the_example_opens() {
@@ -290,6 +376,7 @@ fn the_example_opens() {
     assert_eq!(memory.regions().len(), 3);
     assert_eq!(memory.size(), 0xc04_0000);
     assert_eq!(machine.source().vcpus().len(), 1);
+    assert_eq!(machine.source().landmarks().len(), 1);
     let snapshot = machine.vcpu(0).unwrap().latest();
     assert_eq!(snapshot.registers.rip, 0xffff_ffff_81a3_c0f4);
     assert_eq!(snapshot.walker.as_ref().unwrap().gva_walk().format().mode(), PagingMode::FourLevel);
@@ -303,4 +390,16 @@ fn the_example_opens() {
         assert!(snapshot.walker.as_ref().unwrap().ngpa_walk().is_some(), "{second}");
         assert_eq!(matches!(snapshot.nested, NestedMode::WalkerOnly { .. }), overlaid);
     }
+
+    // And each of the other keys that it has in comments.
+    let mut opened = 0;
+    for (at, _) in text.match_indices("\n# ") {
+        let (before, line) = (&text[..=at], &text[at + 3..]);
+        let is_key = |key: &str| key.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
+        if line.split_once(" = ").is_some_and(|(key, _)| is_key(key)) {
+            open(&folder, &format!("{before}{line}"));
+            opened += 1;
+        }
+    }
+    assert!(opened > 18, "{opened}");
 }

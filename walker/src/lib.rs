@@ -8,15 +8,11 @@
 //! The answer is a fresh walk of memory, not what a TLB may still hold. Guest memory is hostile and may change under the
 //! walk: each entry is loaded once, atomically, and every decision uses that one value.
 //!
-//! Modelled so far: no paging, 32-bit, PAE, 4-level and 5-level paging, and EPT or NPT in every host format as a second
-//! dimension. Not modelled: SMM's address space, encrypted guests' private memory, enclave mode, the APIC-access page, HLAT,
-//! CR4.LASS, EFER.LMSLE, segmentation.
-//!
-//! No machine at hand judges 5-level EPT, mode-based execute control, supervisor shadow-stack control and GMET: they rest on
-//! an independent implementation, written from the manuals for tests, alone.
+//! Modelled are no paging, 32-bit, PAE, 4-level and 5-level paging, and as a second dimension EPT of four and of five levels, or
+//! NPT in every host format.
 //!
 //! The module [`rules`] lists every rule with the manual's section, what shows that it is kept, and every known difference
-//! between CPUs, the Linux kernel, emulators and this walker.
+//! between CPUs, the Linux kernel, emulators and this walker. It ends with what no machine here judges, and what is not modelled.
 #![no_std]
 
 #[cfg(test)]

@@ -3,9 +3,11 @@
 //! The comments of the proto files are the documentation, here and over server reflection.
 
 mod column;
+mod number;
 mod readable;
 
 pub use column::{Column, WithColumn};
+pub use number::{NumberError, number};
 pub use readable::{readable, readable_lines, steers};
 
 pub mod v1 {

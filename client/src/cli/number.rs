@@ -1,27 +1,13 @@
-//! Numbers on the command line, as the contract writes them: `0x` and hex digits, or decimal; `_` may separate digits.
+//! Numbers on the command line, as the contract writes them.
+
+use pagewalk_proto::NumberError;
 
 /// An address or a 64-bit register.
 pub(super) fn u64(text: &str) -> Result<u64, String> {
-    let (digits, radix) = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
-        Some(digits) => (digits, 16),
-        None => (text, 10),
-    };
-    if digits.is_empty() {
-        return Err("digits are missing".into());
-    }
-    if digits.starts_with('_') || digits.ends_with('_') {
-        return Err("`_` may only stand between digits".into());
-    }
-    let bare: String = digits.chars().filter(|&digit| digit != '_').collect();
-    if !bare.chars().all(|digit| digit.is_digit(radix)) {
-        return Err(if radix == 10 && bare.chars().all(|digit| digit.is_ascii_hexdigit()) {
-            format!("hex needs 0x in front: 0x{digits}")
-        } else {
-            "it is no number; write 0x and hex digits, or decimal digits".into()
-        });
-    }
-    u64::from_str_radix(&bare, radix)
-        .map_err(|_| "it does not fit 64 bits; the largest is 0xffff_ffff_ffff_ffff".into())
+    pagewalk_proto::number(text).map_err(|problem| match problem {
+        NumberError::HexWithoutPrefix => format!("{problem}: 0x{text}"),
+        _ => problem.to_string(),
+    })
 }
 
 /// An address that memory may have. What is beyond is most likely a virtual one.

@@ -1,6 +1,6 @@
 //! Addresses as people and programs write them.
 
-use pagewalk_proto::v1;
+use pagewalk_proto::{NumberError, v1};
 
 use crate::status::Error;
 
@@ -88,18 +88,14 @@ fn is_name(text: &str) -> bool {
 }
 
 fn parse_number(text: &str) -> Result<u64, String> {
-    let (digits, radix) = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
-        Some(hex) => (hex, 16),
-        None => (text, 10),
-    };
-    let digits = digits.replace('_', "");
-    if digits.is_empty() || !digits.chars().all(|c| c.is_digit(radix)) {
-        return Err(format!(
+    pagewalk_proto::number(text).map_err(|problem| match problem {
+        NumberError::TooLarge => format!("`{text}` does not fit 64 bits"),
+        NumberError::Separator => format!("`{text}`: {problem}"),
+        NumberError::DigitsMissing | NumberError::HexWithoutPrefix | NumberError::NotANumber => format!(
             "`{text}` is neither a number nor symbol+offset: write 0x and hex digits, or decimal digits{}",
             hex_hint(text)
-        ));
-    }
-    u64::from_str_radix(&digits, radix).map_err(|_| format!("`{text}` does not fit 64 bits"))
+        ),
+    })
 }
 
 #[cfg(test)]
@@ -151,6 +147,8 @@ mod tests {
             "0xg",
             "1 2",
             "_",
+            "0x_1",
+            "1_",
             "main+",
             "main+x",
             "main+-1",

@@ -38,17 +38,9 @@ impl de::Visitor<'_> for Visitor {
     }
 
     fn visit_str<E: de::Error>(self, text: &str) -> Result<Number, E> {
-        let (digits, radix) = match text.strip_prefix("0x") {
-            Some(digits) => (digits, 16),
-            None => (text, 10),
-        };
-        let digits = digits.replace('_', "");
-        // `from_str_radix` would take a sign.
-        Some(digits)
-            .filter(|digits| digits.bytes().all(|byte| byte.is_ascii_alphanumeric()))
-            .and_then(|digits| u64::from_str_radix(&digits, radix).ok())
+        pagewalk_proto::number(text)
             .map(Number)
-            .ok_or_else(|| E::invalid_value(de::Unexpected::Str(text), &self))
+            .map_err(|_| E::invalid_value(de::Unexpected::Str(text), &self))
     }
 }
 
@@ -69,6 +61,7 @@ mod tests {
             ("0x1000", 4096),
             ("0x7fff_ffff_ffff_ffff", i64::MAX as u64),
             ("\"0x1000\"", 4096),
+            ("\"0X1000\"", 4096),
             ("\"4096\"", 4096),
             ("\"0xffff_ffff_8100_0000\"", 0xffff_ffff_8100_0000),
             ("\"18446744073709551615\"", u64::MAX),

@@ -7,7 +7,15 @@ use crate::status::Error;
 use crate::vcpu::Registers;
 
 /// RFLAGS.AC.
-pub(crate) const RFLAGS_AC: u64 = 1 << 18;
+const RFLAGS_AC: u64 = 1 << 18;
+
+/// An access that the vCPU makes, with its RFLAGS.AC, PKRU and PKRS of now.
+pub(crate) fn by_vcpu(kind: AccessKind, privilege: Privilege, registers: &Registers) -> Access {
+    Access::new(kind, privilege)
+        .with_ac(registers.rflags & RFLAGS_AC != 0)
+        .with_pkru(registers.pkru.unwrap_or_default())
+        .with_pkrs(registers.pkrs.unwrap_or_default())
+}
 
 pub(crate) fn access(request: Option<v1::Access>, registers: &Registers) -> Result<Access, Error> {
     let request = request
@@ -23,11 +31,17 @@ pub(crate) fn access(request: Option<v1::Access>, registers: &Registers) -> Resu
             "a shadow stack has nothing to do with the stack segment",
         ));
     }
-    let ac = request.ac.unwrap_or(registers.rflags & RFLAGS_AC != 0);
-    let pkru = request.pkru.or(registers.pkru).unwrap_or_default();
-    let pkrs = request.pkrs.or(registers.pkrs).unwrap_or_default();
-    let access = Access::new(kind, privilege).with_ac(ac).through_stack(request.stack);
-    Ok(access.with_pkru(pkru).with_pkrs(pkrs))
+    let mut access = by_vcpu(kind, privilege, registers).through_stack(request.stack);
+    if let Some(ac) = request.ac {
+        access = access.with_ac(ac);
+    }
+    if let Some(pkru) = request.pkru {
+        access = access.with_pkru(pkru);
+    }
+    if let Some(pkrs) = request.pkrs {
+        access = access.with_pkrs(pkrs);
+    }
+    Ok(access)
 }
 
 /// Refuses what no CPU does in this state: a shadow-stack access while CR4.CET is clear.

@@ -21,9 +21,7 @@ use crate::convert::{self, fault::Code};
 use crate::machine::GuestRam;
 use crate::render::Ladder;
 use crate::status::Error;
-use crate::vcpu::Snapshot;
-
-const RFLAGS_AC: u64 = 1 << 18;
+use crate::vcpu::{Registers, Snapshot};
 
 pub(super) fn fault(
     daemon: &Daemon,
@@ -87,7 +85,7 @@ fn page_fault(
     let code = seen.error_code;
     let gva = convert::address::number(seen.cr2, "page_fault.cr2")?;
     check_width(walker, gva, "page_fault.cr2")?;
-    let access = access(code, snapshot)?;
+    let access = access(code, &snapshot.registers)?;
     let mut trace = Trace::new();
     let outcome = walker.translate_with(memory, Gva(gva), &access, AdPolicy::Observe, &mut trace);
     let kind = FaultKind::PageFault { error_code: code };
@@ -193,7 +191,7 @@ fn explain(seen: &str, decoded: &[v1::DecodedBit], matches: bool, ladder: &Ladde
 }
 
 /// The access that an error code tells of.
-fn access(code: u32, snapshot: &Snapshot) -> Result<Access, Error> {
+fn access(code: u32, registers: &Registers) -> Result<Access, Error> {
     let known =
         PFEC_PRESENT | PFEC_WRITE | PFEC_USER | PFEC_RESERVED | PFEC_FETCH | PFEC_KEY | PFEC_SHADOW_STACK;
     let has = |bit| code & bit != 0;
@@ -217,10 +215,7 @@ fn access(code: u32, snapshot: &Snapshot) -> Result<Access, Error> {
         return refuse("no access is both a fetch (I/D) and one to a shadow stack (SS)");
     }
     let privilege = if has(PFEC_USER) { Privilege::User } else { Privilege::Supervisor };
-    Ok(Access::new(kind(code), privilege)
-        .with_ac(snapshot.registers.rflags & RFLAGS_AC != 0)
-        .with_pkru(snapshot.registers.pkru.unwrap_or_default())
-        .with_pkrs(snapshot.registers.pkrs.unwrap_or_default()))
+    Ok(convert::access::by_vcpu(kind(code), privilege, registers))
 }
 
 /// What an error code says the access did.

@@ -10,10 +10,10 @@ use tonic::{Request, Response, Status};
 use super::Daemon;
 use super::resolve::deadline;
 use super::translation::{check_width, walker};
-use crate::convert;
+use crate::convert::{self, access::by_vcpu};
 use crate::machine::{GuestRam, MemoryError};
 use crate::status::Error;
-use crate::vcpu::{Registers, Snapshot};
+use crate::vcpu::Registers;
 
 /// Most bytes of one read.
 const READ_MAX: u64 = 1 << 20;
@@ -40,7 +40,7 @@ impl MemoryService for Daemon {
         let at = match request.at {
             Some(At::Gva(gva)) => {
                 let privilege = privilege(request.privilege, &snapshot.registers)?;
-                let access = access(AccessKind::Read, privilege, &snapshot);
+                let access = by_vcpu(AccessKind::Read, privilege, &snapshot.registers);
                 let walker = walker(request.r#override.as_ref(), &snapshot)?.into_owned();
                 let gva = target.gva(self, deadline, Some(gva), "gva").await?;
                 Space::virtual_at(gva, walker, access, "gva", request.length)?
@@ -84,7 +84,7 @@ impl MemoryService for Daemon {
         let length = request.data.len() as u64;
         let at = match request.at {
             Some(At::Gva(gva)) => {
-                let access = access(AccessKind::Write, Privilege::Exempt, &snapshot);
+                let access = by_vcpu(AccessKind::Write, Privilege::Exempt, &snapshot.registers);
                 let walker = walker(request.r#override.as_ref(), &snapshot)?.into_owned();
                 let gva = target.gva(self, deadline, Some(gva), "gva").await?;
                 Space::virtual_at(gva, walker, access, "gva", length)?
@@ -110,14 +110,6 @@ fn privilege(privilege: i32, registers: &Registers) -> Result<Privilege, Error> 
         Ok(v1::Privilege::Unspecified) => Ok(Privilege::Exempt),
         _ => convert::access::privilege(privilege, registers, "privilege"),
     }
-}
-
-fn access(kind: AccessKind, privilege: Privilege, snapshot: &Snapshot) -> Access {
-    let registers = &snapshot.registers;
-    Access::new(kind, privilege)
-        .with_ac(registers.rflags & convert::access::RFLAGS_AC != 0)
-        .with_pkru(registers.pkru.unwrap_or_default())
-        .with_pkrs(registers.pkrs.unwrap_or_default())
 }
 
 /// Bytes of an address space, by their addresses there.

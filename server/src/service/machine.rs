@@ -10,7 +10,7 @@ use tonic::{Request, Response, Status};
 
 use super::Daemon;
 use super::outlet::Answers;
-use super::resolve::{client_deadline, deadline, still_there};
+use super::resolve::{deadline, patience, still_there};
 use super::save_image;
 use crate::convert;
 use crate::machine::{Machine, MachineSpec};
@@ -51,10 +51,10 @@ impl MachineService for Daemon {
         &self,
         request: Request<v1::AttachMachineRequest>,
     ) -> Result<Response<v1::AttachMachineResponse>, Status> {
-        let deadline = client_deadline(&request).unwrap_or_else(|| Instant::now() + ATTACH);
+        let patience = deadline(&request).unwrap_or_else(|| Instant::now() + ATTACH);
         let mut spec = spec(&request.get_ref().spec)?;
         self.client_files.confine(&mut spec, &request)?;
-        let place = timeout_at(deadline.into(), Arc::clone(&self.attaching).acquire_owned()).await;
+        let place = timeout_at(patience.into(), Arc::clone(&self.attaching).acquire_owned()).await;
         let place = place.map_err(|_| Error::Deadline)?;
         let machines = Arc::clone(&self.machines);
         let opened = tokio::task::spawn_blocking(move || {
@@ -63,7 +63,7 @@ impl MachineService for Daemon {
             opened
         });
         // Whoever stops waiting leaves an attach behind that ends by itself, one way or the other.
-        let machine = match timeout_at(deadline.into(), opened).await {
+        let machine = match timeout_at(patience.into(), opened).await {
             Ok(Ok(opened)) => opened.map_err(Error::from)?,
             Ok(Err(panicked)) => return Err(Error::Failed(panicked.to_string()).into()),
             Err(_) => return Err(Error::Deadline.into()),
@@ -99,12 +99,12 @@ impl MachineService for Daemon {
         &self,
         request: Request<v1::SaveImageRequest>,
     ) -> Result<Response<Self::SaveImageStream>, Status> {
-        let deadline = deadline(&request);
+        let patience = patience(&request);
         let request = request.into_inner();
         let machine = self.machines.get(&request.machine).map_err(Error::from)?;
         still_there(&machine)?;
         let memory_file = save_image::memory_file(request.memory_file)?;
-        Ok(Response::new(save_image::start(self.clone(), machine, memory_file, deadline)))
+        Ok(Response::new(save_image::start(self.clone(), machine, memory_file, patience)))
     }
 }
 

@@ -8,7 +8,7 @@ use pagewalk_proto::v1::memory_service_server::MemoryService;
 use tonic::{Request, Response, Status};
 
 use super::Daemon;
-use super::resolve::deadline;
+use super::resolve::patience;
 use super::translation::{check_width, walker};
 use crate::convert::{self, access::by_vcpu};
 use crate::machine::{GuestRam, MemoryError};
@@ -29,20 +29,20 @@ impl MemoryService for Daemon {
         request: Request<v1::ReadMemoryRequest>,
     ) -> Result<Response<v1::ReadMemoryResponse>, Status> {
         use v1::read_memory_request::At;
-        let deadline = deadline(&request);
+        let patience = patience(&request);
         let request = request.into_inner();
         if !(1..=READ_MAX).contains(&request.length) {
             let problem = format!("{}: from 1 to {READ_MAX} bytes; ask again for more", request.length);
             return Err(Error::invalid("length", problem).into());
         }
         let target = self.target(request.vcpu)?;
-        let snapshot = target.snapshot(request.freshness, deadline).await?;
+        let snapshot = target.snapshot(request.freshness, patience).await?;
         let at = match request.at {
             Some(At::Gva(gva)) => {
                 let privilege = privilege(request.privilege, &snapshot.registers)?;
                 let access = by_vcpu(AccessKind::Read, privilege, &snapshot.registers);
                 let walker = walker(request.r#override.as_ref(), &snapshot)?.into_owned();
-                let gva = target.gva(self, deadline, Some(gva), "gva").await?;
+                let gva = target.gva(self, patience, Some(gva), "gva").await?;
                 Space::virtual_at(gva, walker, access, "gva", request.length)?
             }
             Some(At::Gpa(gpa)) => {
@@ -50,7 +50,7 @@ impl MemoryService for Daemon {
             }
             None => return Err(Error::invalid("at", "required: gva or gpa").into()),
         };
-        let (data, stop) = target.read(self, deadline, |memory| at.read(memory)).await?;
+        let (data, stop) = target.read(self, patience, |memory| at.read(memory)).await?;
         Ok(Response::new(v1::ReadMemoryResponse {
             data,
             stop,
@@ -64,7 +64,7 @@ impl MemoryService for Daemon {
         request: Request<v1::WriteMemoryRequest>,
     ) -> Result<Response<v1::WriteMemoryResponse>, Status> {
         use v1::write_memory_request::At;
-        let deadline = deadline(&request);
+        let patience = patience(&request);
         let request = request.into_inner();
         if !(1..=WRITE_MAX).contains(&request.data.len()) {
             let problem =
@@ -80,13 +80,13 @@ impl MemoryService for Daemon {
             ))
             .into());
         }
-        let snapshot = target.snapshot(request.freshness, deadline).await?;
+        let snapshot = target.snapshot(request.freshness, patience).await?;
         let length = request.data.len() as u64;
         let at = match request.at {
             Some(At::Gva(gva)) => {
                 let access = by_vcpu(AccessKind::Write, Privilege::Exempt, &snapshot.registers);
                 let walker = walker(request.r#override.as_ref(), &snapshot)?.into_owned();
-                let gva = target.gva(self, deadline, Some(gva), "gva").await?;
+                let gva = target.gva(self, patience, Some(gva), "gva").await?;
                 Space::virtual_at(gva, walker, access, "gva", length)?
             }
             Some(At::Gpa(gpa)) => {
@@ -94,7 +94,7 @@ impl MemoryService for Daemon {
             }
             None => return Err(Error::invalid("at", "required: gva or gpa").into()),
         };
-        let written = target.read(self, deadline, |memory| at.write(memory, &request.data)).await?;
+        let written = target.read(self, patience, |memory| at.write(memory, &request.data)).await?;
         let stop = written.map_err(|problem| Error::Failed(problem.to_string()))?;
         Ok(Response::new(v1::WriteMemoryResponse {
             written: if stop.is_none() { length } else { 0 },

@@ -64,7 +64,7 @@ pub(super) struct Sending {
     pub(super) snapshot: Arc<Snapshot>,
     pub(super) map: Map,
     /// When the client wants the last part at the latest.
-    pub(super) until: Option<Instant>,
+    pub(super) deadline: Option<Instant>,
 }
 
 impl Sending {
@@ -77,10 +77,10 @@ impl Sending {
     async fn run<T: From<Part>>(self, parts: Outlet<T>) {
         let mut draining = self.daemon.draining.clone();
         let machine = Arc::clone(&self.target.machine);
-        let until = self.until;
+        let deadline = self.deadline;
         let late = async {
-            match until {
-                Some(until) => tokio::time::sleep_until(until.into()).await,
+            match deadline {
+                Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
                 None => std::future::pending().await,
             }
         };
@@ -222,7 +222,7 @@ mod tests {
         let processors = std::thread::available_parallelism().unwrap().get() as u32;
         assert_eq!(all, processors.max(2) - 1);
         let taken = turns.acquire_many_owned(all).await.unwrap();
-        let sending = Sending { daemon, target, snapshot, map, until: None };
+        let sending = Sending { daemon, target, snapshot, map, deadline: None };
         let mut parts = sending.stream::<v1::ListMappingsResponse>();
         assert!(timeout(Duration::from_secs(1), parts.next()).await.is_err(), "it waits for a turn");
         drop(taken);

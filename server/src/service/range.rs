@@ -17,14 +17,14 @@ pub(super) async fn map(
     daemon: &Daemon,
     target: &Target,
     request: v1::TranslateRangeRequest,
-    deadline: Instant,
+    patience: Instant,
 ) -> Result<(Map, Arc<Snapshot>), Error> {
     let budget = convert::mapping::budget(request.budget)?;
     if request.range.is_none() {
         return Err(Error::invalid("range", "required: a start and an end"));
     }
-    let range = target.range(daemon, deadline, request.range).await?;
-    let snapshot = target.snapshot(request.freshness, deadline).await?;
+    let range = target.range(daemon, patience, request.range).await?;
+    let snapshot = target.snapshot(request.freshness, patience).await?;
     let access = convert::access::access(request.access, &snapshot.registers)?;
     let walker = walker(request.r#override.as_ref(), &snapshot)?;
     convert::access::check(&access, &walker)?;

@@ -92,12 +92,12 @@ pub(super) fn gone(machine: &Machine, lost: Option<Arc<str>>) -> Error {
 }
 
 impl Target {
-    /// Has `work` read the machine's memory. Where that may block, it waits for one of a few places first, until `deadline` if
-    /// there is one, and holds up no other call.
+    /// Has `work` read the machine's memory. Where that may block, it waits for one of a few places first, not beyond `until`
+    /// if that is set, and holds up no other call.
     pub(super) async fn read<T>(
         &self,
         daemon: &Daemon,
-        deadline: impl Into<Option<Instant>>,
+        until: impl Into<Option<Instant>>,
         work: impl FnOnce(&GuestRam) -> T,
     ) -> Result<T, Error> {
         let memory = self.machine.source().memory();
@@ -105,8 +105,8 @@ impl Target {
             return Ok(work(&memory));
         }
         let place = daemon.blocking.acquire();
-        let _place = match deadline.into() {
-            Some(deadline) => timeout_at(deadline.into(), place).await.map_err(|_| Error::Deadline)?,
+        let _place = match until.into() {
+            Some(until) => timeout_at(until.into(), place).await.map_err(|_| Error::Deadline)?,
             None => place.await,
         };
         Ok(match Handle::current().runtime_flavor() {
@@ -142,7 +142,7 @@ impl Target {
     pub(super) async fn gva(
         &self,
         daemon: &Daemon,
-        deadline: Instant,
+        patience: Instant,
         address: Option<v1::Address>,
         field: &'static str,
     ) -> Result<u64, Error> {
@@ -150,7 +150,7 @@ impl Target {
             Written::Number(number) => return Ok(number),
             Written::Symbol(symbol) => symbol,
         };
-        let place = timeout_at(deadline.into(), Arc::clone(&daemon.blocking).acquire_owned()).await;
+        let place = timeout_at(patience.into(), Arc::clone(&daemon.blocking).acquire_owned()).await;
         let place = place.map_err(|_| Error::Deadline)?;
         let machine = Arc::clone(&self.machine);
         let looked_up = tokio::task::spawn_blocking(move || {
@@ -166,28 +166,28 @@ impl Target {
     pub(super) async fn range(
         &self,
         daemon: &Daemon,
-        deadline: Instant,
+        patience: Instant,
         range: Option<v1::GvaRange>,
     ) -> Result<Option<v1::GvaRange>, Error> {
         let Some(v1::GvaRange { start, end }) = range else { return Ok(None) };
         let number = |gva| Some(v1::Address { value: Some(v1::address::Value::Number(gva)) });
         let start = match start {
             None => None,
-            start => number(self.gva(daemon, deadline, start, "range.start").await?),
+            start => number(self.gva(daemon, patience, start, "range.start").await?),
         };
         let end = match end {
             None => None,
-            end => number(self.gva(daemon, deadline, end, "range.end").await?),
+            end => number(self.gva(daemon, patience, end, "range.end").await?),
         };
         Ok(Some(v1::GvaRange { start, end }))
     }
 
     /// The state to answer from, as fresh as the request wants it.
-    pub(super) async fn snapshot(&self, freshness: i32, deadline: Instant) -> Result<Arc<Snapshot>, Error> {
+    pub(super) async fn snapshot(&self, freshness: i32, patience: Instant) -> Result<Arc<Snapshot>, Error> {
         match v1::Freshness::try_from(freshness) {
             Ok(v1::Freshness::Unspecified | v1::Freshness::Latest) => Ok(self.vcpu.latest()),
             Ok(v1::Freshness::Sync) => {
-                self.vcpu.sync(deadline).await.map_err(|problem| refused(&self.machine, problem))
+                self.vcpu.sync(patience).await.map_err(|problem| refused(&self.machine, problem))
             }
             Err(_) => Err(Error::invalid("freshness", format!("{freshness} is no freshness"))),
         }
@@ -215,12 +215,12 @@ fn address_of(machine: &Machine, symbol: &SymbolOffset, field: &'static str) -> 
     })
 }
 
-/// When a call has to be answered.
-pub(super) fn deadline<T>(request: &Request<T>) -> Instant {
-    client_deadline(request).unwrap_or_else(|| Instant::now() + PATIENCE)
+/// Until when a call waits for vCPUs, places and symbols: its deadline, or what the daemon allows a client that set none.
+pub(super) fn patience<T>(request: &Request<T>) -> Instant {
+    deadline(request).unwrap_or_else(|| Instant::now() + PATIENCE)
 }
 
-/// When the client wants a call to be over.
-pub(super) fn client_deadline<T>(request: &Request<T>) -> Option<Instant> {
+/// When the client wants a call to be over, the work included: never, unless it says so.
+pub(super) fn deadline<T>(request: &Request<T>) -> Option<Instant> {
     request.extensions().get::<Deadline>().map(|deadline| deadline.0)
 }

@@ -49,14 +49,14 @@ pub(super) fn start(
     daemon: Daemon,
     machine: Arc<Machine>,
     memory_file: String,
-    deadline: Instant,
+    patience: Instant,
 ) -> Answers<v1::SaveImageResponse> {
     let (parts, stream) = Outlet::new(STALLED);
     tokio::spawn(async move {
         let mut draining = daemon.draining.clone();
         let mut held = Vec::new();
         let ended = tokio::select! {
-            ended = save(&daemon, &machine, memory_file, deadline, &mut held, &parts) => ended,
+            ended = save(&daemon, &machine, memory_file, patience, &mut held, &parts) => ended,
             // The client has gone, and needs no reason.
             () = parts.closed() => Ok(()),
             _ = draining.wait_for(|draining| *draining) => Err(Error::ShuttingDown),
@@ -82,11 +82,11 @@ async fn save(
     daemon: &Daemon,
     machine: &Arc<Machine>,
     memory_file: String,
-    deadline: Instant,
+    patience: Instant,
     held: &mut Vec<Hold>,
     parts: &Parts,
 ) -> Result<(), Error> {
-    let snapshots = pause(machine, deadline, held).await?;
+    let snapshots = pause(machine, patience, held).await?;
     // Now that nothing moves: memory may have been laid out anew before.
     let memory = machine.source().memory();
     let description = describe(machine, &memory, &memory_file, &snapshots)?;
@@ -138,7 +138,7 @@ async fn send(parts: &Parts, part: Part) -> Result<(), Error> {
 /// Pauses what runs, and gives the state of each vCPU at rest.
 async fn pause(
     machine: &Machine,
-    deadline: Instant,
+    patience: Instant,
     held: &mut Vec<Hold>,
 ) -> Result<Vec<Arc<Snapshot>>, Error> {
     let vcpus = machine.source().vcpus();
@@ -148,7 +148,7 @@ async fn pause(
     let mut snapshots = Vec::new();
     for vcpu in vcpus {
         let hold = Hold::new(Arc::clone(vcpu));
-        let paused = hold.pause(deadline).await;
+        let paused = hold.pause(patience).await;
         held.push(hold);
         match paused {
             Ok(_) => {}
@@ -159,7 +159,7 @@ async fn pause(
     }
     for vcpu in vcpus {
         // Once all of them are: one may have been the last to change another's registers.
-        snapshots.push(vcpu.sync(deadline).await.map_err(|problem| refused(machine, problem))?);
+        snapshots.push(vcpu.sync(patience).await.map_err(|problem| refused(machine, problem))?);
     }
     Ok(snapshots)
 }

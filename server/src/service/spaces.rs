@@ -75,7 +75,7 @@ struct Looked {
 async fn look(
     daemon: &Daemon,
     target: &Target,
-    deadline: Instant,
+    patience: Instant,
     mut roots: Vec<u64>,
     all: bool,
 ) -> Result<Looked, Error> {
@@ -86,7 +86,7 @@ async fn look(
     let looked = target.read_at_length(daemon, &daemon.looks, move |memory| {
         // A list that takes too long leaves time to say so.
         let now = Instant::now();
-        let until = now + deadline.saturating_duration_since(now) / 2;
+        let until = now + patience.saturating_duration_since(now) / 2;
         let tasks = tasks::list(&machine, memory, until);
         if all {
             let mut known: BTreeSet<u64> = roots.iter().copied().collect();
@@ -98,7 +98,7 @@ async fn look(
         let isolated = |root| four_or_five && is_isolated(memory, root);
         Looked { spaces: roots.into_iter().map(|root| (root, isolated(root))).collect(), left_out, tasks }
     });
-    timeout_at(deadline.into(), looked).await.map_err(|_| Error::Deadline)?
+    timeout_at(patience.into(), looked).await.map_err(|_| Error::Deadline)?
 }
 
 impl Looked {
@@ -135,11 +135,11 @@ impl Looked {
 pub(super) async fn list(
     daemon: &Daemon,
     target: &Target,
-    deadline: Instant,
+    patience: Instant,
 ) -> Result<v1::ListAddressSpacesResponse, Error> {
     let (seen, left_out) = seen(&target.machine);
     let roots = seen.iter().map(|seen| seen.space.root).collect();
-    let looked = look(daemon, target, deadline, roots, true).await?;
+    let looked = look(daemon, target, patience, roots, true).await?;
     // The machine has to be there still, for what was read of it to be worth anything.
     daemon.provenance(target, &target.vcpu.latest())?;
     // Those that were seen come first.
@@ -198,7 +198,7 @@ pub(super) async fn across(
     target: &Target,
     snapshot: &Snapshot,
     request: v1::TranslateAcrossRequest,
-    deadline: Instant,
+    patience: Instant,
 ) -> Result<v1::TranslateAcrossResponse, Error> {
     if request.r#override.as_ref().is_some_and(|state| state.cr3.is_some()) {
         return Err(Error::invalid("override.cr3", "name the address spaces in `cr3s`"));
@@ -209,7 +209,7 @@ pub(super) async fn across(
             format!("{} are more than {MOST}: ask again for more", request.cr3s.len()),
         ));
     }
-    let gva = target.gva(daemon, deadline, request.address, "address").await?;
+    let gva = target.gva(daemon, patience, request.address, "address").await?;
     let access = convert::access::access(request.access, &snapshot.registers)?;
     let state = request.r#override.unwrap_or_default();
     let of_l2 = snapshot.nested != NestedMode::Off || brings_second_dimension(&state);
@@ -231,7 +231,7 @@ pub(super) async fn across(
             ));
         }
         let roots = seen(&target.machine).0.iter().map(|seen| seen.space.root).collect();
-        let looked = look(daemon, target, deadline, roots, true).await?;
+        let looked = look(daemon, target, patience, roots, true).await?;
         (walkers(looked.spaces.iter().map(|(root, _)| *root).collect())?, looked)
     } else {
         let walkers = walkers(request.cr3s)?;
@@ -241,7 +241,7 @@ pub(super) async fn across(
                 Err("the walk is an L2's, and tasks are known of the machine's own kernel".to_owned());
             Looked { spaces: roots.into_iter().map(|root| (root, false)).collect(), left_out: 0, tasks }
         } else {
-            look(daemon, target, deadline, roots, false).await?
+            look(daemon, target, patience, roots, false).await?
         };
         (walkers, looked)
     };
@@ -256,7 +256,7 @@ pub(super) async fn across(
         let names = walkers.first().map(|(_, walker)| target.names(memory, snapshot, walker, gva, &[]));
         (outcomes, names.and_then(|names| names.gva))
     };
-    let (outcomes, name) = target.read(daemon, deadline, translate).await?;
+    let (outcomes, name) = target.read(daemon, patience, translate).await?;
     let spaces = walkers.iter().zip(outcomes).zip(looked.tasks());
     let spaces = spaces.map(|(((cr3, _), outcome), (tasks, tasks_left_out))| v1::SpaceTranslation {
         cr3: *cr3,

@@ -12,7 +12,7 @@ use tokio_stream::Stream;
 use tonic::{Request, Status, Streaming};
 
 use super::outlet::Outlet;
-use super::resolve::{PATIENCE, client_deadline};
+use super::resolve::{PATIENCE, deadline};
 use super::{Daemon, batch};
 use crate::layer::{STALLED, reason};
 use crate::status::Error;
@@ -21,7 +21,7 @@ pub(super) type Answers = Pin<Box<dyn Stream<Item = Result<v1::StreamTranslateRe
 
 pub(super) fn translate(daemon: &Daemon, request: Request<Streaming<v1::StreamTranslateRequest>>) -> Answers {
     let (answers, stream) = Outlet::new(STALLED);
-    let deadline = client_deadline(&request);
+    let deadline = deadline(&request);
     tokio::spawn(run(daemon.clone(), request.into_inner(), deadline, answers));
     Box::pin(stream)
 }

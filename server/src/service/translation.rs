@@ -9,7 +9,7 @@ use pagewalk_proto::v1::translation_service_server::TranslationService;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::parts::{Parts, Sending};
-use super::resolve::{Target, client_deadline, deadline};
+use super::resolve::{Target, deadline, patience};
 use super::{Daemon, batch, explain, nested_gpa, range, spaces, stream, translate};
 use crate::convert;
 use crate::machine::GuestRam;
@@ -24,31 +24,31 @@ impl TranslationService for Daemon {
         &self,
         request: Request<v1::TranslateRequest>,
     ) -> Result<Response<v1::TranslateResponse>, Status> {
-        let deadline = deadline(&request);
+        let patience = patience(&request);
         let mut request = request.into_inner();
         let target = self.target(request.vcpu.take())?;
-        let snapshot = target.snapshot(request.freshness, deadline).await?;
-        let gva = target.gva(self, deadline, request.address.take(), "address").await?;
+        let snapshot = target.snapshot(request.freshness, patience).await?;
+        let gva = target.gva(self, patience, request.address.take(), "address").await?;
         let walk = |memory: &GuestRam| translate::answer(self, &target, &snapshot, memory, gva, &request);
-        Ok(Response::new(target.read(self, deadline, walk).await??))
+        Ok(Response::new(target.read(self, patience, walk).await??))
     }
 
     async fn translate_across(
         &self,
         request: Request<v1::TranslateAcrossRequest>,
     ) -> Result<Response<v1::TranslateAcrossResponse>, Status> {
-        let deadline = deadline(&request);
+        let patience = patience(&request);
         let request = request.into_inner();
         let target = self.target(request.vcpu.clone())?;
-        let snapshot = target.snapshot(request.freshness, deadline).await?;
-        Ok(Response::new(spaces::across(self, &target, &snapshot, request, deadline).await?))
+        let snapshot = target.snapshot(request.freshness, patience).await?;
+        Ok(Response::new(spaces::across(self, &target, &snapshot, request, patience).await?))
     }
 
     async fn batch_translate(
         &self,
         request: Request<v1::BatchTranslateRequest>,
     ) -> Result<Response<v1::BatchTranslateResponse>, Status> {
-        let (patience, deadline) = (deadline(&request), client_deadline(&request));
+        let (patience, deadline) = (patience(&request), deadline(&request));
         Ok(Response::new(batch::translate(self, request.into_inner(), patience, deadline).await?))
     }
 
@@ -67,11 +67,11 @@ impl TranslationService for Daemon {
         &self,
         request: Request<v1::TranslateRangeRequest>,
     ) -> Result<Response<Self::TranslateRangeStream>, Status> {
-        let (deadline, until) = (deadline(&request), client_deadline(&request));
+        let (patience, deadline) = (patience(&request), deadline(&request));
         let request = request.into_inner();
         let target = self.target(request.vcpu.clone())?;
-        let (map, snapshot) = range::map(self, &target, request, deadline).await?;
-        let sending = Sending { daemon: self.clone(), target, snapshot, map, until };
+        let (map, snapshot) = range::map(self, &target, request, patience).await?;
+        let sending = Sending { daemon: self.clone(), target, snapshot, map, deadline };
         Ok(Response::new(sending.stream()))
     }
 
@@ -79,28 +79,28 @@ impl TranslationService for Daemon {
         &self,
         request: Request<v1::TranslateNestedGpaRequest>,
     ) -> Result<Response<v1::TranslateNestedGpaResponse>, Status> {
-        let deadline = deadline(&request);
+        let patience = patience(&request);
         let request = request.into_inner();
         let target = self.target(request.vcpu.clone())?;
-        let snapshot = target.snapshot(request.freshness, deadline).await?;
+        let snapshot = target.snapshot(request.freshness, patience).await?;
         let walk = |memory: &GuestRam| nested_gpa::translate(self, &target, &snapshot, memory, request);
-        Ok(Response::new(target.read(self, deadline, walk).await??))
+        Ok(Response::new(target.read(self, patience, walk).await??))
     }
 
     async fn explain_fault(
         &self,
         request: Request<v1::ExplainFaultRequest>,
     ) -> Result<Response<v1::ExplainFaultResponse>, Status> {
-        let deadline = deadline(&request);
+        let patience = patience(&request);
         let mut request = request.into_inner();
         let target = self.target(request.vcpu.clone())?;
-        let snapshot = target.snapshot(request.freshness, deadline).await?;
+        let snapshot = target.snapshot(request.freshness, patience).await?;
         if let Some(Seen::PageFault(seen)) = &mut request.seen {
-            let cr2 = target.gva(self, deadline, seen.cr2.take(), "page_fault.cr2").await?;
+            let cr2 = target.gva(self, patience, seen.cr2.take(), "page_fault.cr2").await?;
             seen.cr2 = Some(v1::Address { value: Some(v1::address::Value::Number(cr2)) });
         }
         let walk = |memory: &GuestRam| explain::fault(self, &target, &snapshot, memory, request);
-        Ok(Response::new(target.read(self, deadline, walk).await??))
+        Ok(Response::new(target.read(self, patience, walk).await??))
     }
 }
 

@@ -5,7 +5,7 @@ use pagewalk_proto::v1::vcpu_service_server::VcpuService;
 use tonic::{Request, Response, Status};
 
 use super::Daemon;
-use super::resolve::{deadline, refused};
+use super::resolve::{patience, refused};
 use crate::convert;
 use crate::status::Error;
 use crate::vcpu::VcpuError;
@@ -28,10 +28,10 @@ impl VcpuService for Daemon {
         &self,
         request: Request<v1::GetRegistersRequest>,
     ) -> Result<Response<v1::GetRegistersResponse>, Status> {
-        let deadline = deadline(&request);
+        let patience = patience(&request);
         let request = request.into_inner();
         let target = self.target(request.vcpu)?;
-        let snapshot = target.snapshot(request.freshness, deadline).await?;
+        let snapshot = target.snapshot(request.freshness, patience).await?;
         Ok(Response::new(v1::GetRegistersResponse {
             registers: Some(convert::registers::registers(&snapshot.registers)),
             provenance: Some(self.provenance(&target, &snapshot)?),
@@ -42,13 +42,13 @@ impl VcpuService for Daemon {
         &self,
         request: Request<v1::SetRegistersRequest>,
     ) -> Result<Response<v1::SetRegistersResponse>, Status> {
-        let deadline = deadline(&request);
+        let patience = patience(&request);
         let request = request.into_inner();
         let target = self.target(request.vcpu)?;
         let changes = convert::registers::changes(request.registers)?;
         let snapshot = target
             .vcpu
-            .set_registers(changes, deadline)
+            .set_registers(changes, patience)
             .await
             .map_err(|problem| refused(&target.machine, problem))?;
         Ok(Response::new(v1::SetRegistersResponse {
@@ -61,15 +61,15 @@ impl VcpuService for Daemon {
         &self,
         request: Request<v1::PauseVcpuRequest>,
     ) -> Result<Response<v1::PauseVcpuResponse>, Status> {
-        let deadline = deadline(&request);
+        let patience = patience(&request);
         let target = self.target(request.into_inner().vcpu)?;
         let snapshot =
-            target.vcpu.pause(deadline).await.map_err(|problem| refused(&target.machine, problem))?;
+            target.vcpu.pause(patience).await.map_err(|problem| refused(&target.machine, problem))?;
         let source = target.machine.source();
         if !source.capabilities().ends_when_detached {
             // A guest that runs elsewhere stops as a whole: when this is answered, each vCPU has published where it stopped.
             for vcpu in source.vcpus() {
-                match vcpu.sync(deadline).await {
+                match vcpu.sync(patience).await {
                     // It has stopped with the others.
                     Ok(_) | Err(VcpuError::Unread { .. }) => {}
                     Err(problem) => return Err(refused(&target.machine, problem).into()),
@@ -86,10 +86,10 @@ impl VcpuService for Daemon {
         &self,
         request: Request<v1::ResumeVcpuRequest>,
     ) -> Result<Response<v1::ResumeVcpuResponse>, Status> {
-        let deadline = deadline(&request);
+        let patience = patience(&request);
         let target = self.target(request.into_inner().vcpu)?;
         let snapshot =
-            target.vcpu.resume(deadline).await.map_err(|problem| refused(&target.machine, problem))?;
+            target.vcpu.resume(patience).await.map_err(|problem| refused(&target.machine, problem))?;
         Ok(Response::new(v1::ResumeVcpuResponse {
             vcpu: Some(convert::snapshot::vcpu_info(&target.vcpu, &snapshot)),
             provenance: Some(self.provenance(&target, &snapshot)?),
@@ -100,10 +100,10 @@ impl VcpuService for Daemon {
         &self,
         request: Request<v1::StepVcpuRequest>,
     ) -> Result<Response<v1::StepVcpuResponse>, Status> {
-        let deadline = deadline(&request);
+        let patience = patience(&request);
         let target = self.target(request.into_inner().vcpu)?;
         let snapshot =
-            target.vcpu.step(deadline).await.map_err(|problem| refused(&target.machine, problem))?;
+            target.vcpu.step(patience).await.map_err(|problem| refused(&target.machine, problem))?;
         Ok(Response::new(v1::StepVcpuResponse {
             vcpu: Some(convert::snapshot::vcpu_info(&target.vcpu, &snapshot)),
             registers: Some(convert::registers::registers(&snapshot.registers)),

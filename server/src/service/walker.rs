@@ -14,7 +14,7 @@ use tonic::{Request, Response, Status};
 
 use super::Daemon;
 use super::outlet::Outlet;
-use super::resolve::{Target, deadline, gone, refused};
+use super::resolve::{Target, gone, patience, refused};
 use crate::convert;
 use crate::layer::STALLED;
 use crate::status::Error;
@@ -42,10 +42,10 @@ impl WalkerService for Daemon {
         &self,
         request: Request<v1::GetWalkerStateRequest>,
     ) -> Result<Response<v1::GetWalkerStateResponse>, Status> {
-        let deadline = deadline(&request);
+        let patience = patience(&request);
         let request = request.into_inner();
         let target = self.target(request.vcpu)?;
-        let snapshot = target.snapshot(request.freshness, deadline).await?;
+        let snapshot = target.snapshot(request.freshness, patience).await?;
         Ok(Response::new(self.walker_state(&target, &snapshot)?))
     }
 
@@ -53,7 +53,7 @@ impl WalkerService for Daemon {
         &self,
         request: Request<v1::SetNestedModeRequest>,
     ) -> Result<Response<v1::SetNestedModeResponse>, Status> {
-        let deadline = deadline(&request);
+        let patience = patience(&request);
         let request = request.into_inner();
         let target = self.target(request.vcpu.clone())?;
         let control_structure = convert::nested::control_structure(&request)?;
@@ -81,7 +81,7 @@ impl WalkerService for Daemon {
         };
         let (snapshot, effect) = target
             .vcpu
-            .set_nested(wanted, deadline)
+            .set_nested(wanted, patience)
             .await
             .map_err(|problem| refused(&target.machine, problem))?;
         let kind = match effect.kind {

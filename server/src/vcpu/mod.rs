@@ -4,6 +4,7 @@
 //! disturbs nobody. Everything else is a request to the thread with a deadline: a command that waits in a bounded queue,
 //! or, for a fresh snapshot, a ticket that any number of askers share. Either kicks the thread out of the guest.
 
+mod assumed;
 mod backend;
 mod command;
 pub(crate) mod console;

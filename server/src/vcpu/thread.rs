@@ -5,24 +5,25 @@
 //! snapshot answers every ticket up to its own. Port accesses are served inside the backend and publish nothing, so that a
 //! guest that loops on them keeps nobody busy; such a guest, and one that never leaves at all, publishes by a timer.
 
+mod switch;
+
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use pagewalk::{ControlRegisters, CpuProfile, PageWalk, PagingMode, StateError, Walker};
+use pagewalk::{ControlRegisters, CpuProfile, PageWalk};
 use tokio::sync::mpsc;
 
+use super::assumed::{as_before, with_limits};
 use super::backend::{Backend, Exit};
 use super::command::{Action, Command, Done, Reply, VcpuError};
 use super::hold::{Holders, Released};
 use super::kick::{Kicker, OnThread};
-use super::nested::{
-    EnterL2, Entered, L2Registers, NestedEffect, NestedEffectKind, NestedMode, NestedRequest, SecondDimension,
-};
+use super::nested::{L2Registers, NestedMode, NestedRequest, SecondDimension};
 use super::publication::{Published, Publisher};
-use super::registers::{RegisterChanges, Registers, UNMODELLED};
+use super::registers::RegisterChanges;
 use super::signal::REFRESH;
 use super::snapshot::{RunState, Snapshot};
 use super::spaces::Spaces;
@@ -331,18 +332,19 @@ impl<B: Backend> Driver<'_, B> {
             })?,
             Action::Step => {
                 self.must_execute()?;
-                let stepped = self.guarded(Backend::step);
-                if let Ok(Ok(_)) = stepped {
-                    self.with_holders(|_, holders| holders.overrule());
-                }
-                match stepped {
-                    Ok(Ok(_)) if self.elsewhere => {
-                        self.look_elsewhere();
-                    }
-                    Ok(Ok(exit @ (Exit::Shutdown(_) | Exit::Failed(_)))) => self.after(exit),
-                    Ok(Ok(_)) => self.after(Exit::Stepped),
-                    Ok(Err(e)) => return Err(e),
+                match self.guarded(Backend::step) {
+                    Ok(Err(refused)) => return Err(refused),
                     Err(panicked) => self.after(Exit::Failed(panicked)),
+                    Ok(Ok(exit)) => {
+                        self.with_holders(|_, holders| holders.overrule());
+                        match exit {
+                            _ if self.elsewhere => {
+                                self.look_elsewhere();
+                            }
+                            Exit::Shutdown(_) | Exit::Failed(_) => self.after(exit),
+                            _ => self.after(Exit::Stepped),
+                        }
+                    }
                 }
             }
             Action::SetRegisters(changes) => {
@@ -367,90 +369,6 @@ impl<B: Backend> Driver<'_, B> {
             }
         }
         Ok(Done { snapshot: self.publish(ticket), nested: None })
-    }
-
-    fn enter_nested(&mut self, request: &EnterL2, ticket: u64) -> Result<NestedEffect, VcpuError> {
-        let &EnterL2 { second, l2, .. } = request;
-        // Against the registers of now: a running vCPU may have left those of the last snapshot behind.
-        let now = self.publish(ticket);
-        let own = self.l1.unwrap_or_else(|| now.registers.control());
-        let overlay = NestedMode::WalkerOnly { second, l2 };
-        overlay.walker(own, &self.cpu).map_err(VcpuError::InvalidNested)?;
-        let why_not = if request.walker_only {
-            "as the request wants it".to_owned()
-        } else if self.run_state.is_final() && self.l1.is_none() {
-            format!("the vCPU does not run any more: {}", self.reason)
-        } else {
-            match self.call_nested(|backend| backend.enter_nested(request)) {
-                Ok(()) => {
-                    self.overlay = None;
-                    self.in_guest_mode = true;
-                    self.l1 = Some(own);
-                    self.nested_reason = "SetNestedMode had the vCPU enter it".to_owned();
-                    self.revive("L2 is entered after the one before had failed");
-                    let reason = "the vCPU has entered L2".to_owned();
-                    return Ok(NestedEffect { kind: NestedEffectKind::RealVcpu, reason });
-                }
-                Err(VcpuError::Unsupported(reason)) => reason,
-                Err(problem) => return Err(problem),
-            }
-        };
-        if let Some(field) = request.for_a_real_vcpu() {
-            let problem = format!("for a real vCPU alone, and the walkers alone can be switched: {why_not}");
-            return Err(VcpuError::NestedField { field, problem });
-        }
-        if now.nested == overlay {
-            let reason = "nested mode was like this already".to_owned();
-            return Ok(NestedEffect { kind: NestedEffectKind::Unchanged, reason });
-        }
-        if self.l1.is_some() {
-            self.call_nested(Backend::leave_nested)?;
-            self.left_on_request();
-        }
-        self.overlay = Some((second, l2));
-        Ok(NestedEffect { kind: NestedEffectKind::WalkerOnly, reason: why_not })
-    }
-
-    fn leave_nested(&mut self, walker_only: bool, ticket: u64) -> Result<NestedEffect, VcpuError> {
-        let effect = |kind, reason: &str| Ok(NestedEffect { kind, reason: reason.to_owned() });
-        if self.overlay.take().is_some() {
-            self.nested_reason.clear();
-            return effect(NestedEffectKind::WalkerOnly, "the walkers are the vCPU's own again");
-        }
-        // An L2 may have left by itself meanwhile.
-        let now = self.publish(ticket);
-        match now.nested {
-            NestedMode::Guest(guest) if !walker_only && guest.entered == Entered::ByRequest => {
-                self.call_nested(Backend::leave_nested)?;
-                self.left_on_request();
-                effect(NestedEffectKind::RealVcpu, "the vCPU runs L1 again, from where that was")
-            }
-            NestedMode::Guest(_) if !walker_only => Err(VcpuError::GuestRunsL2),
-            _ => effect(NestedEffectKind::Unchanged, "nested mode was like this already"),
-        }
-    }
-
-    /// Takes note that the vCPU is L1 again, as it was.
-    fn left_on_request(&mut self) {
-        self.in_guest_mode = false;
-        self.l1 = None;
-        self.nested_reason.clear();
-        self.revive("L1 is back; its L2 had failed");
-    }
-
-    /// A vCPU that has stopped for good in an L2 has a state again in which it can run.
-    fn revive(&mut self, reason: &str) {
-        if self.run_state.is_final() {
-            let reason = format!("{reason}: {}", self.reason);
-            self.enter(Activity::Pause, RunState::Paused, reason);
-        }
-    }
-
-    fn call_nested(&mut self, call: impl FnOnce(&mut B) -> Result<(), VcpuError>) -> Result<(), VcpuError> {
-        self.guarded(call).unwrap_or_else(|panicked| {
-            self.after(Exit::Failed(panicked.clone()));
-            Err(VcpuError::Hypervisor(panicked))
-        })
     }
 
     fn must_execute(&self) -> Result<(), VcpuError> {
@@ -514,22 +432,6 @@ impl<B: Backend> Driver<'_, B> {
         snapshot
     }
 
-    /// Takes note of whether the vCPU runs an L2: an overlay ends where that changes.
-    fn note_transition(&mut self, in_guest_mode: bool, exit: Option<String>) {
-        let left = exit.is_some();
-        if let Some(exit) = exit {
-            self.nested_reason = format!("the L2 that SetNestedMode had entered has left for its L1: {exit}");
-            self.l1 = None;
-        }
-        if in_guest_mode != self.in_guest_mode {
-            self.in_guest_mode = in_guest_mode;
-            self.overlay = None;
-            if !left {
-                self.nested_reason.clear();
-            }
-        }
-    }
-
     /// Calls the backend; a panic in there ends the vCPU, not the daemon.
     fn guarded<T>(&mut self, call: impl FnOnce(&mut B) -> T) -> Result<T, String> {
         let Some(backend) = self.backend.as_deref_mut() else {
@@ -551,49 +453,6 @@ fn accept<B: Backend>(backend: &mut B, changes: &RegisterChanges, cpu: &CpuProfi
     }
     backend.set_registers(changes)
 }
-
-/// Adds what the walkers take for granted: where a backend does not read the PDPTE registers, PDPTEs come from memory, as if
-/// CR3 were loaded now; what the walker does not model is as if it were off; and keys that cannot be read are open.
-fn with_limits(
-    mut assumed: Vec<String>,
-    registers: &Registers,
-    walker: &Result<Walker, StateError>,
-) -> Vec<String> {
-    let pae = walker.as_ref().is_ok_and(|walker| {
-        let gva_walk = walker.gva_walk();
-        gva_walk.format().mode() == PagingMode::Pae && gva_walk.pdptes().is_none()
-    });
-    let unmodelled = UNMODELLED.iter().filter(|(bit, _)| registers.cr4 & bit != 0);
-    // Which keys the walk asks for: of user pages in the upper half of the mask's first eight fields, of supervisor pages in
-    // the lower one.
-    let keys = walker.as_ref().map_or(0, |walker| walker.gva_walk().format().protection_key_mask());
-    let unknown = [
-        ("PKRU=0x0", keys & 0xff00 != 0 && registers.pkru.is_none()),
-        ("PKRS=0x0", keys & 0xff != 0 && registers.pkrs.is_none()),
-    ];
-    let limits = unmodelled
-        .map(|(_, name)| format!("{name}=0"))
-        .chain(unknown.iter().filter(|(_, unknown)| *unknown).map(|(name, _)| (*name).to_owned()))
-        .chain(pae.then(|| "PDPTE0-3=as in memory at CR3".to_owned()));
-    for limit in limits {
-        if !assumed.contains(&limit) {
-            assumed.push(limit);
-        }
-    }
-    assumed
-}
-
-/// What is assumed of the registers of an earlier snapshot.
-fn as_before(previous: &Snapshot) -> Vec<String> {
-    let mut assumed = previous.assumed.clone();
-    if !assumed.iter().any(|a| a == STALE) {
-        assumed.push(STALE.to_owned());
-    }
-    assumed
-}
-
-/// Says in `assumed` that all registers are those of an earlier moment.
-const STALE: &str = "all registers as last read before the failure";
 
 fn panic_message(payload: &(dyn Any + Send)) -> &str {
     payload

@@ -48,7 +48,7 @@ pub(crate) enum Error {
     #[error("machine `{machine}` is lost: {reason}; detach it, and attach it again once it is back")]
     Lost { machine: String, reason: Arc<str> },
     /// The machine was detached while it was asked.
-    #[error("machine `{machine}` was detached meanwhile")]
+    #[error("machine `{machine}` was detached meanwhile: attach it again, or name another")]
     Detached { machine: String },
     #[error(transparent)]
     Attach(#[from] AttachError),
@@ -86,7 +86,7 @@ pub(crate) enum Error {
     Busy,
     /// The request is larger than is decoded.
     #[error(
-        "the request is too large: {0}; a batch has 262144 addresses at most, and nothing else needs so much"
+        "the request is too large: {0}; a batch has at most 262144 addresses, a write 32768 bytes, any other request 64 KiB: send it in parts"
     )]
     TooLarge(String),
     /// The request is no message of the contract.

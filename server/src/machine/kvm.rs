@@ -69,10 +69,10 @@ pub enum KvmError {
         remedy: &'static str,
     },
     /// It speaks another version.
-    #[error("/dev/kvm speaks API version {0}, not {KVM_API_VERSION}")]
+    #[error("/dev/kvm speaks API version {0}, not {KVM_API_VERSION}: use a newer kernel")]
     Version(i32),
     /// A system call failed.
-    #[error("{what}: {error}")]
+    #[error("{what}: {error}; the kernel's log may say more")]
     Call {
         /// The call.
         what: &'static str,
@@ -80,7 +80,7 @@ pub enum KvmError {
         error: kvm_ioctls::Error,
     },
     /// The kernel lacks something that the machine needs.
-    #[error("this kernel's KVM offers no {0}")]
+    #[error("this kernel's KVM offers no {0}: use a newer kernel")]
     Missing(&'static str),
 }
 

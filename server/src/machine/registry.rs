@@ -158,7 +158,7 @@ pub enum AttachError {
         id: String,
     },
     /// The guest is attached already.
-    #[error("this guest is attached already, as machine `{id}`: {what}")]
+    #[error("this guest is attached already, as machine `{id}`: {what}; ask that one, or detach it first")]
     SameGuest {
         /// The machine that it is.
         id: String,

@@ -63,14 +63,18 @@ pub enum VcpuError {
         /// What it says.
         problem: String,
     },
-    /// Its thread has ended: the machine is going away.
-    #[error("vCPU {vcpu} has gone")]
+    /// Its thread has ended.
+    #[error(
+        "vCPU {vcpu} has gone: its machine is being detached, or its thread has failed, of which the daemon's log says more"
+    )]
     Gone {
         /// Name of the vCPU.
         vcpu: String,
     },
     /// It has shut down or failed and does not run again.
-    #[error("the vCPU does not run any more ({state:?}): {reason}")]
+    #[error(
+        "the vCPU does not run any more ({state:?}): {reason}; to start anew, reset the guest where QEMU runs it, else detach the machine and attach it again"
+    )]
     Stopped {
         /// [`RunState::Shutdown`] or [`RunState::InternalError`].
         state: RunState,

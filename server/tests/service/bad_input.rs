@@ -304,8 +304,10 @@ async fn long_names_make_short_messages() {
 async fn a_message_over_the_limit_and_no_message_at_all() {
     let bed = Bed::plain().await;
     let request = v1::GetMachineRequest { machine: "x".repeat(65 << 10) };
-    let answer = refusal(bed.machines().get_machine(request).await);
-    assert_eq!(answer, (Code::ResourceExhausted, "MESSAGE_TOO_LARGE".to_owned()));
+    let status = bed.machines().get_machine(request).await.unwrap_err();
+    let limits = "a batch has at most 262144 addresses, a write 32768 bytes, any other request 64 KiB: send it in parts";
+    assert!(status.message().ends_with(limits), "{}", status.message());
+    assert_eq!(refusal(Err::<(), _>(status)), (Code::ResourceExhausted, "MESSAGE_TOO_LARGE".to_owned()));
     // Nor do the calls take so much that share their service with batches.
     let request = v1::TranslateRequest { address: text(&"9".repeat(65 << 10)), ..read(0) };
     let answer = refusal(bed.translate(request).await);

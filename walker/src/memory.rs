@@ -194,6 +194,16 @@ impl<M: Memory + ?Sized> Memory for &M {
     fn backing_run(&self, gpa: Gpa) -> (Backing, u64) {
         (**self).backing_run(gpa)
     }
+
+    #[inline]
+    fn load_u32(&self, gpa: Gpa) -> Option<u32> {
+        (**self).load_u32(gpa)
+    }
+
+    #[inline]
+    fn compare_exchange_u32(&self, gpa: Gpa, current: u32, new: u32) -> Result<(), ExchangeError> {
+        (**self).compare_exchange_u32(gpa, current, new)
+    }
 }
 
 #[cfg(test)]
@@ -213,5 +223,87 @@ mod tests {
         assert_eq!(memory.compare_exchange_u32(Gpa(0), 0x3333_4444, 6), Ok(()));
         assert_eq!(memory.compare_exchange_u32(Gpa(8), 0, 6), Err(ExchangeError::Unbacked));
         assert_eq!(memory.load_u64(Gpa(0)), Some(5 << 32 | 6));
+    }
+
+    /// Answers each method as no default does.
+    struct Peculiar {
+        table: [AtomicU64; 512],
+        prefetched: AtomicU64,
+    }
+
+    impl Memory for Peculiar {
+        fn load_u64(&self, gpa: Gpa) -> Option<u64> {
+            Some(gpa.0 + 1)
+        }
+
+        fn load_in_table(&self, table: Gpa, offset: u64) -> Option<u64> {
+            Some(table.0 + offset + 2)
+        }
+
+        fn table(&self, _table: Gpa) -> Option<&[AtomicU64; 512]> {
+            Some(&self.table)
+        }
+
+        fn load_table(&self, _table: Gpa, entries: &mut [u64; 512]) -> bool {
+            *entries = [3; 512];
+            true
+        }
+
+        fn compare_exchange_u64(&self, _gpa: Gpa, current: u64, new: u64) -> Result<(), ExchangeError> {
+            Err(ExchangeError::Changed(current + new + 4))
+        }
+
+        fn ram(&self) -> (Gpa, u64) {
+            (Gpa(5), 5)
+        }
+
+        fn words(&self) -> &[AtomicU64] {
+            &self.table[..6]
+        }
+
+        fn prefetch(&self, gpa: Gpa) {
+            self.prefetched.store(gpa.0 + 7, Ordering::Relaxed);
+        }
+
+        fn backing(&self, _gpa: Gpa) -> Backing {
+            Backing::ReadOnly
+        }
+
+        fn backing_run(&self, _gpa: Gpa) -> (Backing, u64) {
+            (Backing::Ram, 8)
+        }
+
+        fn load_u32(&self, _gpa: Gpa) -> Option<u32> {
+            Some(9)
+        }
+
+        fn compare_exchange_u32(&self, _gpa: Gpa, current: u32, new: u32) -> Result<(), ExchangeError> {
+            Err(ExchangeError::Changed(u64::from(current + new + 10)))
+        }
+    }
+
+    /// Generic, so that it is the reference's methods that are called where `M` is one.
+    fn ask<M: Memory>(memory: &M) {
+        assert_eq!(memory.load_u64(Gpa(0x10)), Some(0x11));
+        assert_eq!(memory.load_in_table(Gpa(0x1000), 8), Some(0x100a));
+        assert!(memory.table(Gpa(0)).is_some());
+        let mut entries = [0; 512];
+        assert!(memory.load_table(Gpa(0), &mut entries));
+        assert_eq!(entries, [3; 512]);
+        assert_eq!(memory.compare_exchange_u64(Gpa(0), 1, 2), Err(ExchangeError::Changed(7)));
+        assert_eq!(memory.ram(), (Gpa(5), 5));
+        assert_eq!(memory.words().len(), 6);
+        memory.prefetch(Gpa(0x20));
+        assert_eq!(memory.backing(Gpa(0)), Backing::ReadOnly);
+        assert_eq!(memory.backing_run(Gpa(0)), (Backing::Ram, 8));
+        assert_eq!(memory.load_u32(Gpa(0)), Some(9));
+        assert_eq!(memory.compare_exchange_u32(Gpa(0), 1, 2), Err(ExchangeError::Changed(13)));
+    }
+
+    #[test]
+    fn a_reference_forwards_every_method() {
+        let memory = Peculiar { table: [const { AtomicU64::new(0) }; 512], prefetched: AtomicU64::new(0) };
+        ask::<&Peculiar>(&&memory);
+        assert_eq!(memory.prefetched.into_inner(), 0x27);
     }
 }

@@ -6,21 +6,15 @@ use pagewalk::{
 use pagewalk_proto::v1;
 
 use crate::status::Error;
+use crate::vcpu::nested::{HOST_CR0_DEFAULT, HOST_CR4_DEFAULT, HOST_EFER_DEFAULT};
 use crate::vcpu::{Entered, L2Error, NestedMode, SecondDimension, Snapshot};
-
-/// LME, LMA, NXE and SVME.
-const HOST_EFER: u64 = 0x1d00;
-/// PE, WP and PG.
-const HOST_CR0: u64 = 0x8001_0001;
-/// PAE.
-const HOST_CR4: u64 = 0x20;
 
 /// The registers that select NPT's format: L1's at VMRUN.
 pub(crate) fn npt_host(npt: &v1::Npt) -> ControlRegisters {
     ControlRegisters {
-        cr0: npt.host_cr0.unwrap_or(HOST_CR0),
-        cr4: npt.host_cr4.unwrap_or(HOST_CR4),
-        efer: npt.host_efer.unwrap_or(HOST_EFER),
+        cr0: npt.host_cr0.unwrap_or(HOST_CR0_DEFAULT),
+        cr4: npt.host_cr4.unwrap_or(HOST_CR4_DEFAULT),
+        efer: npt.host_efer.unwrap_or(HOST_EFER_DEFAULT),
         ..Default::default()
     }
 }

@@ -8,6 +8,7 @@ use pagewalk::{ControlRegisters, EptCapabilities, EptControls, NptControls};
 use serde::{Deserialize, Serialize};
 
 use super::number::Number;
+use crate::vcpu::nested::HOST_CR0_DEFAULT;
 use crate::vcpu::{Entered, GuestMode, L2Registers, NestedMode, SecondDimension};
 
 /// The second dimension of a vCPU: `npt` or `ept`.
@@ -83,7 +84,7 @@ pub struct L2Entry {
 }
 
 fn host_cr0() -> Number {
-    Number(0x8001_0001)
+    Number(HOST_CR0_DEFAULT)
 }
 
 fn capabilities() -> Number {

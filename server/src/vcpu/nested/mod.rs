@@ -14,12 +14,20 @@ mod vmcs12;
 mod vmx;
 mod vmx_capabilities;
 
+use pagewalk::mode::{CR0_PE, CR0_PG, CR0_WP, CR4_PAE, EFER_LMA, EFER_LME, EFER_NXE};
 use pagewalk::{
     ControlRegisters, CpuProfile, EptCapabilities, EptControls, NgpaWalk, NptControls, PageWalk, StateError,
     Walker,
 };
 
 pub(crate) use pages::{OwnPages, own_pages_region};
+
+/// CR0 of an L1 under NPT, where nobody says.
+pub(crate) const HOST_CR0_DEFAULT: u64 = CR0_PE | CR0_WP | CR0_PG;
+/// Its CR4.
+pub(crate) const HOST_CR4_DEFAULT: u64 = CR4_PAE;
+/// Its EFER.
+pub(crate) const HOST_EFER_DEFAULT: u64 = EFER_LME | EFER_LMA | EFER_NXE | svm::EFER_SVME;
 
 /// What turns an L2's physical addresses into its L1's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

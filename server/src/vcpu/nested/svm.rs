@@ -64,9 +64,9 @@ const DR6_RESET: u64 = 0xffff_0ff0;
 
 /// The bits of L1's control registers that a request may choose, because NPT's format or VMRUN depend on them. The others
 /// are the vCPU's own.
-const HOST_CR0: u64 = CR0_PE | CR0_WP | CR0_PG;
-const HOST_CR4: u64 = CR4_PSE | CR4_PAE | CR4_LA57;
-const HOST_EFER: u64 = EFER_LME | EFER_LMA | EFER_NXE;
+const CHOSEN_CR0: u64 = CR0_PE | CR0_WP | CR0_PG;
+const CHOSEN_CR4: u64 = CR4_PSE | CR4_PAE | CR4_LA57;
+const CHOSEN_EFER: u64 = EFER_LME | EFER_LMA | EFER_NXE;
 
 /// The bits that EFER has: SCE, LME, LMA, NXE, SVME, LMSLE, FFXSR, TCE, MCOMMIT, INTWB, UAIE, AIBRSE.
 const KNOWN_EFER: u64 = 0x36_fd01;
@@ -192,9 +192,9 @@ impl Vmcb12<'_> {
 /// L1's control registers while its L2 runs: the vCPU's own, with what `wanted` says of NPT's format.
 fn host(own: &kvm_sregs2, wanted: &ControlRegisters) -> kvm_sregs2 {
     kvm_sregs2 {
-        cr0: own.cr0 & !HOST_CR0 | wanted.cr0 & HOST_CR0,
-        cr4: own.cr4 & !HOST_CR4 | wanted.cr4 & HOST_CR4,
-        efer: own.efer & !HOST_EFER | wanted.efer & HOST_EFER | EFER_SVME,
+        cr0: own.cr0 & !CHOSEN_CR0 | wanted.cr0 & CHOSEN_CR0,
+        cr4: own.cr4 & !CHOSEN_CR4 | wanted.cr4 & CHOSEN_CR4,
+        efer: own.efer & !CHOSEN_EFER | wanted.efer & CHOSEN_EFER | EFER_SVME,
         ..*own
     }
 }

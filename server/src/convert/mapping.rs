@@ -8,9 +8,8 @@ use pagewalk_proto::v1::extent::Outcome;
 use super::address::number;
 use super::fault::fault;
 use super::translation::translation;
+use crate::machine::PAGE;
 use crate::status::Error;
-
-const PAGE: u64 = 4096;
 
 /// A map of the addresses that a request names.
 pub(crate) fn over(walker: Walker, range: Option<v1::GvaRange>) -> Result<Map, Error> {

@@ -3,17 +3,14 @@
 //! Intel SDM volume 3, "Initializing IA-32e Mode", with everything that software would do already done.
 
 use kvm_bindings::{kvm_dtable, kvm_segment, kvm_sregs};
-use pagewalk::mode::{CR0_PE, CR0_PG, CR0_WP, CR4_PAE, EFER_LMA, EFER_LME, EFER_NXE, PAT_RESET};
+use pagewalk::mode::{CR0_PE, CR0_PG, CR0_WP, CR4_PAE, CR4_PGE, EFER_LMA, EFER_LME, EFER_NXE, PAT_RESET};
 
-use crate::vcpu::{Registers, Selectors};
+use crate::vcpu::{CR0_NE, RFLAGS_FIXED, Registers, Selectors};
 
 const CR0_MP: u64 = 1 << 1;
 const CR0_ET: u64 = 1 << 4;
-const CR0_NE: u64 = 1 << 5;
-const CR4_PGE: u64 = 1 << 7;
 const CR4_OSFXSR: u64 = 1 << 9;
 const CR4_OSXMMEXCPT: u64 = 1 << 10;
-const RFLAGS_FIXED: u64 = 1 << 1;
 
 /// A GDT with the two descriptors that an entry needs: null, 64-bit code, data.
 pub(super) const GDT: [u64; 3] = [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];

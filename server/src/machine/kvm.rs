@@ -57,6 +57,11 @@ const _: () = assert!(STACKS_AT + VCPUS_MAX as u64 * STACK_SIZE <= BOOT_AREA_END
 const PRESENT_WRITE: u64 = 0b11;
 const PAGE_SIZE: u64 = 1 << 7;
 
+/// In ECX of CPUID leaf 1.
+pub(super) const CPUID_VMX: u32 = 1 << 5;
+/// In ECX of CPUID leaf 8000_0001.
+pub(super) const CPUID_SVM: u32 = 1 << 2;
+
 /// Why KVM cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum KvmError {
@@ -188,16 +193,14 @@ impl Vm {
 
     /// What nested mode of vCPU `index` is made of.
     fn offer(&self, of_vm: &NestingPages, index: u32) -> NestedOffer {
-        const VMX: u32 = 1 << 5;
-        const SVM: u32 = 1 << 2;
         const GMET: u32 = 1 << 17;
         NestedOffer {
             pages: OwnPages::of(&of_vm.pages, index),
             memory: Arc::clone(&self.memory),
             msrs: of_vm.msrs.clone(),
-            svm: register(&self.cpuid, 0x8000_0001, |e| e.ecx) & SVM != 0,
+            svm: register(&self.cpuid, 0x8000_0001, |e| e.ecx) & CPUID_SVM != 0,
             gmet: register(&self.cpuid, 0x8000_000a, |e| e.edx) & GMET != 0,
-            vmx: register(&self.cpuid, 1, |e| e.ecx) & VMX != 0,
+            vmx: register(&self.cpuid, 1, |e| e.ecx) & CPUID_VMX != 0,
         }
     }
 

@@ -35,6 +35,7 @@ pub use health::Health;
 pub use kvm::KvmError;
 pub use linux::{InitrdProblem, KernelProblem, LinuxError, LinuxSpec};
 pub use mapping::{Fetch, FileMapping};
+pub(crate) use memory::PAGE;
 pub use memory::{GuestRam, MemoryError, Place, Region};
 pub use pages::HugePages;
 pub use qemu::{MonitorError, ProcessError, QemuError};

@@ -11,7 +11,7 @@ use super::Daemon;
 use super::resolve::patience;
 use super::translation::{check_width, walker};
 use crate::convert::{self, access::by_vcpu};
-use crate::machine::{GuestRam, MemoryError};
+use crate::machine::{GuestRam, MemoryError, PAGE};
 use crate::status::Error;
 use crate::vcpu::Registers;
 
@@ -19,8 +19,6 @@ use crate::vcpu::Registers;
 const READ_MAX: u64 = 1 << 20;
 /// Most bytes of one write: they fit into a request.
 const WRITE_MAX: usize = 32 << 10;
-/// Every walk is good for this much: leaves of any size, in either dimension, are made of such pages.
-const PAGE: u64 = 4096;
 
 #[tonic::async_trait]
 impl MemoryService for Daemon {
@@ -148,7 +146,8 @@ impl Space {
         Ok(Self { through: Some((walker, access)), ..space })
     }
 
-    /// The addresses of the bytes, page by page: the first one's, and their number.
+    /// The addresses of the bytes, page by page: the first one's, and their number. Every walk is good for one: leaves of any size,
+    /// in either dimension, are made of such pages.
     fn pages(&self) -> impl Iterator<Item = (u64, usize)> {
         let mut next = Some(self.first);
         let last = self.last;

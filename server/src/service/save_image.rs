@@ -14,13 +14,13 @@ use super::Daemon;
 use super::outlet::{Answers, Outlet};
 use super::resolve::{gone, refused, still_there};
 use crate::machine::image::{Cpu, Description, LandmarkEntry, MemoryRegion, Number, VcpuEntry};
-use crate::machine::{GuestRam, Machine, MemoryError};
+use crate::machine::{self, GuestRam, Machine, MemoryError};
 use crate::status::Error;
 use crate::vcpu::{Hold, Snapshot, VcpuError};
 
 const MEMORY_FILE: &str = "memory.bin";
 const NAME_MAX: usize = 255;
-const PAGE: usize = 4096;
+const PAGE: usize = machine::PAGE as usize;
 /// Most of memory that is looked at and sent at once.
 const PIECE: usize = 1 << 20;
 /// Most zeroes that are skipped before somebody may look whether the client is still there.

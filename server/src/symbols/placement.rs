@@ -14,7 +14,7 @@ use pagewalk::{
 };
 
 use super::table::SymbolTable;
-use crate::machine::{GuestRam, Machine};
+use crate::machine::{GuestRam, Machine, PAGE};
 use crate::vcpu::{NestedMode, Snapshot};
 
 /// What `linux_banner` begins with.
@@ -31,7 +31,6 @@ const IMAGE_32: Range<u64> = 0x4000_0000..0xfe00_0000;
 const USER_ROOT: u64 = 1 << 12;
 /// vCPUs whose address spaces are looked at.
 const STATES: usize = 16;
-const PAGE: u64 = 4096;
 
 /// Where the kernel is.
 #[derive(Debug)]

@@ -19,11 +19,9 @@ use super::command::VcpuError;
 use super::devices::Devices;
 use super::nested::entry::Nesting;
 use super::nested::{EnterL2, GuestMode};
-use super::registers::{RegisterChanges, Registers, Selectors};
+use super::registers::{MSR_PAT, RFLAGS_FIXED, RegisterChanges, Registers, Selectors};
 
-const MSR_PAT: u32 = 0x277;
 const MSR_PKRS: u32 = 0x6e1;
-const RFLAGS_FIXED: u64 = 1 << 1;
 const PKRU_COMPONENT: u32 = 9;
 /// Kicks that may interrupt one single step before it is given up.
 const STEP_ATTEMPTS: u32 = 64;

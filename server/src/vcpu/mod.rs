@@ -43,7 +43,7 @@ pub use nested::{
 };
 pub use plain::PlainBackend;
 pub use recorded::RecordedBackend;
-pub(crate) use registers::UNMODELLED;
+pub(crate) use registers::{CR0_NE, RFLAGS_FIXED, RFLAGS_VM, UNMODELLED};
 pub use registers::{RegisterChanges, Registers, Selectors};
 pub use snapshot::{RunState, Snapshot};
 pub use spaces::SeenSpace;

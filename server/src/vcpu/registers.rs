@@ -93,6 +93,15 @@ registers! {
     gs_base "GS.base" "Base of GS.",
 }
 
+/// CR0.NE: the FPU's errors are exceptions.
+pub(crate) const CR0_NE: u64 = 1 << 5;
+/// The bit of RFLAGS that is always set.
+pub(crate) const RFLAGS_FIXED: u64 = 1 << 1;
+/// RFLAGS.VM: virtual-8086 mode.
+pub(crate) const RFLAGS_VM: u64 = 1 << 17;
+/// IA32_PAT.
+pub(crate) const MSR_PAT: u32 = 0x277;
+
 /// Bits of CR4 that change what an access may do and that the walker does not model yet.
 pub(crate) const UNMODELLED: [(u64, &str); 1] = [(1 << 27, "CR4.LASS")];
 

@@ -13,9 +13,9 @@ use object::read::elf::{FileHeader, ProgramHeader as _};
 use object::{Endianness, ReadRef};
 use pagewalk::Gpa;
 
+use super::super::PAGE;
 use super::note::{self, CpuState};
 
-const PAGE: u64 = 4096;
 /// No physical address has more bits.
 const PHYSICAL: u64 = 1 << 52;
 /// Program headers that are looked at: 256 GiB in 1 MiB pieces have as many.

@@ -3,7 +3,7 @@
 //! It is the same for 32-bit and 64-bit guests, and little-endian: general registers, ten segment registers, CR0 to CR4 and
 //! the kernel's GS base, which the oldest QEMUs leave out. EFER, PKRU, PAT and all other MSRs are not in it.
 
-use crate::vcpu::{Registers, Selectors};
+use crate::vcpu::{RFLAGS_VM, Registers, Selectors};
 
 /// Owner of the note.
 pub(super) const NAME: &[u8] = b"QEMU";
@@ -11,7 +11,6 @@ pub(super) const NAME: &[u8] = b"QEMU";
 const SIZE_MIN: usize = 432;
 const VERSION: u32 = 1;
 
-const RFLAGS_VM: u64 = 1 << 17;
 /// CS.L, where QEMU keeps a segment's attributes: as in the upper half of its descriptor.
 const SEGMENT_L: u32 = 1 << 21;
 

@@ -12,11 +12,10 @@ use serde::{Deserialize, Serialize};
 
 use super::nested::NestedEntry;
 use super::number::Number;
-use crate::machine::Landmark;
+use crate::machine::{Landmark, PAGE};
 use crate::vcpu::{self, NestedMode, Registers, Snapshot};
 use pagewalk_proto::readable;
 
-const PAGE: u64 = 4096;
 const REGIONS_MAX: usize = 4096;
 const VCPUS_MAX: usize = 1024;
 const LANDMARKS_MAX: usize = 4096;

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use pagewalk::Gpa;
 
 use super::boot::Entry;
-use super::kvm::{GDT_AT, PML4_AT, Platform, Vm, write_boot_area};
+use super::kvm::{CPUID_SVM, CPUID_VMX, GDT_AT, PML4_AT, Platform, Vm, write_boot_area};
 use super::memory::{GuestRam, Region};
 use super::pages::HugePages;
 use super::{Health, LocalSource, OpenError};
@@ -117,7 +117,5 @@ pub(super) fn open(
 
 /// Whether this CPU can run a guest by itself.
 fn has_virtualization() -> bool {
-    const VMX: u32 = 1 << 5;
-    const SVM: u32 = 1 << 2;
-    __cpuid(1).ecx & VMX != 0 || __cpuid(0x8000_0001).ecx & SVM != 0
+    __cpuid(1).ecx & CPUID_VMX != 0 || __cpuid(0x8000_0001).ecx & CPUID_SVM != 0
 }

@@ -27,7 +27,8 @@ use window::Window;
 use super::mapping::{Fetch, FileMapping};
 use super::pages::HugePages;
 
-const PAGE: u64 = 4096;
+/// Bytes of the smallest page; memory is made of whole ones.
+pub(crate) const PAGE: u64 = 4096;
 
 /// A stretch of guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

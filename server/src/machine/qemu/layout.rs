@@ -6,9 +6,8 @@
 
 use pagewalk::Gpa;
 
-use super::super::Region;
+use super::super::{PAGE, Region};
 
-const PAGE: u64 = 4096;
 /// Ranges that are looked at. A large machine has some dozens.
 const RANGES_MAX: usize = 4096;
 /// The view that is walked: what devices and, outside System Management Mode, vCPUs see.
@@ -82,7 +81,8 @@ pub(super) fn host_address(answer: &str) -> Result<u64, String> {
         .ok_or_else(|| format!("`gpa2hva` says {:?}", answer.trim()))
 }
 
-fn hex(digits: &str) -> Option<u64> {
+/// A number as QEMU prints it.
+pub(super) fn hex(digits: &str) -> Option<u64> {
     if digits.bytes().all(|b| b.is_ascii_hexdigit()) { u64::from_str_radix(digits, 16).ok() } else { None }
 }
 

@@ -25,6 +25,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use pagewalk::mode::{CR0_PG, CR4_PAE, EFER_LMA};
 use pagewalk::{CpuProfile, Gpa, Vendor};
 use qapi::qmp;
 
@@ -42,9 +43,6 @@ pub use process::ProcessError;
 
 /// Most vCPUs that are taken on: each has a thread.
 const VCPUS_MAX: usize = 256;
-const CR0_PG: u64 = 1 << 31;
-const CR4_PAE: u64 = 1 << 5;
-const EFER_LMA: u64 = 1 << 10;
 /// How often the layout of memory is asked for while it moves: it is told piece by piece.
 const LAYOUT_TRIES: usize = 5;
 /// Where QEMU does not tell: what its own CPU models have unless told otherwise.

@@ -3,10 +3,11 @@
 //! `NAME=HEX` words: 64-bit names (`RAX`, `RFL`) while CS is a 64-bit segment, else 32-bit ones (`EAX`, `EFL`), which leave the
 //! upper halves and R8 to R15 out. No walk depends on those. PKRU, PKRS, PAT and CR8 are never printed.
 
+use pagewalk::mode::PAT_RESET;
+
+use super::layout::hex;
 use crate::vcpu::{Registers, Selectors};
 
-/// PAT after a reset: Intel SDM volume 3, "Page Attribute Table".
-const PAT: u64 = 0x0007_0406_0007_0406;
 /// Longest answer that is looked at: with every vector register it is some ten thousand bytes.
 const ANSWER_MAX: usize = 1 << 20;
 
@@ -41,7 +42,7 @@ pub(super) fn parse(answer: &str) -> Result<Read, String> {
         cr4: need("CR4")?,
         cr8: 0,
         efer: need("EFER")?,
-        pat: PAT,
+        pat: PAT_RESET,
         rip: general("IP")?,
         rflags: general("FL")?,
         rax: general("AX")?,
@@ -75,7 +76,7 @@ pub(super) fn parse(answer: &str) -> Result<Read, String> {
         },
         pdptes: None,
     };
-    let mut assumed = vec![format!("PAT={PAT:#x}"), "CR8=0x0".to_owned()];
+    let mut assumed = vec![format!("PAT={PAT_RESET:#x}"), "CR8=0x0".to_owned()];
     if !wide {
         assumed.push("R8-R15=0x0, and upper halves".to_owned());
     }
@@ -115,10 +116,6 @@ fn segment(text: &str, name: &str) -> Option<Segment> {
     Some(Segment { selector, base: hex(words.next()?)? })
 }
 
-fn hex(digits: &str) -> Option<u64> {
-    if digits.bytes().all(|b| b.is_ascii_hexdigit()) { u64::from_str_radix(digits, 16).ok() } else { None }
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -146,7 +143,7 @@ mod tests {
         );
         assert_eq!((r.cpl, r.selectors.cs, r.selectors.ss, halted), (3, 0x33, 0x2b, true));
         assert_eq!((r.fs_base, r.gs_base), (0x7f00_0000_1000, 0xffff_8880_0000_0000));
-        assert_eq!((r.pkru, r.pkrs, r.pat), (None, None, PAT));
+        assert_eq!((r.pkru, r.pkrs, r.pat), (None, None, PAT_RESET));
         assert_eq!(assumed, ["PAT=0x7040600070406", "CR8=0x0"]);
     }
 

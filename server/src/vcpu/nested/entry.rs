@@ -8,14 +8,13 @@ use kvm_bindings::{KVM_STATE_NESTED_FORMAT_SVM, KVM_STATE_NESTED_GUEST_MODE};
 use kvm_ioctls::VcpuFd;
 use pagewalk::{Backing, Gpa, Memory as _};
 
-use super::l2::MSR_PAT;
 use super::pages::{self, OwnPages, Page};
 use super::state::{self, Failure, VcpuState};
 use super::vmx_capabilities::VmxCapabilities;
 use super::{EnterL2, Entered, GuestMode, SecondDimension, svm, vmx};
 use crate::machine::GuestRam;
 use crate::vcpu::command::VcpuError;
-use crate::vcpu::registers::Registers;
+use crate::vcpu::registers::{MSR_PAT, Registers};
 
 /// What the VM offers a vCPU for nesting.
 #[derive(Clone)]

@@ -8,9 +8,8 @@ use super::EnterL2;
 use super::entry::{field, hypervisor};
 use super::state::{self, VcpuState};
 use crate::vcpu::command::VcpuError;
+use crate::vcpu::registers::{MSR_PAT, RFLAGS_FIXED};
 
-pub(super) const MSR_PAT: u32 = 0x277;
-const RFLAGS_FIXED: u64 = 1 << 1;
 /// Flag of `kvm_sregs2`.
 pub(super) const PDPTRS_VALID: u64 = 1;
 

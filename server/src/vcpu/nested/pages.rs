@@ -9,9 +9,7 @@ use std::sync::Arc;
 
 use pagewalk::{Gpa, Memory as _};
 
-use crate::machine::{GuestRam, MemoryError, Region};
-
-const PAGE: u64 = 4096;
+use crate::machine::{GuestRam, MemoryError, PAGE, Region};
 
 /// What a page holds.
 pub(super) type Page = Box<[u8; 4096]>;

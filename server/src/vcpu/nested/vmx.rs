@@ -24,13 +24,12 @@ use super::vmx_capabilities::{
 };
 use super::{EnterL2, SecondDimension};
 use crate::vcpu::command::VcpuError;
+use crate::vcpu::registers::{CR0_NE, RFLAGS_VM};
 
 pub(super) const CR4_VMXE: u64 = 1 << 13;
-const CR0_NE: u64 = 1 << 5;
 /// SCE, LME, LMA, NXE.
 const KNOWN_EFER: u64 = 0xd01;
 const DEMANDS: Demands = Demands { cr0: CR0_NE, cr4: CR4_VMXE, efer: 0, known_efer: KNOWN_EFER };
-const RFLAGS_VM: u64 = 1 << 17;
 const DR7_RESET: u64 = 0x400;
 const SYSENTER_CS: u32 = 0x174;
 const SYSENTER_ESP: u32 = 0x175;

@@ -10,7 +10,7 @@ use pagewalk_proto::v1::space_translation::Outcome;
 use tokio::time::timeout_at;
 
 use super::Daemon;
-use super::resolve::Target;
+use super::resolve::{Target, still_there};
 use super::translation::{check_width, walker};
 use crate::convert;
 use crate::machine::{GuestRam, Machine};
@@ -141,7 +141,7 @@ pub(super) async fn list(
     let roots = seen.iter().map(|seen| seen.space.root).collect();
     let looked = look(daemon, target, patience, roots, true).await?;
     // The machine has to be there still, for what was read of it to be worth anything.
-    daemon.provenance(target, &target.vcpu.latest())?;
+    still_there(&target.machine)?;
     // Those that were seen come first.
     let seen = seen.into_iter().map(Some).chain(std::iter::repeat_with(|| None));
     let spaces = looked.spaces.iter().zip(seen).zip(looked.tasks());

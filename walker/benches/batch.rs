@@ -38,6 +38,7 @@ use std::time::Instant;
 use guests::{Guest, read};
 use pagewalk::{Gva, Instructions, PageWord, Window};
 use record::{Rows, record};
+use support::kept::is_test;
 
 /// Addresses of one call, and of one contestant's turn.
 const CALL: usize = 4096;
@@ -130,8 +131,7 @@ fn one_dimension<'a>(guest: &'a Guest, peers: bool) -> Vec<Contestant<'a>> {
 
 fn main() {
     let arguments: Vec<String> = args().skip(1).filter(|argument| argument != "--bench").collect();
-    // Cargo passes `--bench`; without it this is a test that each case runs.
-    let short = !args().any(|argument| argument == "--bench");
+    let short = is_test();
     let wanted = |case: &str| {
         let mut cases = arguments.iter().filter(|argument| !argument.starts_with("--")).peekable();
         cases.peek().is_none() || cases.any(|wanted| wanted == case)

@@ -27,7 +27,7 @@ use guests::read;
 use pagewalk::{Gva, Instructions, Window};
 use support::bed::{PAGE, PAGE_SIZE, Ram};
 use support::guest::{Guest, PLAIN};
-use support::record::{is_test, keep, surroundings};
+use support::kept::{is_test, keep, surroundings};
 use support::{memflow, offset_page_table};
 
 const ABOUT: &str = "# Instructions

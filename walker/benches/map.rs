@@ -17,7 +17,6 @@
 
 mod support;
 
-use std::env::args;
 use std::fmt::Write as _;
 use std::fs;
 use std::hint::black_box;
@@ -27,7 +26,7 @@ use std::time::Instant;
 
 use pagewalk::map::{Extent, Filter, Map, Progress};
 use pagewalk::{ControlRegisters, CpuProfile, Gpa, Instructions, NgpaWalk, PageWalk, Vendor, Walker, Window};
-use support::record::{keep, surroundings};
+use support::kept::{is_test, keep, surroundings};
 
 const PLAIN: u64 = 0x67;
 const TABLE: usize = 512;
@@ -240,7 +239,7 @@ fn measure(case: &str, mut guest: Guest, map: &Map, rounds: usize) -> Row {
 }
 
 fn main() {
-    let short = !args().any(|argument| argument == "--bench") || args().any(|argument| argument == "--test");
+    let short = is_test();
     let (rounds, leaves, more) = if short { (1, 1 << 12, 1 << 13) } else { (ROUNDS, 4 << 20, 32 << 20) };
     let mut rows = Vec::new();
     let mut one = |case: &str, guest: Guest, filter: Filter| {

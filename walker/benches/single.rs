@@ -24,7 +24,8 @@ mod support;
 
 use support::bed::{PAGE, PAGE_SIZE, Ram};
 use support::guest::{Guest, PLAIN, dense_bytes};
-use support::record::{Bench, is_test};
+use support::kept::is_test;
+use support::record::Bench;
 use support::{kvm, memflow, offset_page_table};
 
 const OWN: &str = "pagewalk hot walk";

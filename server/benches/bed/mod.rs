@@ -4,6 +4,8 @@
 pub(crate) mod child;
 pub(crate) mod echo;
 pub(crate) mod guest;
+#[path = "../../../walker/benches/support/kept.rs"]
+pub(crate) mod kept;
 pub(crate) mod report;
 
 /// The machine of a specification.

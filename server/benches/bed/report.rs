@@ -1,8 +1,11 @@
 //! What a bench found: one Markdown table of `benches/RESULTS.md`, and JSON lines.
 
 use std::fs;
-use std::path::Path;
-use std::process::Command;
+
+use super::kept::{keep, median, record_file, surroundings};
+
+/// Where each bench has its part.
+const RECORD: &str = "RESULTS.md";
 
 /// A line of the table.
 enum Row {
@@ -21,12 +24,6 @@ struct Comparison {
     ours: Vec<f64>,
     peer: String,
     theirs: Vec<f64>,
-}
-
-pub(crate) fn median(rounds: &[f64]) -> f64 {
-    let mut sorted = rounds.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted[sorted.len() / 2]
 }
 
 /// By round where both sides took part in each: what slows a machine down for a while slows both.
@@ -96,19 +93,16 @@ impl Report {
         if !record {
             return;
         }
-        let target = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("pagewalk-bench");
-        fs::create_dir_all(&target).unwrap();
-        fs::write(target.join(format!("{}.jsonl", self.bench)), lines).unwrap();
-        let results = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/RESULTS.md");
-        let old = fs::read_to_string(&results).unwrap_or_default();
+        let old = fs::read_to_string(record_file(RECORD)).unwrap_or_default();
         let head = format!("# {}\n", self.title);
         let others: Vec<&str> =
             sections(&old).into_iter().filter(|section| !section.starts_with(&head)).collect();
-        let own = format!("{head}\n{}\n\n{}\n{table}", self.about, made());
+        let own =
+            format!("{head}\n{}\n\n{}\n{table}", self.about, surroundings(&["tonic", "prost", "tokio"]));
         let mut all: Vec<String> = others.into_iter().map(|section| section.trim_end().to_owned()).collect();
         all.push(own.trim_end().to_owned());
         all.sort();
-        fs::write(results, all.join("\n\n") + "\n").unwrap();
+        keep(self.bench, RECORD, &(all.join("\n\n") + "\n"), &lines);
     }
 }
 
@@ -132,39 +126,5 @@ fn line(row: &Row) -> String {
         row.peer,
         ratio(row),
         row.ours.len(),
-    )
-}
-
-/// Where and with what the table was made.
-fn made() -> String {
-    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let field = |name: &str| {
-        let line = cpuinfo.lines().find(|line| line.starts_with(name));
-        line.and_then(|line| line.split_once(": ")).map_or("?", |(_, value)| value).to_owned()
-    };
-    let output = |program: &str, argument: &str| {
-        let output = Command::new(program).arg(argument).output();
-        output.map_or("?".to_owned(), |output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
-    };
-    let lock =
-        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.lock")).unwrap_or_default();
-    let version = |name: &str| {
-        let start = format!("name = \"{name}\"\nversion = \"");
-        lock.split_once(&start).and_then(|(_, rest)| rest.split('"').next()).unwrap_or("?").to_owned()
-    };
-    format!(
-        "- machine: {} (family {}, model {}), {} processors, {}, {}\n- date: {}\n- {}; pagewalkd {}, tonic {}, prost {}, tokio {}\n",
-        field("model name"),
-        field("cpu family"),
-        field("model\t"),
-        cpuinfo.matches("processor\t").count(),
-        std::env::consts::ARCH,
-        std::env::consts::OS,
-        output("date", "-u"),
-        output("rustc", "--version"),
-        env!("CARGO_PKG_VERSION"),
-        version("tonic"),
-        version("prost"),
-        version("tokio"),
     )
 }

@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 
 use bed::child::{Other, Way, Who, serve_if_asked};
 use bed::guest::{BATCH, Shape};
+use bed::kept::is_test;
 use bed::report::Report;
 use churn::{PACE, Reads, read};
 use pagewalk_proto::v1;
@@ -39,7 +40,7 @@ The ratio is the first figure over the second.\nNothing is kept on a processor o
 
 fn main() {
     serve_if_asked();
-    let short = !std::env::args().any(|argument| argument == "--bench");
+    let short = is_test();
     let mut report = Report::new("readers", "Readers", ABOUT);
     lock_freedom(&mut report, short);
     let other = Other::start(&Shape::ALL[..2], None);

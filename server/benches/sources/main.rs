@@ -24,6 +24,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use bed::guest::{BATCH, BATCHES, Shape, read};
+use bed::kept::is_test;
 use bed::report::Report;
 use guests::{Pages, Qemu, Shared, Tables, memory, own};
 use pagewalk::mode::{CR0_PE, CR0_PG, CR0_WP, CR4_PAE, EFER_LMA, EFER_LME, EFER_NXE};
@@ -46,7 +47,7 @@ const FETCHED: usize = 4096;
 const EFER: u64 = EFER_LME | EFER_LMA | EFER_NXE;
 
 fn main() {
-    let short = !std::env::args().any(|argument| argument == "--bench");
+    let short = is_test();
     let rounds = if short { 1 } else { 61 };
     let mut report = Report::new("sources", "Sources", ABOUT);
     opening::sparse_dump(&mut report, rounds);

@@ -22,7 +22,8 @@ use std::time::{Duration, Instant};
 use bed::child::{Other, Way, Who, pin, serve_if_asked};
 use bed::echo::{self, BYTES, COLUMN, Columned, Payload, SIZED, WORDS, Words};
 use bed::guest::{BATCH, BATCHES, Shape};
-use bed::report::{Report, median};
+use bed::kept::{is_test, median};
+use bed::report::Report;
 use pagewalk_proto::v1;
 use pagewalk_proto::v1::translation_service_client::TranslationServiceClient;
 use prost::Message as _;
@@ -46,8 +47,7 @@ struct Bench {
 
 fn main() {
     serve_if_asked();
-    // Cargo passes `--bench`; without it this is a trial that each case runs.
-    let short = !std::env::args().any(|argument| argument == "--bench");
+    let short = is_test();
     pin(1);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let mut bench = Bench {

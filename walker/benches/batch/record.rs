@@ -1,21 +1,13 @@
 //! Rows of a run, and the record of all cases, which may come from several runs.
 
 use std::fs;
-use std::path::Path;
-use std::process::Command;
 
-use crate::support::record::surroundings;
+use crate::support::kept::{lines_file, median, output, record_file, surroundings};
 
 /// Every pair of "batch" and another contestant.
 pub(crate) struct Rows {
     lines: Vec<String>,
     short: bool,
-}
-
-fn median(rounds: impl Iterator<Item = f64>) -> f64 {
-    let mut sorted: Vec<f64> = rounds.collect();
-    sorted.sort_by(f64::total_cmp);
-    sorted[sorted.len() / 2]
 }
 
 impl Rows {
@@ -32,10 +24,11 @@ impl Rows {
                     continue;
                 }
                 let (our, their) = (&times[ours], &times[theirs]);
-                let ratio = median(our.iter().zip(their).map(|(our, their)| our / their));
+                let ratios: Vec<f64> = our.iter().zip(their).map(|(our, their)| our / their).collect();
+                let ratio = median(&ratios);
                 let row = if names[ours] == "batch" { case.to_owned() } else { format!("{case}, portable") };
                 let (peer, rounds) = (names[theirs], our.len());
-                let (our, their) = (median(our.iter().copied()), median(their.iter().copied()));
+                let (our, their) = (median(our), median(their));
                 self.lines.push(format!(
                     "{{\"bench\":\"batch\",\"case\":\"{row}\",\"ours_ns\":{our:.3},\"peer\":\"{peer}\",\"peer_ns\":{their:.3},\"ratio\":{ratio:.4},\"rounds\":{rounds},\"date\":\"{}\"}}",
                     output("date", &["-u", "+%F %H:%M"]),
@@ -78,9 +71,7 @@ pub(crate) fn record(rows: &Rows, short: bool) {
     if short || rows.short || rows.lines.is_empty() {
         return;
     }
-    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("pagewalk-bench");
-    fs::create_dir_all(&target).unwrap();
-    let file = target.join("batch.jsonl");
+    let file = lines_file("batch");
     let case = |line: &str| field(line, "case").split(',').next().unwrap_or_default().to_owned();
     let ran: Vec<String> = rows.lines.iter().map(|line| case(line)).collect();
     let before = fs::read_to_string(&file).unwrap_or_default();
@@ -94,13 +85,7 @@ pub(crate) fn record(rows: &Rows, short: bool) {
         return;
     }
     lines.sort_by_key(|line| cases.iter().position(|name| *name == case(line)));
-    let results = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/BATCH.md");
-    fs::write(results, format!("{}\n{}", heading(), table(&lines))).unwrap();
-}
-
-fn output(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program).args(arguments).output();
-    output.map_or("?".to_owned(), |output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    fs::write(record_file("BATCH.md"), format!("{}\n{}", heading(), table(&lines))).unwrap();
 }
 
 fn heading() -> String {

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each bench uses its part of the support")]
 
 pub(crate) mod guest;
+pub(crate) mod kept;
 pub(crate) mod kvm;
 pub(crate) mod memflow;
 pub(crate) mod offset_page_table;

@@ -1,20 +1,12 @@
-//! Rounds of two sides in turn, and what becomes of them: a table, JSON lines, a heading that says where and with what.
+//! Rounds of two sides in turn, and what becomes of them: a table, and JSON lines.
 
-use std::env::{args, consts};
-use std::fs;
-use std::path::Path;
-use std::process::Command;
-use std::thread::available_parallelism;
 use std::time::Duration;
 
 use criterion::{Criterion, SamplingMode};
 
-const MINIMUM_ROUNDS: usize = 31;
+use super::kept::{keep, median, surroundings};
 
-/// Whether this is a test that each case runs: cargo passes `--bench` for more.
-pub(crate) fn is_test() -> bool {
-    !args().any(|argument| argument == "--bench") || args().any(|argument| argument == "--test")
-}
+const MINIMUM_ROUNDS: usize = 31;
 
 /// Two sides of one comparison, nanoseconds an element, round by round.
 struct Row {
@@ -22,12 +14,6 @@ struct Row {
     peer: String,
     ours: Vec<f64>,
     theirs: Vec<f64>,
-}
-
-fn median(rounds: &[f64]) -> f64 {
-    let mut sorted = rounds.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted[sorted.len() / 2]
 }
 
 /// One bench: its name in the JSON lines, and the comparisons made so far.
@@ -106,53 +92,4 @@ impl Bench {
             keep(self.name, file, &format!("{title}\n\n{}\n{table}", surroundings(crates)), &lines);
         }
     }
-}
-
-/// Leaves the JSON lines of a bench under `target/pagewalk-bench`, and its record in `file` beside the benches.
-pub(crate) fn keep(bench: &str, file: &str, record: &str, lines: &str) {
-    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("pagewalk-bench");
-    fs::create_dir_all(&target).unwrap();
-    fs::write(target.join(format!("{bench}.jsonl")), lines).unwrap();
-    fs::write(Path::new(env!("CARGO_MANIFEST_DIR")).join("benches").join(file), record).unwrap();
-}
-
-/// Where and with what the table was made.
-pub(crate) fn surroundings(crates: &[&str]) -> String {
-    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let field = |name: &str| {
-        let line = cpuinfo.lines().find(|line| line.starts_with(name));
-        line.and_then(|line| line.split_once(": ")).map_or("?", |(_, value)| value).to_owned()
-    };
-    let output = |program: &str, argument: &str| {
-        let output = Command::new(program).arg(argument).output();
-        output.map_or("?".to_owned(), |output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
-    };
-    let lock =
-        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.lock")).unwrap_or_default();
-    let manifest =
-        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml")).unwrap_or_default();
-    // The lock may have several of one name: the bench's own is the one that the manifest asks for.
-    let version = |name: &str| {
-        let asked = manifest.lines().find(|line| line.starts_with(&format!("{name} = ")));
-        let asked = asked.and_then(|line| line.split('"').nth(1)).unwrap_or_default();
-        lock.split(&format!("name = \"{name}\"\nversion = \""))
-            .skip(1)
-            .filter_map(|rest| rest.split('"').next())
-            .find(|version| version.starts_with(asked))
-            .unwrap_or("?")
-            .to_owned()
-    };
-    let versions: String = crates.iter().map(|name| format!(", {name} {}", version(name))).collect();
-    format!(
-        "- machine: {} (family {}, model {}), {} cores, {}, {}\n- date: {}\n- {}; pagewalk {}{versions}\n",
-        field("model name"),
-        field("cpu family"),
-        field("model\t"),
-        available_parallelism().map_or(0, usize::from),
-        consts::ARCH,
-        consts::OS,
-        output("date", "-u"),
-        output("rustc", "--version"),
-        env!("CARGO_PKG_VERSION"),
-    )
 }

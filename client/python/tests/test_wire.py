@@ -314,6 +314,20 @@ def test_nested_off_and_on_are_told_apart(local: pagewalk.Client, scripted: Scri
     )
 
 
+@pytest.mark.parametrize("second", ["npt", 0x1000, {"ncr3": 0x1000}, ()], ids=str)
+def test_what_is_no_second_dimension_is_refused(local: pagewalk.Client, second: Any) -> None:
+    override = pagewalk.WalkerOverride(second_dimension=second)
+    with pytest.raises(ValueError, match=r"second_dimension cannot be .*; it is an Npt, an Ept or 'none'"):
+        local.translate(0, override=override)
+    with pytest.raises(ValueError, match=r"second_dimension cannot be .*; it is an Npt or an Ept"):
+        local.set_nested(second)
+
+
+def test_nothing_does_not_switch_nested_mode_off(local: pagewalk.Client) -> None:
+    with pytest.raises(ValueError, match="second_dimension cannot be None"):
+        local.set_nested(None)  # type: ignore[arg-type]
+
+
 def test_watch_ends_with_the_stream(local: pagewalk.Client, scripted: Scripted) -> None:
     scripted.answer = [
         walker_pb2.GetWalkerStateResponse(provenance=types_pb2.Provenance(generation=generation))

@@ -604,8 +604,9 @@ class Client:
 
     def nested_off(self, *, walker_only: bool = False, vcpu: int = 0, machine: str = "") -> NestedChange:
         """Switch nested mode off; with `walker_only`, only where walkers alone have it. Needs the role `control`."""
-        where = convert.to_vcpu(machine, vcpu)
-        request = convert.to_nested(None, None, where, control_structure=None, walker_only=walker_only)
+        request = walker_pb2.SetNestedModeRequest(
+            vcpu=convert.to_vcpu(machine, vcpu), off=True, walker_only=walker_only
+        )
         return convert.nested_change(self._call(self._walker.SetNestedMode, request))
 
     def vcpus(self, *, machine: str = "") -> list[Vcpu]:

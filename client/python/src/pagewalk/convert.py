@@ -103,58 +103,61 @@ def _to_ept(ept: answers.Ept) -> types_pb2.Ept:
     )
 
 
+def _second_dimension(second: object, choices: str) -> dict[str, Any]:
+    """Give the field that takes it, by name."""
+    if isinstance(second, answers.Npt):
+        return {"npt": _to_npt(second)}
+    if isinstance(second, answers.Ept):
+        return {"ept": _to_ept(second)}
+    raise ValueError(f"second_dimension cannot be {second!r}; it is {choices}")
+
+
 def to_override(override: answers.WalkerOverride | None) -> types_pb2.WalkerOverride | None:
     """Send the caller's own walker state, if any."""
     if override is None:
         return None
     second = override.second_dimension
-    if isinstance(second, str) and second != "none":
-        raise ValueError(f"second_dimension cannot be {second!r}; it is an Npt, an Ept or 'none'")
+    dimension: dict[str, Any] = {}
+    if second == "none":
+        dimension = {"none": True}
+    elif second is not None:
+        dimension = _second_dimension(second, "an Npt, an Ept or 'none'")
     vendor = None if override.vendor is None else number(types_pb2.Vendor.DESCRIPTOR, override.vendor, "vendor")
-    message = types_pb2.WalkerOverride(
+    return types_pb2.WalkerOverride(
         cr0=override.cr0,
         cr3=override.cr3,
         cr4=override.cr4,
         efer=override.efer,
         maxphyaddr=override.maxphyaddr,
         pdptrs=override.pdptrs,
-        npt=_to_npt(second) if isinstance(second, answers.Npt) else None,
-        ept=_to_ept(second) if isinstance(second, answers.Ept) else None,
         pat=override.pat,
         gib_pages=override.gib_pages,
         vendor=vendor,
+        **dimension,
     )
-    if second == "none":
-        message.none = True
-    return message
 
 
 def to_nested(
-    second: answers.Npt | answers.Ept | None,
+    second: answers.Npt | answers.Ept,
     l2: answers.Registers | None,
     vcpu: types_pb2.VcpuRef,
     *,
     control_structure: int | None,
     walker_only: bool,
 ) -> walker_pb2.SetNestedModeRequest:
-    """Send a switch of nested mode; None means off."""
+    """Send a switch of nested mode on."""
     message = walker_pb2.SetNestedModeRequest(
         vcpu=vcpu,
-        npt=_to_npt(second) if isinstance(second, answers.Npt) else None,
-        ept=_to_ept(second) if isinstance(second, answers.Ept) else None,
         l2=None if l2 is None else to_registers(l2),
         walker_only=walker_only,
+        **_second_dimension(second, "an Npt or an Ept"),
     )
     if control_structure is not None:
         place = to_word(control_structure, "control_structure")
-        if second is None:
-            raise ValueError("control_structure goes with an Npt or an Ept")
         if isinstance(second, answers.Npt):
             message.vmcb12 = place
         else:
             message.vmcs12 = place
-    if second is None:
-        message.off = True
     return message
 
 

@@ -23,7 +23,7 @@ from pagewalk.v1.translation_pb2_grpc import (
 from pagewalk.v1.walker_pb2_grpc import WalkerServiceServicer, add_WalkerServiceServicer_to_server
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 
@@ -394,6 +394,38 @@ def test_refused_connection_says_what_to_do() -> None:
         client.machines()
     assert "127.0.0.1:1" in str(raised.value)
     assert "cargo run --release -- demo" in str(raised.value)
+
+
+@pytest.mark.parametrize("timeout", [float("nan"), -1, float("-inf")])
+def test_a_timeout_is_a_span_of_time(local: pagewalk.Client, timeout: float) -> None:
+    with pytest.raises(ValueError, match="timeout cannot be"):
+        pagewalk.connect("127.0.0.1:1", timeout=timeout)
+    with pytest.raises(ValueError, match="timeout cannot be"):
+        local.mappings(timeout=timeout)
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e10, 1e12, 10**400], ids=["inf", "1e10", "1e12", "1e400"])
+def test_a_timeout_of_ages_is_none(local: pagewalk.Client, scripted: Scripted, timeout: float) -> None:
+    scripted.answer = machine_pb2.ListMachinesResponse(daemon_version="1.2.3")
+    with pagewalk.connect(local._target, timeout=timeout) as client:
+        assert client.daemon_version() == "1.2.3"
+    scripted.answer = [walker_pb2.GetWalkerStateResponse()]
+    assert len(list(local.watch(timeout=timeout))) == 1
+
+
+def test_a_closed_client_says_so(local: pagewalk.Client, tmp_path: Path) -> None:
+    local.close()
+    calls: list[Callable[[], object]] = [
+        local.machines,
+        local.mappings,
+        lambda: next(local.watch()),
+        lambda: local.translate_batch([0]),
+        lambda: local.translate_batch(range(MOST + 1)),
+        lambda: local.save_image(tmp_path / "guest.toml"),
+    ]
+    for call in calls:
+        with pytest.raises(pagewalk.ClosedError, match="this client is closed: connect again"):
+            call()
 
 
 def test_missing_socket_says_what_to_do(tmp_path: Path) -> None:

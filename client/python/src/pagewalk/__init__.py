@@ -65,6 +65,7 @@ from pagewalk.answers import (
 )
 from pagewalk.client import Client, Tls, connect
 from pagewalk.errors import (
+    ClosedError,
     ConnectError,
     DeadlineExceededError,
     Error,
@@ -87,6 +88,7 @@ __all__ = [
     "BatchTranslation",
     "Capabilities",
     "Client",
+    "ClosedError",
     "ConnectError",
     "DeadlineExceededError",
     "DecodedBit",

@@ -48,7 +48,7 @@ from pagewalk.v1.vcpu_pb2_grpc import VcpuServiceStub
 from pagewalk.v1.walker_pb2_grpc import WalkerServiceStub
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
     # mypy's 3.9 target has no typing.Self.
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
+_Answer = TypeVar("_Answer")
 #: An answer to the largest batch, with as many faults as can be asked for, is smaller.
 _LARGEST_ANSWER = 12 << 20
 #: Most bytes of one `ReadMemory`.
@@ -77,7 +78,8 @@ class Tls:
 def connect(target: str, *, tls: Tls | None = None, timeout: float = 10.0) -> Client:
     """Make a client of the daemon at `"HOST:PORT"` or `"unix:/PATH"`.
 
-    The connection is made by the first call. `timeout` bounds each call, in seconds.
+    The connection is made by the first call. `timeout` bounds each call, in seconds; of more than a year, as
+    `float("inf")` is, it bounds none.
     """
     return Client(target, tls=tls, timeout=timeout)
 
@@ -86,12 +88,15 @@ class Client:
     """A client of one daemon. May be shared by threads; close it, or use it in a `with` statement.
 
     Every method asks about vCPU `vcpu` of machine `machine`, by default vCPU 0 of the only one. What cannot be answered
-    raises an `errors.Error`; a number that does not fit its field, or a choice that does not exist, a `ValueError`.
+    raises an `errors.Error`; a number that does not fit its field, or a choice that does not exist, a `ValueError`. A
+    `timeout` is as in `connect`.
     """
 
     def __init__(self, target: str, *, tls: Tls | None = None, timeout: float = 10.0) -> None:
         self._target = target
+        convert.to_timeout(timeout)
         self._timeout = timeout
+        self._closed = False
         self._tls = tls is not None
         # The daemon is not behind the proxy that the environment may name for the web.
         options: list[tuple[str, str | int]] = [
@@ -140,7 +145,8 @@ class Client:
         self._memory = MemoryServiceStub(self._channel)
 
     def close(self) -> None:
-        """Close the connection. Calls that are still under way fail."""
+        """Close the connection. Calls that are still under way fail, and later ones raise an `errors.ClosedError`."""
+        self._closed = True
         self._channel.close()
 
     def __enter__(self: ClientT) -> ClientT:
@@ -302,7 +308,7 @@ class Client:
                 yield columns.StreamRequest(sequence=sequence, batch=head)
 
         answered = 0
-        stream = self._stream(requests(), timeout=self._timeout * len(starts))
+        stream = self._start(self._stream, requests(), self._timeout * len(starts))
         try:
             for start, response in zip(starts, stream):
                 yield self._whole(response.answer, min(size, len(data) - start))
@@ -480,7 +486,7 @@ class Client:
             override=convert.to_override(override),
             problems=problems,
         )
-        return Mappings(self._mapping.ListMappings(request, timeout=timeout), self._target, tls=self._tls)
+        return Mappings(self._start(self._mapping.ListMappings, request, timeout), self._target, tls=self._tls)
 
     def find_mappings(
         self,
@@ -511,7 +517,7 @@ class Client:
             freshness=convert.number(types_pb2.Freshness.DESCRIPTOR, freshness, "freshness"),
             override=convert.to_override(override),
         )
-        return Mappings(self._mapping.FindMappings(request, timeout=timeout), self._target, tls=self._tls)
+        return Mappings(self._start(self._mapping.FindMappings, request, timeout), self._target, tls=self._tls)
 
     def translate_range(
         self,
@@ -540,7 +546,7 @@ class Client:
             freshness=convert.number(types_pb2.Freshness.DESCRIPTOR, freshness, "freshness"),
             override=convert.to_override(override),
         )
-        return Mappings(self._translation.TranslateRange(request, timeout=timeout), self._target, tls=self._tls)
+        return Mappings(self._start(self._translation.TranslateRange, request, timeout), self._target, tls=self._tls)
 
     def walker_state(self, *, freshness: Freshness = "latest", vcpu: int = 0, machine: str = "") -> WalkerState:
         """Give the whole of both walkers."""
@@ -569,7 +575,7 @@ class Client:
         request = walker_pb2.WatchWalkerStateRequest(
             vcpu=convert.to_vcpu(machine, vcpu), max_updates=max_updates, min_interval=interval
         )
-        stream = self._walker.WatchWalkerState(request, timeout=timeout)
+        stream = self._start(self._walker.WatchWalkerState, request, timeout)
         try:
             for state in stream:
                 yield convert.walker_state(state)
@@ -746,7 +752,7 @@ class Client:
         description = Path(file)
         memory = images.memory_of(description)
         request = machine_pb2.SaveImageRequest(machine=machine, memory_file=memory.name)
-        stream = self._machine.SaveImage(request, timeout=timeout)
+        stream = self._start(self._machine.SaveImage, request, timeout)
         try:
             return images.save(stream, description, memory)
         except grpc.RpcError as failure:
@@ -758,8 +764,18 @@ class Client:
         """Give the version of the daemon."""
         return self._call(self._machine.ListMachines, machine_pb2.ListMachinesRequest()).daemon_version
 
+    def _start(self, method: Callable[..., _Answer], request: object, timeout: float | None) -> _Answer:
+        deadline = convert.to_timeout(timeout)
+        try:
+            return method(request, timeout=deadline)
+        except ValueError:
+            # What gRPC raises of a closed channel.
+            if self._closed:
+                raise errors.ClosedError("this client is closed: connect again", code="CANCELLED") from None
+            raise
+
     def _call(self, method: grpc.UnaryUnaryMultiCallable[_Request, _Response], request: _Request) -> _Response:
         try:
-            return method(request, timeout=self._timeout)
+            return self._start(method, request, self._timeout)
         except grpc.RpcError as failure:
             raise errors.from_rpc(failure, self._target, tls=self._tls) from None

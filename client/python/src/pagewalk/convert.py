@@ -18,6 +18,8 @@ _PAGE_BYTES = {
     types_pb2.PAGE_SIZE_4M: 1 << 22,
     types_pb2.PAGE_SIZE_1G: 1 << 30,
 }
+#: The longest timeout. gRPC takes the end of a much longer one for a time that has passed.
+_YEAR = 365 * 24 * 60 * 60
 
 
 @cache
@@ -41,6 +43,16 @@ def _name(enum: EnumDescriptor, value: int) -> Any:  # noqa: ANN401, the caller'
         if number_ == value:
             return name
     return f"unknown_{value}"
+
+
+def to_timeout(seconds: float | None) -> float | None:
+    """Check how long a call may take; more than a year is None, no bound."""
+    if seconds is None or seconds > _YEAR:
+        return None
+    # This way round, NaN is refused too.
+    if not seconds >= 0:
+        raise ValueError(f"timeout cannot be {seconds!r}; it is a number of seconds, float('inf') for no bound")
+    return seconds
 
 
 def to_vcpu(machine: str, vcpu: int) -> types_pb2.VcpuRef:

@@ -65,6 +65,10 @@ class UnavailableError(Error):
     """The daemon is stopping, or the vCPU has gone."""
 
 
+class ClosedError(Error):
+    """The client was closed before."""
+
+
 class ConnectError(UnavailableError):
     """Nothing answers at the address, or not in the way that was asked for."""
 

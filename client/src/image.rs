@@ -1,7 +1,7 @@
 //! Saves a machine as an image: two files next to each other, as the daemon streams them.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Write as _};
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Write as _};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
@@ -50,39 +50,64 @@ struct Unfinished {
 
 impl Unfinished {
     fn create(name: &Path) -> Result<Self, SaveError> {
-        let fail = |problem| SaveError::File { file: name.to_owned(), problem };
-        if name.try_exists().map_err(fail)? {
-            return Err(fail(io::Error::new(
-                io::ErrorKind::AlreadyExists,
-                "exists already: remove it, or save under another name",
-            )));
-        }
+        is_free(name)?;
         let mut part = name.as_os_str().to_owned();
         part.push(".part");
         let part = PathBuf::from(part);
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(&part)
-            .map_err(|problem| SaveError::File { file: part.clone(), problem })?;
-        Ok(Self { file, name: name.to_owned(), part })
+        match File::create_new(&part) {
+            Ok(file) => Ok(Self { file, name: name.to_owned(), part }),
+            Err(problem) if problem.kind() == ErrorKind::AlreadyExists => Err(exists(
+                &part,
+                "another save is under way, or one was killed: wait for it, or delete this file",
+            )),
+            Err(problem) => Err(SaveError::File { file: part, problem }),
+        }
     }
 
     fn fail(&self, problem: io::Error) -> SaveError {
         SaveError::File { file: self.part.clone(), problem }
     }
 
+    /// Gives it its name, unless that is taken by now.
     fn finish(&self) -> Result<(), SaveError> {
-        self.file.sync_all().and_then(|()| std::fs::rename(&self.part, &self.name)).map_err(|e| self.fail(e))
+        self.file.sync_all().map_err(|e| self.fail(e))?;
+        match fs::hard_link(&self.part, &self.name) {
+            Err(problem) if problem.kind() == ErrorKind::AlreadyExists => Err(taken(&self.name)),
+            // The file system has no hard links: there is a moment between looking and renaming.
+            Err(problem)
+                if matches!(problem.kind(), ErrorKind::PermissionDenied | ErrorKind::Unsupported) =>
+            {
+                is_free(&self.name)?;
+                fs::rename(&self.part, &self.name).map_err(|e| self.fail(e))
+            }
+            linked => linked.map_err(|e| self.fail(e)),
+        }
     }
 }
 
 impl Drop for Unfinished {
     fn drop(&mut self) {
-        // Not there any more, if it is whole.
-        let _ = std::fs::remove_file(&self.part);
+        // Where it is whole, it has its name.
+        let _ = fs::remove_file(&self.part);
     }
+}
+
+fn is_free(name: &Path) -> Result<(), SaveError> {
+    // A link that leads nowhere takes a name, too.
+    match name.symlink_metadata() {
+        Ok(_) => Err(taken(name)),
+        Err(problem) if problem.kind() == ErrorKind::NotFound => Ok(()),
+        Err(problem) => Err(SaveError::File { file: name.to_owned(), problem }),
+    }
+}
+
+fn taken(name: &Path) -> SaveError {
+    exists(name, "remove it, or save under another name")
+}
+
+fn exists(file: &Path, advice: &str) -> SaveError {
+    let problem = io::Error::new(ErrorKind::AlreadyExists, format!("exists already: {advice}"));
+    SaveError::File { file: file.to_owned(), problem }
 }
 
 impl Client {
@@ -90,7 +115,8 @@ impl Client {
     /// instead of its extension. `progress` hears where in the memory the daemon is, and how large it is, in bytes. A guest
     /// that runs is paused meanwhile.
     ///
-    /// Nothing is written over, and nothing stays behind unless the image is whole.
+    /// Nothing is written over, and nothing stays behind unless the image is whole. Until then the files have `.part` behind
+    /// their names; where there is such a file, another save may be under way, and this one is refused.
     ///
     /// # Errors
     /// If the daemon cannot be reached, refuses, or sends nothing for as long as a call may take; if a file exists already or
@@ -149,7 +175,10 @@ impl Client {
                     progress(size, size);
                     // The description last: where it is, the image is whole.
                     memory.finish()?;
-                    description.finish()?;
+                    if let Err(error) = description.finish() {
+                        let _ = fs::remove_file(&memory_name);
+                        return Err(error);
+                    }
                     return Ok(SavedImage {
                         description: file.to_owned(),
                         memory: memory_name,

@@ -8,9 +8,9 @@ mod daemon;
 mod scripted;
 
 use std::io::Read as _;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, symlink};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use daemon::Daemon;
@@ -55,29 +55,111 @@ async fn what_is_no_whole_image_leaves_nothing_behind() {
     assert!(error.to_string().contains("no name for a description"), "{error}");
 }
 
-#[test]
-fn interrupted_it_leaves_nothing_behind() {
+#[tokio::test]
+async fn what_is_there_already_stays() {
     let address = scripted::start(None).to_string();
     let folder = tempfile::tempdir().unwrap();
-    let mut saving = Command::new(env!("CARGO_BIN_EXE_pagewalk"))
-        .args(["--addr", &address, "--machine", "stuck", "--timeout", "30", "save", "guest.toml"])
-        .current_dir(folder.path())
+    let path = |name: &str| folder.path().join(name);
+    let (file, own) = (path("guest.toml"), path("own"));
+    std::fs::write(&own, "own").unwrap();
+    for name in ["guest.toml.part", "guest.mem.part", "guest.toml", "guest.mem"] {
+        // Through a link, one that leads nowhere, and the file itself.
+        for link in [Some("own"), Some("nowhere"), None] {
+            match link {
+                Some(target) => symlink(target, path(name)).unwrap(),
+                None => std::fs::write(path(name), "own").unwrap(),
+            }
+            let error = save(&address, "whole", &file).await.unwrap_err().to_string();
+            assert!(error.contains(&format!("{name}: exists already")), "{error}");
+            assert_eq!(error.contains("another save is under way"), name.ends_with(".part"), "{error}");
+            assert_eq!(std::fs::read_to_string(&own).unwrap(), "own");
+            if link.is_none() {
+                assert_eq!(std::fs::read_to_string(path(name)).unwrap(), "own");
+            }
+            std::fs::remove_file(path(name)).unwrap();
+            assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "{name} {link:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_comes_meanwhile_stays() {
+    let address = scripted::start(None).to_string();
+    let client = Client::connect(Endpoint::parse(&address).unwrap()).await.unwrap();
+    for name in ["guest.toml", "guest.mem"] {
+        let folder = tempfile::tempdir().unwrap();
+        let mine = folder.path().join(name);
+        let appears = |_, _| std::fs::write(&mine, "mine").unwrap();
+        let error = client.save_image("whole", &folder.path().join("guest.toml"), appears).await.unwrap_err();
+        assert!(error.to_string().contains(&format!("{name}: exists already")), "{error}");
+        assert_eq!(std::fs::read_to_string(&mine).unwrap(), "mine");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "{name}");
+    }
+}
+
+/// A save that has begun, and will not end by itself.
+fn stuck(address: &str, folder: &Path, before: &str) -> Child {
+    let saving = Command::new("sh")
+        .args(["-c", &format!("{before} exec \"$@\""), "sh", env!("CARGO_BIN_EXE_pagewalk")])
+        .args(["--addr", address, "--machine", "stuck", "--timeout", "30", "save", "guest.toml"])
+        .current_dir(folder)
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
     let start = Instant::now();
     // The description's text is there: the daemon has begun.
-    while std::fs::read(folder.path().join("guest.toml.part")).unwrap_or_default().is_empty() {
+    while std::fs::read(folder.join("guest.toml.part")).unwrap_or_default().is_empty() {
         assert!(start.elapsed() < Duration::from_secs(20), "it does not begin");
         std::thread::sleep(Duration::from_millis(5));
     }
-    let signal = Command::new("sh").args(["-c", &format!("kill -INT {}", saving.id())]).status().unwrap();
-    assert!(signal.success());
+    saving
+}
+
+fn send(signal: &str, process: &Child) {
+    let sent = Command::new("sh").args(["-c", &format!("kill -{signal} {}", process.id())]).status().unwrap();
+    assert!(sent.success());
+}
+
+#[test]
+fn interrupted_it_leaves_nothing_behind() {
+    let address = scripted::start(None).to_string();
+    let folder = tempfile::tempdir().unwrap();
+    for signal in ["INT", "TERM", "HUP"] {
+        let mut saving = stuck(&address, folder.path(), "");
+        send(signal, &saving);
+        assert_eq!(saving.wait().unwrap().code(), Some(3), "{signal}");
+        let mut said = String::new();
+        saving.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        assert!(said.contains("interrupted"), "{said}");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "{signal}");
+    }
+}
+
+#[test]
+fn an_ignored_signal_stays_ignored() {
+    let address = scripted::start(None).to_string();
+    let folder = tempfile::tempdir().unwrap();
+    let mut saving = stuck(&address, folder.path(), "trap '' HUP;");
+    send("HUP", &saving);
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(saving.try_wait().unwrap(), None);
+    send("TERM", &saving);
     assert_eq!(saving.wait().unwrap().code(), Some(3));
-    let mut said = String::new();
-    saving.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-    assert!(said.contains("interrupted"), "{said}");
-    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn two_saves_under_one_name_do_not_mix() {
+    let address = scripted::start(None).to_string();
+    let folder = tempfile::tempdir().unwrap();
+    let mut first = stuck(&address, folder.path(), "");
+    let error = save(&address, "whole", &folder.path().join("guest.toml")).await.unwrap_err();
+    assert!(error.to_string().contains("guest.toml.part: exists already: another save"), "{error}");
+    let mut names: Vec<_> =
+        std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["guest.mem.part", "guest.toml.part"]);
+    first.kill().unwrap();
+    first.wait().unwrap();
 }
 
 fn json(daemon: &Daemon, arguments: &[&str]) -> Value {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import grpc
 import pytest
@@ -13,6 +15,7 @@ from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 
 import pagewalk
+from pagewalk import images
 from pagewalk.columns import MOST
 from pagewalk.v1 import machine_pb2, mapping_pb2, translation_pb2, types_pb2, walker_pb2
 from pagewalk.v1.machine_pb2_grpc import MachineServiceServicer, add_MachineServiceServicer_to_server
@@ -510,6 +513,78 @@ def test_mappings_tell_how_far_they_are(local: pagewalk.Client, scripted: Script
     positions += [mappings.position for _ in mappings]
     positions.append(mappings.position)
     assert positions == [None, 0x3000, 0x3000, 0]
+
+
+def image() -> list[machine_pb2.SaveImageResponse]:
+    """Two pages, the second of which is set."""
+    return [
+        machine_pb2.SaveImageResponse(
+            start=machine_pb2.ImageStart(description="# guest.mem\n", memory_file_bytes=0x2000)
+        ),
+        machine_pb2.SaveImageResponse(piece=machine_pb2.ImagePiece(offset=0x1000, contents=bytes([7]) * 0x1000)),
+        machine_pb2.SaveImageResponse(end=machine_pb2.ImageEnd(contents_bytes=0x1000)),
+    ]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_an_image_is_whole_or_not_there(
+    local: pagewalk.Client, scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hard_links: bool
+) -> None:
+    if not hard_links:
+        monkeypatch.setattr("os.link", Mock(side_effect=PermissionError(errno.EPERM, "Operation not permitted")))
+    scripted.answer = image()[:2]
+    with pytest.raises(pagewalk.Error, match="it ended before the image was whole"):
+        local.save_image(tmp_path / "guest.toml")
+    assert names(tmp_path) == []
+    scripted.answer = image()
+    saved = local.save_image(tmp_path / "guest.toml")
+    assert (saved.memory_bytes, saved.contents_bytes) == (0x2000, 0x1000)
+    assert saved.description.read_text() == "# guest.mem\n"
+    assert saved.memory.read_bytes() == bytes(0x1000) + bytes([7]) * 0x1000
+    assert names(tmp_path) == ["guest.mem", "guest.toml"]
+
+
+@pytest.mark.parametrize("name", ["guest.toml.part", "guest.mem.part", "guest.toml", "guest.mem"])
+@pytest.mark.parametrize("link", ["own", "nowhere", None])
+def test_what_is_there_already_stays(
+    local: pagewalk.Client, scripted: Scripted, tmp_path: Path, name: str, link: str | None
+) -> None:
+    scripted.answer = image()
+    (tmp_path / "own").write_text("own")
+    if link is None:
+        (tmp_path / name).write_text("own")
+    else:
+        (tmp_path / name).symlink_to(link)
+    with pytest.raises(FileExistsError, match=f"{name} exists already") as raised:
+        local.save_image(tmp_path / "guest.toml")
+    assert ("another save is under way" in str(raised.value)) == name.endswith(".part")
+    assert names(tmp_path) == sorted([name, "own"])
+    assert (tmp_path / "own").read_text() == "own"
+    if link is None:
+        assert (tmp_path / name).read_text() == "own"
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+@pytest.mark.parametrize("name", ["guest.toml", "guest.mem"])
+def test_what_comes_meanwhile_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, hard_links: bool
+) -> None:
+    if not hard_links:
+        monkeypatch.setattr("os.link", Mock(side_effect=PermissionError(errno.EPERM, "Operation not permitted")))
+
+    def parts() -> Iterator[machine_pb2.SaveImageResponse]:
+        for part in image():
+            (tmp_path / name).write_text("mine")
+            yield part
+
+    with pytest.raises(FileExistsError, match=f"{name} exists already"):
+        images.save(parts(), tmp_path / "guest.toml", tmp_path / "guest.mem")
+    assert names(tmp_path) == [name]
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_types_tell_the_outcomes_apart(local: pagewalk.Client, scripted: Scripted) -> None:

@@ -28,6 +28,7 @@ mod regs;
 mod render;
 mod run_control;
 mod save;
+mod signals;
 mod spaces;
 mod translate;
 mod usage;

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use pagewalk_proto::readable_lines;
 
-use super::{Context, exit::Failure};
+use super::{Context, exit::Failure, signals::Ending};
 use crate::SaveError;
 use crate::v1::ImageEnd;
 
@@ -38,19 +38,17 @@ pub(super) async fn run(context: &Context, args: &Args) -> Result<ExitCode, Fail
         ProgressBar::hidden()
     };
     let client = context.client().await?;
+    let mut ending = Ending::taken().map_err(|e| Failure::Own(format!("cannot wait for signals: {e}")))?;
     let saving = client.save_image(&machine, &args.file, |done, all| {
         bar.set_length(all);
         bar.set_position(done);
     });
-    // Ctrl-C drops what was begun, and with it the unfinished files.
+    // A signal drops what was begun, and with it the unfinished files.
     let saved = tokio::select! {
         biased;
-        interrupted = tokio::signal::ctrl_c() => {
+        () = ending.asked_for() => {
             bar.finish_and_clear();
-            return Err(Failure::Own(match interrupted {
-                Ok(()) => "interrupted: nothing is saved".to_owned(),
-                Err(problem) => format!("cannot wait for Ctrl-C: {problem}"),
-            }));
+            return Err(Failure::Own("interrupted: nothing is saved".to_owned()));
         }
         saved = saving => saved,
     };

@@ -746,8 +746,9 @@ class Client:
         """Save a machine as the description `file` and, next to it, its memory. Needs the role `control`.
 
         The memory's name has `.mem` instead of the description's extension. A guest that runs is paused meanwhile.
-        Nothing is written over, and nothing stays behind unless the image is whole. `timeout` bounds all of it, in
-        seconds, by default not at all.
+        Nothing is written over, and nothing stays behind unless the image is whole. Until then the files have `.part`
+        behind their names; where there is such a file, another save may be under way, and this one is refused with a
+        `FileExistsError`. `timeout` bounds all of it, in seconds, by default not at all.
         """
         description = Path(file)
         memory = images.memory_of(description)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+import errno
+import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from pagewalk.answers import SavedImage
@@ -24,26 +26,56 @@ def memory_of(description: Path) -> Path:
     return memory
 
 
+def _part_of(name: Path) -> Path:
+    return name.with_name(name.name + ".part")
+
+
 @contextmanager
 def _unfinished(name: Path) -> Iterator[BinaryIO]:
-    """Give a file under a name of its own, which gets its name when all went well."""
-    if name.exists():
-        raise FileExistsError(f"{name} exists already: remove it, or save under another name")
-    part = name.with_name(name.name + ".part")
+    """Give a file under a name of its own, until that is done with."""
+    _check_free(name)
+    part = _part_of(name)
     try:
-        with part.open("wb") as file:
+        file = part.open("xb")
+    except FileExistsError:
+        advice = "another save is under way, or one was killed: wait for it, or delete this file"
+        raise FileExistsError(f"{part} exists already: {advice}") from None
+    try:
+        with file:
             yield file
-        part.rename(name)
     finally:
         part.unlink(missing_ok=True)
 
 
+def _finish(name: Path, file: BinaryIO) -> None:
+    """Give a whole file its name, unless that is taken by now."""
+    file.flush()
+    part = _part_of(name)
+    try:
+        os.link(part, name)
+    except FileExistsError:
+        raise _taken(name) from None
+    except OSError as problem:
+        if problem.errno not in (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        # The file system has no hard links: there is a moment between looking and renaming.
+        _check_free(name)
+        part.rename(name)
+
+
+def _check_free(name: Path) -> None:
+    # A link that leads nowhere takes a name, too.
+    if os.path.lexists(name):
+        raise _taken(name)
+
+
+def _taken(name: Path) -> FileExistsError:
+    return FileExistsError(f"{name} exists already: remove it, or save under another name")
+
+
 def save(parts: Iterable[SaveImageResponse], description: Path, memory: Path) -> SavedImage:
     """Write both files, the description last: where it is, the image is whole."""
-    with ExitStack() as files:
-        # Left in the opposite order.
-        text = files.enter_context(_unfinished(description))
-        contents = files.enter_context(_unfinished(memory))
+    with _unfinished(description) as text, _unfinished(memory) as contents:
         size: int | None = None
         received = 0
         for part in parts:
@@ -60,6 +92,12 @@ def save(parts: Iterable[SaveImageResponse], description: Path, memory: Path) ->
             elif kind == "end" and size is not None:
                 if part.end.contents_bytes != received:
                     raise _no_image(f"{received} bytes came, and {part.end.contents_bytes} were sent")
+                _finish(memory, contents)
+                try:
+                    _finish(description, text)
+                except BaseException:
+                    memory.unlink()
+                    raise
                 return SavedImage(description, memory, memory_bytes=size, contents_bytes=received)
             else:
                 raise _no_image(f"a part {kind} where it does not belong")

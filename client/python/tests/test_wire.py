@@ -17,8 +17,9 @@ from google.rpc.status_pb2 import Status
 import pagewalk
 from pagewalk import images
 from pagewalk.columns import MOST
-from pagewalk.v1 import machine_pb2, mapping_pb2, translation_pb2, types_pb2, walker_pb2
+from pagewalk.v1 import machine_pb2, mapping_pb2, memory_pb2, translation_pb2, types_pb2, walker_pb2
 from pagewalk.v1.machine_pb2_grpc import MachineServiceServicer, add_MachineServiceServicer_to_server
+from pagewalk.v1.memory_pb2_grpc import MemoryServiceServicer, add_MemoryServiceServicer_to_server
 from pagewalk.v1.translation_pb2_grpc import (
     TranslationServiceServicer,
     add_TranslationServiceServicer_to_server,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-class Scripted(TranslationServiceServicer, WalkerServiceServicer, MachineServiceServicer):
+class Scripted(TranslationServiceServicer, WalkerServiceServicer, MachineServiceServicer, MemoryServiceServicer):
     """Keeps the last request, and answers what the test prepared."""
 
     def __init__(self) -> None:
@@ -93,6 +94,12 @@ class Scripted(TranslationServiceServicer, WalkerServiceServicer, MachineService
     def DetachMachine(self, request: Any, context: Any) -> Any:  # noqa: N802
         return self._reply(request, context)
 
+    def ReadMemory(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return self._reply(request, context)
+
+    def WriteMemory(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return self._reply(request, context)
+
     def SaveImage(self, request: Any, context: Any) -> Any:  # noqa: N802
         yield from self._reply(request, context)
 
@@ -102,6 +109,7 @@ def serve(scripted: Scripted) -> grpc.Server:
     add_TranslationServiceServicer_to_server(scripted, server)
     add_WalkerServiceServicer_to_server(scripted, server)
     add_MachineServiceServicer_to_server(scripted, server)
+    add_MemoryServiceServicer_to_server(scripted, server)
     return server
 
 
@@ -355,7 +363,7 @@ def test_failure_carries_reason_and_advice(local: pagewalk.Client, scripted: Scr
 
 def test_another_service_is_taken_for_one(local: pagewalk.Client) -> None:
     with pytest.raises(pagewalk.UnimplementedError, match="another service"):
-        local.read_memory(0, 1)
+        local.vcpus()
 
 
 def test_failure_of_a_stream_is_ours_too(local: pagewalk.Client, scripted: Scripted) -> None:
@@ -513,6 +521,19 @@ def test_mappings_tell_how_far_they_are(local: pagewalk.Client, scripted: Script
     positions += [mappings.position for _ in mappings]
     positions.append(mappings.position)
     assert positions == [None, 0x3000, 0x3000, 0]
+
+
+def test_memory_ends_with_64_bits(local: pagewalk.Client, scripted: Scripted) -> None:
+    piece, end = 1 << 20, 1 << 64
+    scripted.answer = memory_pb2.ReadMemoryResponse(data=bytes(piece), address=end - piece)
+    assert len(local.read_memory(end - 2 * piece, 2 * piece).data) == 2 * piece
+    assert scripted.request.gva.number == end - piece
+    scripted.request = None
+    with pytest.raises(ValueError, match="0xfffffffffff00000 and 2097152 bytes reach beyond 64 bits"):
+        local.read_memory(end - piece, 2 * piece)
+    assert scripted.request is None
+    with pytest.raises(ValueError, match="0xfffffffffff00000 and 2097152 bytes reach beyond 64 bits"):
+        local.read_memory("top", 2 * piece)
 
 
 def image() -> list[machine_pb2.SaveImageResponse]:

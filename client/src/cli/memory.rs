@@ -71,14 +71,25 @@ fn bytes(text: &str) -> Result<Bytes, String> {
     Ok(Bytes(digits.chunks(2).map(|pair| pair.iter().fold(0, |byte, digit| byte << 4 | digit)).collect()))
 }
 
+/// Refuses bytes of which the last has no address, as the daemon does where it reads them all at once.
+fn check_reach(first: u64, length: u64) -> Result<(), Failure> {
+    match first.checked_add(length.saturating_sub(1)) {
+        Some(_) => Ok(()),
+        None => Err(Failure::Usage(format!("{first:#x} and {length} bytes reach beyond 64 bits"))),
+    }
+}
+
 pub(super) async fn read(context: &Context, args: &ReadArgs) -> Result<ExitCode, Failure> {
+    if let Written::Number(first) = args.address {
+        check_reach(first, args.length)?;
+    }
     let client = context.client().await?;
     let mut done = 0;
     let mut start = args.address.clone();
     let mut documents = Vec::new();
     let stopped = loop {
         let at = match start {
-            Written::Number(first) => Written::Number(first.wrapping_add(done)).message(),
+            Written::Number(first) => Written::Number(first + done).message(),
             Written::Symbol(_) => start.message(),
         };
         let request = ReadMemoryRequest {
@@ -97,8 +108,9 @@ pub(super) async fn read(context: &Context, args: &ReadArgs) -> Result<ExitCode,
         let answer = client.read_memory(request).await?;
         // What is read next follows what was read first, wherever a symbol is by then.
         let begin = start.number(answer.address);
+        check_reach(begin, args.length)?;
         start = Written::Number(begin);
-        let first = begin.wrapping_add(done);
+        let first = begin + done;
         done += answer.data.len() as u64;
         let last = answer.stop.is_some() || answer.data.is_empty() || done >= args.length;
         if context.output.is_json() {

@@ -6,7 +6,8 @@ use std::{net::SocketAddr, path::PathBuf, pin::Pin, thread, time::Duration};
 
 use pagewalk_client::v1::{
     self, machine_service_server as machine, mapping_service_server as mapping,
-    translation_service_server as translation, vcpu_service_server as vcpu, walker_service_server as walker,
+    memory_service_server as memory, translation_service_server as translation, vcpu_service_server as vcpu,
+    walker_service_server as walker,
 };
 use tokio::net::{TcpListener, UnixListener};
 use tokio_stream::{
@@ -68,6 +69,7 @@ fn serve(
                 .add_service(walker::WalkerServiceServer::new(Scripted))
                 .add_service(vcpu::VcpuServiceServer::new(Scripted))
                 .add_service(mapping::MappingServiceServer::new(Scripted))
+                .add_service(memory::MemoryServiceServer::new(Scripted))
                 .add_service(machine::MachineServiceServer::new(Scripted));
             listen(router).await;
         });
@@ -606,6 +608,40 @@ impl vcpu::VcpuService for Scripted {
             registers: Some(registers),
             provenance: Some(provenance()),
         }))
+    }
+}
+
+#[tonic::async_trait]
+impl memory::MemoryService for Scripted {
+    /// Sevens; symbols are the last MiB of all addresses.
+    async fn read_memory(
+        &self,
+        request: Request<v1::ReadMemoryRequest>,
+    ) -> Result<Response<v1::ReadMemoryResponse>, Status> {
+        use v1::{address::Value, read_memory_request::At};
+        let request = request.into_inner();
+        known(request.vcpu.as_ref())?;
+        let (Some(At::Gva(at) | At::Gpa(at)), length) = (request.at, request.length as usize) else {
+            return Err(Status::invalid_argument("where from?"));
+        };
+        let address = match at.value {
+            Some(Value::Number(address)) => address,
+            _ => 0xffff_ffff_fff0_0000,
+        };
+        Ok(Response::new(v1::ReadMemoryResponse {
+            data: vec![7; length],
+            address,
+            provenance: Some(provenance()),
+            ..v1::ReadMemoryResponse::default()
+        }))
+    }
+
+    /// As a service that is no daemon answers.
+    async fn write_memory(
+        &self,
+        _: Request<v1::WriteMemoryRequest>,
+    ) -> Result<Response<v1::WriteMemoryResponse>, Status> {
+        Err(Status::unimplemented(""))
     }
 }
 

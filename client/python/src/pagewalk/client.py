@@ -684,6 +684,8 @@ class Client:
         A virtual address given as text is read by the daemon, as in `translate`. A length of more than 1 MiB takes
         several calls.
         """
+        if not isinstance(address, str):
+            convert.check_reach(address, length)
         data = bytearray()
         while True:
             at = convert.to_address(address if isinstance(address, str) else address + len(data))
@@ -700,6 +702,7 @@ class Client:
             if isinstance(address, str):
                 # What is read next follows what was read first, wherever a symbol is by then.
                 address = answer.address
+                convert.check_reach(address, length)
             data += answer.data
             if answer.HasField("stop") or len(data) >= length or not answer.data:
                 return convert.memory_read(address, bytes(data), answer)

@@ -76,6 +76,13 @@ def to_address(address: int | str, what: str = "address") -> types_pb2.Address:
     return types_pb2.Address(number=to_word(address, what))
 
 
+def check_reach(first: int, length: int) -> None:
+    """Check that the last of so many bytes has an address."""
+    # As Python's own number: numpy's would wrap.
+    if to_word(int(first), "address") + length > 1 << 64:
+        raise ValueError(f"{first:#x} and {length} bytes reach beyond 64 bits")
+
+
 def to_access(
     kind: str,
     privilege: str,

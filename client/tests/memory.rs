@@ -31,3 +31,15 @@ fn addresses_end_with_64_bits() {
         assert!(beyond.stdout.is_empty(), "{} bytes", beyond.stdout.len());
     }
 }
+
+#[test]
+fn the_reason_to_stop_has_colours_of_our_own_only() {
+    let plain = "stopped at 0x0000000000001010: GPA 0x0000000000005000: \\u{1b}[2Jno memory\n";
+    let coloured = plain.replace("stopped", "\u{1b}[1m\u{1b}[31mstopped\u{1b}[0m");
+    for (color, expected) in [("auto", plain), ("never", plain), ("always", &coloured)] {
+        let short = pagewalk(&["--machine", "short", "--color", color, "read", "0x1000", "32", "--raw"]);
+        assert_eq!(short.status.code(), Some(1));
+        assert_eq!(short.stdout, [7; 16]);
+        assert_eq!(complaint(&short), *expected, "{color}");
+    }
+}

@@ -117,15 +117,13 @@ pub(super) async fn read(context: &Context, args: &ReadArgs) -> Result<ExitCode,
             documents.push(json::document("ReadMemoryResponse", &answer)?);
         } else if args.raw {
             context.output.bytes(&answer.data)?;
+            if let Some(stop) = &answer.stop {
+                context.output.complain(&render::memory::stop(stop));
+            }
         } else {
             context.output.print(&render::memory::dump(first, &answer, last))?;
         }
         if last {
-            if args.raw
-                && let Some(stop) = &answer.stop
-            {
-                context.output.complain_line(&render::memory::stop(stop));
-            }
             break answer.stop.is_some();
         }
     };

@@ -80,11 +80,13 @@ impl Output {
         stdout.flush()
     }
 
+    /// Tells a failure, in words from anywhere.
     pub(super) fn complain_line(self, message: &str) {
         self.complain(&format!("{} {}", paint::bad("error:"), readable_lines(message)));
     }
 
-    /// Nobody is left to tell if this cannot be written.
+    /// Writes what `render` or `json` made, which has the colours and no word that steers the terminal. Nobody is left to tell if
+    /// this cannot be written.
     pub(super) fn complain(self, text: &str) {
         let _ = writeln!(anstream::stderr().lock(), "{text}");
     }

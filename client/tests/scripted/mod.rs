@@ -613,7 +613,7 @@ impl vcpu::VcpuService for Scripted {
 
 #[tonic::async_trait]
 impl memory::MemoryService for Scripted {
-    /// Sevens; symbols are the last MiB of all addresses.
+    /// Sevens; symbols are the last MiB of all addresses. Of machine `short`, 16 at most, for a reason that steers a terminal.
     async fn read_memory(
         &self,
         request: Request<v1::ReadMemoryRequest>,
@@ -621,18 +621,26 @@ impl memory::MemoryService for Scripted {
         use v1::{address::Value, read_memory_request::At};
         let request = request.into_inner();
         known(request.vcpu.as_ref())?;
-        let (Some(At::Gva(at) | At::Gpa(at)), length) = (request.at, request.length as usize) else {
+        let Some(At::Gva(at) | At::Gpa(at)) = request.at else {
             return Err(Status::invalid_argument("where from?"));
         };
         let address = match at.value {
             Some(Value::Number(address)) => address,
             _ => 0xffff_ffff_fff0_0000,
         };
+        let short = request.vcpu.is_some_and(|vcpu| vcpu.machine == "short");
+        let length = if short { request.length.min(16) } else { request.length };
+        let stop = || v1::MemoryStop {
+            address: address + length,
+            gpa: 0x5000,
+            reason: "\u{1b}[2Jno memory".into(),
+            fault: None,
+        };
         Ok(Response::new(v1::ReadMemoryResponse {
-            data: vec![7; length],
+            data: vec![7; length as usize],
+            stop: (length < request.length).then(stop),
             address,
             provenance: Some(provenance()),
-            ..v1::ReadMemoryResponse::default()
         }))
     }
 

@@ -1,6 +1,7 @@
 //! Answers as text for people: compact, aligned, in hex.
 //!
-//! One file per thing shown. Words from the daemon pass through [`paint::plain`], so that they cannot steer the terminal.
+//! One file per thing shown. Words from the daemon pass through [`readable_lines`](pagewalk_proto::readable_lines) right
+//! where they are put in, so that they cannot steer the terminal, and the colours around them can.
 
 pub(super) mod explanation;
 pub(super) mod machine;

@@ -2,7 +2,13 @@
 //!
 //! The authority is always named, never taken from the system: a daemon's certificate comes from its operator.
 
-use std::{fmt, fs, path::Path};
+use std::{
+    fmt,
+    fs::OpenOptions,
+    io::{self, Read as _},
+    os::unix::fs::OpenOptionsExt as _,
+    path::Path,
+};
 
 use tonic::transport;
 
@@ -53,7 +59,7 @@ impl Tls {
     /// Reads the authority's certificate, and the client's certificate and key, from PEM files.
     ///
     /// # Errors
-    /// If a file cannot be read or holds no PEM.
+    /// If a file cannot be read, is no regular one, has more than 1 MiB or holds no PEM.
     pub fn from_files(authority: &Path, identity: Option<(&Path, &Path)>) -> Result<Self, EndpointError> {
         let tls = Self::new(read("the authority's certificate", authority)?);
         Ok(match identity {
@@ -83,7 +89,7 @@ impl Tls {
 
 fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, EndpointError> {
     let unreadable = |cause: String| EndpointError::File { what, path: path.display().to_string(), cause };
-    let pem = fs::read(path).map_err(|error| unreadable(error.to_string()))?;
+    let pem = regular(path).map_err(|error| unreadable(error.to_string()))?;
     // The transport takes a file without PEM for an empty list, and fails much later, with the handshake.
     if pem.windows(BEGIN.len()).any(|window| window == BEGIN) {
         Ok(pem)
@@ -92,7 +98,25 @@ fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, EndpointError> {
     }
 }
 
+/// A file of bounded size: what never ends, or waits for somebody to write, is told at once.
+fn regular(path: &Path) -> io::Result<Vec<u8>> {
+    // Opening a pipe would wait for its other end.
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is not a regular file; copy what it gives into one"));
+    }
+    let mut text = Vec::new();
+    file.take(FILE_MAX + 1).read_to_end(&mut text)?;
+    if text.len() as u64 > FILE_MAX {
+        return Err(io::Error::other("it is larger than 1 MiB, which no certificate or key is"));
+    }
+    Ok(text)
+}
+
 const BEGIN: &[u8] = b"-----BEGIN";
+
+/// Largest file that is read. Bundles of all the authorities of the web have a quarter of it.
+const FILE_MAX: u64 = 1 << 20;
 
 #[cfg(test)]
 mod tests {
@@ -107,6 +131,23 @@ mod tests {
         let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml");
         let no_pem = Tls::from_files(&manifest, None).unwrap_err().to_string();
         assert!(no_pem.contains("no PEM"), "{no_pem}");
+    }
+
+    #[test]
+    fn what_does_not_end_is_not_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let (pipe, large) = (folder.path().join("pipe"), folder.path().join("large.pem"));
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        std::fs::write(&large, [BEGIN, &[b'A'; 1 << 20]].concat()).unwrap();
+        for (file, reason) in [
+            (Path::new("/dev/zero"), "not a regular file"),
+            (&pipe, "not a regular file"),
+            (folder.path(), "not a regular file"),
+            (&large, "larger than 1 MiB"),
+        ] {
+            let problem = Tls::from_files(file, None).unwrap_err().to_string();
+            assert!(problem.contains(reason) && problem.contains(file.to_str().unwrap()), "{problem}");
+        }
     }
 
     #[test]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 from array import array
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import Mock
 
@@ -28,7 +31,6 @@ from pagewalk.v1.walker_pb2_grpc import WalkerServiceServicer, add_WalkerService
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 
 class Scripted(TranslationServiceServicer, WalkerServiceServicer, MachineServiceServicer, MemoryServiceServicer):
@@ -474,6 +476,17 @@ def test_server_certificate_is_no_client_certificate(certificates: Path, secure_
     wrong = pagewalk.connect(f"127.0.0.1:{secure_port}", tls=tls, timeout=5)
     with wrong as client, pytest.raises(pagewalk.ConnectError, match="certificates"):
         client.daemon_version()
+
+
+def test_tls_files_that_do_not_end_are_refused(certificates: Path, tmp_path: Path) -> None:
+    pipe, large = tmp_path / "pipe", tmp_path / "large.pem"
+    os.mkfifo(pipe)
+    large.write_bytes(bytes((1 << 20) + 1))
+    tls = pagewalk.Tls(ca=certificates / "ca.pem", cert=certificates / "client.pem", key=certificates / "client.key")
+    for path, reason in ((Path("/dev/zero"), "not a regular file"), (pipe, "not a regular file"), (large, "1 MiB")):
+        for broken in (replace(tls, ca=path), replace(tls, cert=path), replace(tls, key=path)):
+            with pytest.raises(ValueError, match=reason):
+                pagewalk.connect("127.0.0.1:1", tls=broken)
 
 
 def test_unix_sockets_speak_no_tls(certificates: Path) -> None:

@@ -61,18 +61,30 @@ _Answer = TypeVar("_Answer")
 _LARGEST_ANSWER = 12 << 20
 #: Most bytes of one `ReadMemory`.
 _READ_MAX = 1 << 20
+_TLS_FILE_MAX = 1 << 20
 _PathLike = Union[str, "PathLike[str]"]
 
 
 @dataclass(frozen=True)
 class Tls:
-    """Files in PEM form for mutual TLS: who may have signed the daemon, and who we are."""
+    """Files in PEM form, at most 1 MiB each, for mutual TLS: who may have signed the daemon, and who we are."""
 
     ca: _PathLike
     cert: _PathLike
     key: _PathLike
     #: Name to expect in the daemon's certificate, where it is not the one in the address.
     server_name: str | None = None
+
+
+def _read(path: Path) -> bytes:
+    # What is no file may never end, or wait for somebody to write.
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a regular file; copy what it gives into one")
+    with path.open("rb") as file:
+        text = file.read(_TLS_FILE_MAX + 1)
+    if len(text) > _TLS_FILE_MAX:
+        raise ValueError(f"{path} is larger than 1 MiB, which no certificate or key is")
+    return text
 
 
 def connect(target: str, *, tls: Tls | None = None, timeout: float = 10.0) -> Client:
@@ -121,9 +133,9 @@ class Client:
             if tls.server_name is not None:
                 options.append(("grpc.ssl_target_name_override", tls.server_name))
             credentials = grpc.ssl_channel_credentials(
-                root_certificates=Path(tls.ca).read_bytes(),
-                private_key=Path(tls.key).read_bytes(),
-                certificate_chain=Path(tls.cert).read_bytes(),
+                root_certificates=_read(Path(tls.ca)),
+                private_key=_read(Path(tls.key)),
+                certificate_chain=_read(Path(tls.cert)),
             )
             self._channel = grpc.secure_channel(target, credentials, options)
         self._translation = TranslationServiceStub(self._channel)

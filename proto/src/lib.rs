@@ -8,7 +8,7 @@ mod readable;
 
 pub use column::{Column, WithColumn};
 pub use number::{NumberError, number};
-pub use readable::{readable, readable_lines, steers};
+pub use readable::{readable, readable_lines, readable_within, steers};
 
 pub mod v1 {
     //! Package `pagewalk.v1`.

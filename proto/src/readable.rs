@@ -22,6 +22,18 @@ pub fn readable(text: &str) -> String {
     line
 }
 
+/// The same in at most `most` bytes: dots at its end stand for what is left out.
+#[must_use]
+pub fn readable_within(text: &str, most: usize) -> String {
+    const DOTS: &str = "...";
+    let mut line = readable(text);
+    if line.len() > most {
+        line.truncate(line.floor_char_boundary(most.saturating_sub(DOTS.len())));
+        line.push_str(DOTS);
+    }
+    line
+}
+
 /// The same of text that may have several lines of its own.
 #[must_use]
 pub fn readable_lines(text: &str) -> String {
@@ -31,13 +43,15 @@ pub fn readable_lines(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{readable, readable_lines};
+    use super::{readable, readable_lines, readable_within};
 
     #[test]
     fn nothing_steers_a_terminal_and_all_else_stays() {
         assert_eq!(readable("a\nb\u{1b}[2J\u{9b}1m"), r"a\u{a}b\u{1b}[2J\u{9b}1m");
         assert_eq!(readable("\u{202e}cba\u{2069}"), r"\u{202e}cba\u{2069}");
         assert_eq!(readable("größer `\"\\ שלום"), "größer `\"\\ שלום");
+        assert_eq!(readable_within("größer", 8), "größer");
+        assert_eq!(readable_within("größer\n", 8), "grö...");
         assert_eq!(readable_lines("a\r\n\tb\u{7}\n"), "a\n\\u{9}b\\u{7}\n");
     }
 }

@@ -14,7 +14,7 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 use crate::convert::nested::request_field;
 use crate::machine::{AttachError, DetachError, LookupError};
 use crate::vcpu::VcpuError;
-use pagewalk_proto::readable;
+use pagewalk_proto::readable_within;
 
 /// Domain of every `ErrorInfo`.
 const DOMAIN: &str = "pagewalk";
@@ -137,6 +137,7 @@ impl Error {
             Self::Attach(AttachError::DuplicateId { .. } | AttachError::SameGuest { .. }) => {
                 (AlreadyExists, "MACHINE_EXISTS")
             }
+            Self::Attach(AttachError::TooMany { .. }) => (ResourceExhausted, "TOO_MANY_MACHINES"),
             Self::Attach(AttachError::Open(_)) => (FailedPrecondition, "CANNOT_ATTACH"),
             Self::FileNotAllowed { .. } => (PermissionDenied, "FILE_NOT_ALLOWED"),
             Self::Detach(DetachError::WouldEnd { .. }) => (FailedPrecondition, "GUEST_WOULD_END"),
@@ -169,12 +170,7 @@ const MESSAGE_MAX: usize = 800;
 
 /// What is told of a message, which may quote a client, a file or a guest.
 fn told(message: &str) -> String {
-    let mut told = readable(message);
-    if told.len() > MESSAGE_MAX {
-        told.truncate(told.floor_char_boundary(MESSAGE_MAX));
-        told.push_str("...");
-    }
-    told
+    readable_within(message, MESSAGE_MAX)
 }
 
 impl From<Error> for Status {

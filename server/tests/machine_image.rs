@@ -173,6 +173,13 @@ fn a_second_dimension_is_that_of_the_description() {
     assert!(matches!(mode, NestedMode::WalkerOnly { l2, .. } if l2.cr3 == Some(0x1000)));
 }
 
+fn landmarks(names: &[String], description: &str) -> String {
+    let landmark = |name: &String| {
+        format!("[[landmark]]\nname = \"{name}\"\naddress = 0x1000\ndescription = \"{description}\"\n")
+    };
+    PLAIN.to_owned() + &names.iter().map(landmark).collect::<String>()
+}
+
 #[test]
 fn what_cannot_be_is_refused_by_key() {
     let folder = folder();
@@ -255,6 +262,17 @@ fn what_cannot_be_is_refused_by_key() {
             "vcpu[0]: PDPTE",
         ),
         (PLAIN.split("[[vcpu]]").next().unwrap().to_owned(), "missing field `vcpu`"),
+        (
+            format!("of = \"{}\"\n{PLAIN}", "x".repeat(513)),
+            "of: takes 513 bytes to show, where 512 are the most",
+        ),
+        (format!("of = \"{}\"\n{PLAIN}", "\\u202e".repeat(65)), "of: takes 520 bytes to show"),
+        (landmarks(&["x".repeat(65)], ""), "landmark[0].name: takes 65 bytes to show, where 64 are the most"),
+        (landmarks(&["a".into()], &"x".repeat(257)), "landmark[0].description: takes 257 bytes to show"),
+        (
+            landmarks(&["a".into(), "b".into(), "a".into()], ""),
+            "landmark[2].name: landmark[0] is `a`, too: names are unique",
+        ),
         (
             format!("vcpu = []\n{}", PLAIN.split("[[vcpu]]").next().unwrap()),
             "vcpu: there has to be at least one",

@@ -1,8 +1,45 @@
 //! Machines.
 
-use pagewalk_proto::v1;
+use std::cmp::Reverse;
+
+use pagewalk_proto::{readable_within, v1};
+use prost::Message as _;
 
 use crate::machine::Machine;
+
+/// Most that an abridged machine takes in a list.
+pub(crate) const ABRIDGED_MAX: usize = 1 << 10;
+/// What is left of a text in it.
+const TEXT_MAX: usize = 200;
+/// What a machine takes in a list beside itself: its tag and its length.
+const BESIDE: usize = 5;
+
+/// Abridges the largest machines of a list, until all of them take at most `most` bytes.
+pub(crate) fn list(mut machines: Vec<v1::Machine>, most: usize) -> Vec<v1::Machine> {
+    let size = |machine: &v1::Machine| machine.encoded_len() + BESIDE;
+    let mut all: usize = machines.iter().map(size).sum();
+    let mut largest: Vec<&mut v1::Machine> = machines.iter_mut().collect();
+    largest.sort_by_cached_key(|machine| Reverse(machine.encoded_len()));
+    for machine in largest {
+        if all <= most {
+            break;
+        }
+        all -= size(machine);
+        abridge(machine);
+        all += size(machine);
+    }
+    machines
+}
+
+/// Leaves out what can be long.
+fn abridge(machine: &mut v1::Machine) {
+    machine.abridged = true;
+    machine.regions.clear();
+    machine.landmarks.clear();
+    machine.symbols = None;
+    machine.description = readable_within(&machine.description, TEXT_MAX);
+    machine.state_reason = readable_within(&machine.state_reason, TEXT_MAX);
+}
 
 pub(crate) fn machine(machine: &Machine) -> v1::Machine {
     let source = machine.source();
@@ -46,5 +83,50 @@ pub(crate) fn machine(machine: &Machine) -> v1::Machine {
         state: if lost.is_none() { v1::MachineState::Alive } else { v1::MachineState::Lost }.into(),
         state_reason: lost.as_deref().unwrap_or_default().to_owned(),
         symbols: machine.symbols().map(super::symbol::symbols),
+        abridged: false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with_text(id: usize, length: usize) -> v1::Machine {
+        let landmark = v1::Landmark { description: "x".repeat(length), ..Default::default() };
+        let landmarks = vec![landmark];
+        v1::Machine { id: id.to_string(), landmarks, memory_bytes: 4096, ..Default::default() }
+    }
+
+    #[test]
+    fn the_largest_are_abridged_and_no_more_than_need_be() {
+        let machines: Vec<_> =
+            [10, 5000, 20, 3000].into_iter().enumerate().map(|(id, n)| with_text(id, n)).collect();
+        assert_eq!(list(machines.clone(), 10_000), machines);
+        for (most, expected) in [(5000, [false, true, false, false]), (500, [false, true, false, true])] {
+            let listed = list(machines.clone(), most);
+            assert_eq!(listed.iter().map(|m| m.abridged).collect::<Vec<_>>(), expected);
+            assert_eq!((listed[1].id.as_str(), listed[1].memory_bytes), ("1", 4096));
+            assert_eq!((listed[0].clone(), listed[1].landmarks.len()), (machines[0].clone(), 0));
+        }
+    }
+
+    #[test]
+    fn an_abridged_machine_is_small() {
+        let can = v1::Capabilities { live: true, can_pause: true, can_step: true, ..Default::default() };
+        let longest = v1::Machine {
+            id: "x".repeat(64),
+            source: "image".to_owned(),
+            description: "\u{1b}".repeat(4096),
+            memory_bytes: u64::MAX,
+            vcpus: u32::MAX,
+            capabilities: Some(can),
+            maxphyaddr: 52,
+            state_reason: "x".repeat(800),
+            symbols: Some(v1::Symbols { file: "x".repeat(4096), ..Default::default() }),
+            ..with_text(0, 1 << 10)
+        };
+        let machines = list(vec![longest; 3], 0);
+        let answer = v1::ListMachinesResponse { machines, ..Default::default() };
+        assert!(answer.encoded_len() <= 3 * ABRIDGED_MAX, "{answer:?}");
     }
 }

@@ -7,7 +7,11 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use pagewalk_proto::readable_within;
 use tokio::sync::watch;
+
+/// Longest reason: it may quote QEMU, and goes into every list of machines.
+const REASON_MAX: usize = 800;
 
 /// Whether a machine is still there, and if not, why.
 #[derive(Debug)]
@@ -30,11 +34,11 @@ impl Health {
     }
 
     /// Declares the machine lost. The first reason stays.
-    pub fn declare_lost(&self, reason: impl Into<Arc<str>>) {
+    pub fn declare_lost(&self, reason: impl AsRef<str>) {
         self.reason.send_if_modified(|known| {
             let first = known.is_none();
             if first {
-                *known = Some(reason.into());
+                *known = Some(readable_within(reason.as_ref(), REASON_MAX).into());
             }
             first
         });
@@ -67,9 +71,11 @@ mod tests {
             let health = Arc::clone(&health);
             async move { health.when_lost().await }
         });
-        health.declare_lost("its process has ended");
+        health.declare_lost("its process\nhas ended".to_owned() + &"!".repeat(2 * REASON_MAX));
         health.declare_lost("later");
-        assert_eq!(health.lost().as_deref(), Some("its process has ended"));
-        assert_eq!(waiting.await.ok().as_deref(), Some("its process has ended"));
+        let lost = health.lost().unwrap_or_default();
+        assert!(lost.starts_with(r"its process\u{a}has ended!") && lost.ends_with("!..."), "{lost}");
+        assert_eq!(lost.len(), REASON_MAX);
+        assert_eq!(waiting.await.ok(), Some(lost));
     }
 }

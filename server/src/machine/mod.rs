@@ -39,6 +39,7 @@ pub(crate) use memory::PAGE;
 pub use memory::{GuestRam, MemoryError, Place, Region};
 pub use pages::HugePages;
 pub use qemu::{MonitorError, ProcessError, QemuError};
+pub(crate) use registry::MACHINES_MAX;
 pub use registry::{AttachError, DetachError, LookupError, Machine, Machines};
 pub use spec::{KvmGuest, MachineSpec, SourceSpec, SpecError};
 

@@ -14,6 +14,9 @@ use super::{MachineSpec, OpenError, Source};
 use crate::symbols::Symbols;
 use crate::vcpu::Vcpu;
 
+/// Machines that there may be, so that a list of them fits an answer.
+pub(crate) const MACHINES_MAX: usize = 1024;
+
 /// A machine under its id.
 #[derive(Clone)]
 pub struct Machine {
@@ -157,6 +160,12 @@ pub enum AttachError {
         /// The id.
         id: String,
     },
+    /// There are as many as there may be.
+    #[error("there are {most} machines already, and no more are served: detach one first")]
+    TooMany {
+        /// How many there may be.
+        most: usize,
+    },
     /// The guest is attached already.
     #[error("this guest is attached already, as machine `{id}`: {what}; ask that one, or detach it first")]
     SameGuest {
@@ -292,6 +301,9 @@ impl Machines {
         if by_id.contains_key(id) || pending.contains_key(id) {
             return Err(AttachError::DuplicateId { id: id.to_owned() });
         }
+        if by_id.len() + pending.len() >= MACHINES_MAX {
+            return Err(AttachError::TooMany { most: MACHINES_MAX });
+        }
         let there = by_id.iter().map(|(id, machine)| (id, machine.named.as_deref()));
         let coming = pending.iter().map(|(id, named)| (id, named.as_deref()));
         let same = there.chain(coming).find(|(_, other)| named.is_some() && *other == named);
@@ -403,6 +415,20 @@ mod tests {
             }
         });
         assert!(machines.pending().is_empty());
+    }
+
+    #[test]
+    fn there_are_no_more_than_there_may_be() {
+        let demo = spec("demo:plain").open().unwrap();
+        let machine = |id: usize| Machine::new(id.to_string(), Arc::clone(&demo.source));
+        let machines = Machines::new((1..MACHINES_MAX).map(machine)).unwrap();
+        let reserved = machines.reserve("a", None).unwrap();
+        let refused = machines.add(machine(0)).unwrap_err().to_string();
+        assert!(refused.contains("1024 machines already"), "{refused}");
+        reserved.take_in(Machine::new("a", Arc::clone(&demo.source))).unwrap();
+        assert!(matches!(machines.reserve("b", None), Err(AttachError::TooMany { .. })));
+        machines.detach("a", true).unwrap();
+        machines.add(machine(0)).unwrap();
     }
 
     #[tokio::test]

@@ -8,16 +8,19 @@ use pagewalk_proto::v1::machine_service_server::MachineService;
 use tokio::time::timeout_at;
 use tonic::{Request, Response, Status};
 
-use super::Daemon;
 use super::outlet::Answers;
 use super::resolve::{deadline, patience, still_there};
 use super::save_image;
+use super::{Daemon, RESPONSE_BYTES};
 use crate::convert;
-use crate::machine::{Machine, MachineSpec};
+use crate::machine::{MACHINES_MAX, Machine, MachineSpec};
 use crate::status::Error;
 
 /// Longest specification that is looked at: a path and some options.
 const SPEC_MAX: usize = 8192;
+/// What all machines take of a list. The rest of it is the daemon's version and its host.
+const LISTED: usize = RESPONSE_BYTES - (64 << 10);
+const _: () = assert!(MACHINES_MAX * convert::machine::ABRIDGED_MAX <= LISTED);
 /// How long an attach may take if its client set no deadline.
 const ATTACH: Duration = Duration::from_secs(30);
 /// How often it is looked whether a detached machine is still in use.
@@ -29,8 +32,10 @@ impl MachineService for Daemon {
         &self,
         _: Request<v1::ListMachinesRequest>,
     ) -> Result<Response<v1::ListMachinesResponse>, Status> {
+        let machines = self.machines.all();
+        let machines = machines.iter().map(|machine| convert::machine::machine(machine)).collect();
         Ok(Response::new(v1::ListMachinesResponse {
-            machines: self.machines.all().iter().map(|machine| convert::machine::machine(machine)).collect(),
+            machines: convert::machine::list(machines, LISTED),
             provenance: Some(v1::Provenance { host: self.host.to_string(), ..Default::default() }),
             daemon_version: env!("CARGO_PKG_VERSION").to_owned(),
         }))

@@ -6,14 +6,14 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pagewalk_proto::v1;
 use pagewalk_proto::v1::save_image_response::Part;
+use pagewalk_proto::{readable_within, v1};
 use tokio::task::spawn_blocking;
 
 use super::Daemon;
 use super::outlet::{Answers, Outlet};
 use super::resolve::{gone, refused, still_there};
-use crate::machine::image::{Cpu, Description, LandmarkEntry, MemoryRegion, Number, VcpuEntry};
+use crate::machine::image::{Cpu, Description, LandmarkEntry, MemoryRegion, Number, OF_MAX, VcpuEntry};
 use crate::machine::{self, GuestRam, Machine, MemoryError};
 use crate::status::Error;
 use crate::vcpu::{Hold, Snapshot, VcpuError};
@@ -183,9 +183,10 @@ fn describe(
             read_only: region.read_only,
         }
     });
+    let of = format!("machine {}, {}", machine.id(), source.description());
     let description = Description {
         version: Description::VERSION,
-        of: Some(format!("machine {}, {}", machine.id(), source.description())),
+        of: Some(readable_within(&of, OF_MAX)),
         cpu: Cpu::of(&source.cpu()),
         regions: regions.collect(),
         vcpus: snapshots.iter().map(|snapshot| VcpuEntry::of(snapshot)).collect(),

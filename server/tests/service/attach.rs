@@ -232,3 +232,38 @@ async fn memory_that_is_only_read_refuses_accessed_and_dirty_bits() {
     assert_eq!(fault(&bed.translate(read(bed.landmark("not-present"))).await.unwrap()).level, 1);
     bed.stop().await;
 }
+
+/// Images with as much in them as there may be.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_of_large_machines_says_what_it_leaves_out() {
+    let bed = Bed::plain().await;
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("memory"), [0; 4096]).unwrap();
+    let mut text = "version = 1\n[cpu]\nvendor = \"intel\"\nmaxphyaddr = 46\n[[vcpu]]\ncr0 = 0\ncr3 = 0\ncr4 = 0\nefer = 0\n\
+                    [[region]]\ngpa = 0\nsize = 0x1000\nfile = \"memory\"\n"
+        .to_owned();
+    for number in 0..4096 {
+        let description = "x".repeat(256);
+        text += &format!(
+            "[[landmark]]\nname = \"{number:064}\"\naddress = 0x1000\ndescription = \"{description}\"\n"
+        );
+    }
+    let mut machines = bed.machines();
+    let whole = async |id: &str| {
+        let request = v1::GetMachineRequest { machine: id.to_owned() };
+        bed.machines().get_machine(request).await.unwrap().into_inner().machine.unwrap()
+    };
+    for id in ["a", "b", "z"] {
+        let file = folder.path().join(id);
+        std::fs::write(&file, &text).unwrap();
+        let answer = machines.attach_machine(attach(&format!("{id}=image:{}", file.display()))).await;
+        let attached = answer.unwrap().into_inner().machine.unwrap();
+        assert_eq!((attached.landmarks.len(), attached.abridged), (4096, false));
+        assert_eq!(whole(id).await, attached);
+    }
+    let listed = machines.list_machines(v1::ListMachinesRequest {}).await.unwrap().into_inner().machines;
+    let said: Vec<_> = listed.iter().map(|m| (m.id.as_str(), m.abridged, m.landmarks.is_empty())).collect();
+    assert_eq!(said, [("a", true, true), ("b", false, false), ("demo", false, false), ("z", false, false)]);
+    assert!(listed[0].description.starts_with("image ") && listed[0].memory_bytes == 4096);
+    bed.stop().await;
+}

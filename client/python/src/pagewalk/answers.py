@@ -611,6 +611,8 @@ class Machine:
     state_reason: str
     #: The symbols of its kernel; None where it was given none.
     symbols: Symbols | None = None
+    #: Only in a list that would be too large: regions, landmarks and symbols are left out; ask for the machine alone.
+    abridged: bool = False
 
 
 @dataclass(frozen=True)

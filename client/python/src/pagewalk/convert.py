@@ -588,6 +588,7 @@ def machine(message: machine_pb2.Machine) -> answers.Machine:
         state=_name(machine_pb2.MachineState.DESCRIPTOR, message.state),
         state_reason=message.state_reason,
         symbols=_symbols(message.symbols) if message.HasField("symbols") else None,
+        abridged=message.abridged,
     )
 
 

@@ -87,6 +87,10 @@ fn machine(machine: &Machine) -> String {
         ]);
     }
     parts.push(landmarks.render());
+    if machine.abridged {
+        let id = readable_lines(&machine.id);
+        parts.push(format!("  abridged: `pagewalk machines --machine {id}` shows all of it"));
+    }
     parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("\n")
 }
 
@@ -115,6 +119,14 @@ fn displacement(slide: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_left_out_is_said() {
+        let abridged = Machine { id: "vm".into(), abridged: true, ..Machine::default() };
+        let said = "abridged: `pagewalk machines --machine vm` shows all of it";
+        assert!(machine(&abridged).contains(said), "{}", machine(&abridged));
+        assert!(!machine(&Machine::default()).contains("abridged"));
+    }
 
     #[test]
     fn a_slide_goes_up_or_down() {

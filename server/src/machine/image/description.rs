@@ -4,6 +4,7 @@
 //! zero if no walk depends on them; of those that a walk does depend on, CR0, CR3, CR4 and EFER have to be there, and the rest
 //! is assumed and named in `assumed`.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use pagewalk::mode::PAT_RESET;
@@ -18,7 +19,11 @@ use pagewalk_proto::readable;
 
 const REGIONS_MAX: usize = 4096;
 const VCPUS_MAX: usize = 1024;
+/// Longest `of`. Texts are measured as they are shown, where an escape takes up to eight bytes.
+pub(crate) const OF_MAX: usize = 512;
 const LANDMARKS_MAX: usize = 4096;
+const LANDMARK_NAME_MAX: usize = 64;
+const LANDMARK_DESCRIPTION_MAX: usize = 256;
 const ASSUMED_MAX: usize = 64;
 const ASSUMED_LENGTH_MAX: usize = 256;
 
@@ -54,7 +59,7 @@ pub enum DescriptionError {
 pub struct Description {
     /// Version of this format: 1.
     pub version: u32,
-    /// What it is an image of, for a person.
+    /// What it is an image of, for a person: at most 512 bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub of: Option<String>,
     /// The CPU, as far as paging depends on it.
@@ -65,7 +70,7 @@ pub struct Description {
     /// The vCPUs, from 0. At least one.
     #[serde(rename = "vcpu")]
     pub vcpus: Vec<VcpuEntry>,
-    /// Addresses worth asking about.
+    /// Addresses worth asking about, at most 4096.
     #[serde(rename = "landmark", default, skip_serializing_if = "Vec::is_empty")]
     pub landmarks: Vec<LandmarkEntry>,
 }
@@ -278,17 +283,27 @@ pub struct Selectors {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LandmarkEntry {
-    /// Short name, unique in the image.
+    /// Short name, unique in the image: at most 64 bytes.
     pub name: String,
     /// The guest virtual address; for names that end in `cr3`, a value of that register.
     pub address: Number,
-    /// What is to be seen there. Default: nothing.
+    /// What is to be seen there, in at most 256 bytes. Default: nothing.
     #[serde(default)]
     pub description: String,
 }
 
 fn yes() -> bool {
     true
+}
+
+/// Refuses a text that takes more than `most` bytes to show.
+fn short(name: impl Into<String>, text: &str, most: usize) -> Result<(), DescriptionError> {
+    match readable(text).len() {
+        size if size > most => {
+            Err(key(name, format!("takes {size} bytes to show, where {most} are the most")))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn key(key: impl Into<String>, problem: impl Into<String>) -> DescriptionError {
@@ -336,11 +351,13 @@ impl Description {
             _ if count > most => Err(key(what, format!("there are {count}, where {most} are the most"))),
             _ => Ok(()),
         };
+        short("of", self.of.as_deref().unwrap_or_default(), OF_MAX)?;
         bounded("region", self.regions.len(), REGIONS_MAX)?;
         bounded("vcpu", self.vcpus.len(), VCPUS_MAX)?;
         if self.landmarks.len() > LANDMARKS_MAX {
             bounded("landmark", self.landmarks.len(), LANDMARKS_MAX)?;
         }
+        self.check_landmarks()?;
         self.check_regions()?;
         let cpu = self.cpu_profile();
         if let Err(problem) = PageWalk::new(&ControlRegisters::default(), &cpu) {
@@ -348,6 +365,19 @@ impl Description {
         }
         for (index, vcpu) in self.vcpus.iter().enumerate() {
             vcpu.check(&format!("vcpu[{index}]"), &cpu)?;
+        }
+        Ok(())
+    }
+
+    fn check_landmarks(&self) -> Result<(), DescriptionError> {
+        let mut names = BTreeMap::new();
+        for (index, LandmarkEntry { name, description, .. }) in self.landmarks.iter().enumerate() {
+            short(format!("landmark[{index}].name"), name, LANDMARK_NAME_MAX)?;
+            short(format!("landmark[{index}].description"), description, LANDMARK_DESCRIPTION_MAX)?;
+            if let Some(other) = names.insert(name, index) {
+                let problem = format!("landmark[{other}] is `{}`, too: names are unique", readable(name));
+                return Err(key(format!("landmark[{index}].name"), problem));
+            }
         }
         Ok(())
     }

@@ -18,6 +18,7 @@ use super::{Capabilities, Health, LocalSource, OpenError, regular_file};
 use crate::vcpu::{RecordedBackend, Vcpu};
 use pagewalk_proto::readable;
 
+pub(crate) use description::OF_MAX;
 pub use description::{
     Cpu, Description, DescriptionError, LandmarkEntry, MemoryRegion, Selectors, VcpuEntry, VendorName,
 };

@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from pagewalk.v1 import types_pb2 as pagewalk_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19pagewalk/v1/machine.proto\x12\x0bpagewalk.v1\x1a\x17pagewalk/v1/types.proto\">\n\x0cMemoryRegion\x12\r\n\x05start\x18\x01 \x01(\x06\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x11\n\tread_only\x18\x03 \x01(\x08\"\xa7\x01\n\x0c\x43\x61pabilities\x12\x13\n\x0breal_nested\x18\x01 \x01(\x08\x12\x10\n\x08\x63\x61n_step\x18\x02 \x01(\x08\x12\x11\n\tcan_pause\x18\x03 \x01(\x08\x12\x19\n\x11\x63\x61n_set_registers\x18\x04 \x01(\x08\x12\x0c\n\x04live\x18\x05 \x01(\x08\x12\x18\n\x10\x63\x61n_write_memory\x18\x06 \x01(\x08\x12\x1a\n\x12\x65nds_when_detached\x18\x07 \x01(\x08\">\n\x08Landmark\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\x06\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\"\x85\x01\n\x07Symbols\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\x12/\n\tplacement\x18\x03 \x01(\x0e\x32\x1c.pagewalk.v1.SymbolPlacement\x12\x12\n\x05slide\x18\x04 \x01(\x06H\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x05 \x01(\tB\x08\n\x06_slide\"\xe1\x02\n\x07Machine\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x04\x12*\n\x07regions\x18\x05 \x03(\x0b\x32\x19.pagewalk.v1.MemoryRegion\x12\r\n\x05vcpus\x18\x06 \x01(\r\x12/\n\x0c\x63\x61pabilities\x18\x07 \x01(\x0b\x32\x19.pagewalk.v1.Capabilities\x12(\n\tlandmarks\x18\x08 \x03(\x0b\x32\x15.pagewalk.v1.Landmark\x12\x12\n\nmaxphyaddr\x18\t \x01(\r\x12(\n\x05state\x18\n \x01(\x0e\x32\x19.pagewalk.v1.MachineState\x12\x14\n\x0cstate_reason\x18\x0b \x01(\t\x12%\n\x07symbols\x18\x0c \x01(\x0b\x32\x14.pagewalk.v1.Symbols\"\x15\n\x13ListMachinesRequest\"\x83\x01\n\x14ListMachinesResponse\x12&\n\x08machines\x18\x01 \x03(\x0b\x32\x14.pagewalk.v1.Machine\x12+\n\nprovenance\x18\x02 \x01(\x0b\x32\x17.pagewalk.v1.Provenance\x12\x16\n\x0e\x64\x61\x65mon_version\x18\x03 \x01(\t\"$\n\x11GetMachineRequest\x12\x0f\n\x07machine\x18\x01 \x01(\t\"h\n\x12GetMachineResponse\x12%\n\x07machine\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.Machine\x12+\n\nprovenance\x18\x02 \x01(\x0b\x32\x17.pagewalk.v1.Provenance\"$\n\x14\x41ttachMachineRequest\x12\x0c\n\x04spec\x18\x01 \x01(\t\"k\n\x15\x41ttachMachineResponse\x12%\n\x07machine\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.Machine\x12+\n\nprovenance\x18\x02 \x01(\x0b\x32\x17.pagewalk.v1.Provenance\":\n\x14\x44\x65tachMachineRequest\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12\x11\n\tend_guest\x18\x02 \x01(\x08\"D\n\x15\x44\x65tachMachineResponse\x12+\n\nprovenance\x18\x01 \x01(\x0b\x32\x17.pagewalk.v1.Provenance\"8\n\x10SaveImageRequest\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12\x13\n\x0bmemory_file\x18\x02 \x01(\t\"\x95\x01\n\x11SaveImageResponse\x12(\n\x05start\x18\x01 \x01(\x0b\x32\x17.pagewalk.v1.ImageStartH\x00\x12(\n\x05piece\x18\x02 \x01(\x0b\x32\x17.pagewalk.v1.ImagePieceH\x00\x12$\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x15.pagewalk.v1.ImageEndH\x00\x42\x06\n\x04part\"i\n\nImageStart\x12\x13\n\x0b\x64\x65scription\x18\x01 \x01(\t\x12\x19\n\x11memory_file_bytes\x18\x02 \x01(\x04\x12+\n\nprovenance\x18\x03 \x01(\x0b\x32\x17.pagewalk.v1.Provenance\".\n\nImagePiece\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x10\n\x08\x63ontents\x18\x02 \x01(\x0c\"\"\n\x08ImageEnd\x12\x16\n\x0e\x63ontents_bytes\x18\x01 \x01(\x04*^\n\x0cMachineState\x12\x1d\n\x19MACHINE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MACHINE_STATE_ALIVE\x10\x01\x12\x16\n\x12MACHINE_STATE_LOST\x10\x02*\x90\x01\n\x0fSymbolPlacement\x12 \n\x1cSYMBOL_PLACEMENT_UNSPECIFIED\x10\x00\x12\x1a\n\x16SYMBOL_PLACEMENT_FOUND\x10\x01\x12\x1f\n\x1bSYMBOL_PLACEMENT_AS_WRITTEN\x10\x02\x12\x1e\n\x1aSYMBOL_PLACEMENT_NOT_FOUND\x10\x03\x32\xb2\x03\n\x0eMachineService\x12S\n\x0cListMachines\x12 .pagewalk.v1.ListMachinesRequest\x1a!.pagewalk.v1.ListMachinesResponse\x12M\n\nGetMachine\x12\x1e.pagewalk.v1.GetMachineRequest\x1a\x1f.pagewalk.v1.GetMachineResponse\x12V\n\rAttachMachine\x12!.pagewalk.v1.AttachMachineRequest\x1a\".pagewalk.v1.AttachMachineResponse\x12V\n\rDetachMachine\x12!.pagewalk.v1.DetachMachineRequest\x1a\".pagewalk.v1.DetachMachineResponse\x12L\n\tSaveImage\x12\x1d.pagewalk.v1.SaveImageRequest\x1a\x1e.pagewalk.v1.SaveImageResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19pagewalk/v1/machine.proto\x12\x0bpagewalk.v1\x1a\x17pagewalk/v1/types.proto\">\n\x0cMemoryRegion\x12\r\n\x05start\x18\x01 \x01(\x06\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x11\n\tread_only\x18\x03 \x01(\x08\"\xa7\x01\n\x0c\x43\x61pabilities\x12\x13\n\x0breal_nested\x18\x01 \x01(\x08\x12\x10\n\x08\x63\x61n_step\x18\x02 \x01(\x08\x12\x11\n\tcan_pause\x18\x03 \x01(\x08\x12\x19\n\x11\x63\x61n_set_registers\x18\x04 \x01(\x08\x12\x0c\n\x04live\x18\x05 \x01(\x08\x12\x18\n\x10\x63\x61n_write_memory\x18\x06 \x01(\x08\x12\x1a\n\x12\x65nds_when_detached\x18\x07 \x01(\x08\">\n\x08Landmark\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\x06\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\"\x85\x01\n\x07Symbols\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\x12/\n\tplacement\x18\x03 \x01(\x0e\x32\x1c.pagewalk.v1.SymbolPlacement\x12\x12\n\x05slide\x18\x04 \x01(\x06H\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x05 \x01(\tB\x08\n\x06_slide\"\xf3\x02\n\x07Machine\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x04\x12*\n\x07regions\x18\x05 \x03(\x0b\x32\x19.pagewalk.v1.MemoryRegion\x12\r\n\x05vcpus\x18\x06 \x01(\r\x12/\n\x0c\x63\x61pabilities\x18\x07 \x01(\x0b\x32\x19.pagewalk.v1.Capabilities\x12(\n\tlandmarks\x18\x08 \x03(\x0b\x32\x15.pagewalk.v1.Landmark\x12\x12\n\nmaxphyaddr\x18\t \x01(\r\x12(\n\x05state\x18\n \x01(\x0e\x32\x19.pagewalk.v1.MachineState\x12\x14\n\x0cstate_reason\x18\x0b \x01(\t\x12%\n\x07symbols\x18\x0c \x01(\x0b\x32\x14.pagewalk.v1.Symbols\x12\x10\n\x08\x61\x62ridged\x18\r \x01(\x08\"\x15\n\x13ListMachinesRequest\"\x83\x01\n\x14ListMachinesResponse\x12&\n\x08machines\x18\x01 \x03(\x0b\x32\x14.pagewalk.v1.Machine\x12+\n\nprovenance\x18\x02 \x01(\x0b\x32\x17.pagewalk.v1.Provenance\x12\x16\n\x0e\x64\x61\x65mon_version\x18\x03 \x01(\t\"$\n\x11GetMachineRequest\x12\x0f\n\x07machine\x18\x01 \x01(\t\"h\n\x12GetMachineResponse\x12%\n\x07machine\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.Machine\x12+\n\nprovenance\x18\x02 \x01(\x0b\x32\x17.pagewalk.v1.Provenance\"$\n\x14\x41ttachMachineRequest\x12\x0c\n\x04spec\x18\x01 \x01(\t\"k\n\x15\x41ttachMachineResponse\x12%\n\x07machine\x18\x01 \x01(\x0b\x32\x14.pagewalk.v1.Machine\x12+\n\nprovenance\x18\x02 \x01(\x0b\x32\x17.pagewalk.v1.Provenance\":\n\x14\x44\x65tachMachineRequest\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12\x11\n\tend_guest\x18\x02 \x01(\x08\"D\n\x15\x44\x65tachMachineResponse\x12+\n\nprovenance\x18\x01 \x01(\x0b\x32\x17.pagewalk.v1.Provenance\"8\n\x10SaveImageRequest\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12\x13\n\x0bmemory_file\x18\x02 \x01(\t\"\x95\x01\n\x11SaveImageResponse\x12(\n\x05start\x18\x01 \x01(\x0b\x32\x17.pagewalk.v1.ImageStartH\x00\x12(\n\x05piece\x18\x02 \x01(\x0b\x32\x17.pagewalk.v1.ImagePieceH\x00\x12$\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x15.pagewalk.v1.ImageEndH\x00\x42\x06\n\x04part\"i\n\nImageStart\x12\x13\n\x0b\x64\x65scription\x18\x01 \x01(\t\x12\x19\n\x11memory_file_bytes\x18\x02 \x01(\x04\x12+\n\nprovenance\x18\x03 \x01(\x0b\x32\x17.pagewalk.v1.Provenance\".\n\nImagePiece\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x10\n\x08\x63ontents\x18\x02 \x01(\x0c\"\"\n\x08ImageEnd\x12\x16\n\x0e\x63ontents_bytes\x18\x01 \x01(\x04*^\n\x0cMachineState\x12\x1d\n\x19MACHINE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MACHINE_STATE_ALIVE\x10\x01\x12\x16\n\x12MACHINE_STATE_LOST\x10\x02*\x90\x01\n\x0fSymbolPlacement\x12 \n\x1cSYMBOL_PLACEMENT_UNSPECIFIED\x10\x00\x12\x1a\n\x16SYMBOL_PLACEMENT_FOUND\x10\x01\x12\x1f\n\x1bSYMBOL_PLACEMENT_AS_WRITTEN\x10\x02\x12\x1e\n\x1aSYMBOL_PLACEMENT_NOT_FOUND\x10\x03\x32\xb2\x03\n\x0eMachineService\x12S\n\x0cListMachines\x12 .pagewalk.v1.ListMachinesRequest\x1a!.pagewalk.v1.ListMachinesResponse\x12M\n\nGetMachine\x12\x1e.pagewalk.v1.GetMachineRequest\x1a\x1f.pagewalk.v1.GetMachineResponse\x12V\n\rAttachMachine\x12!.pagewalk.v1.AttachMachineRequest\x1a\".pagewalk.v1.AttachMachineResponse\x12V\n\rDetachMachine\x12!.pagewalk.v1.DetachMachineRequest\x1a\".pagewalk.v1.DetachMachineResponse\x12L\n\tSaveImage\x12\x1d.pagewalk.v1.SaveImageRequest\x1a\x1e.pagewalk.v1.SaveImageResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pagewalk.v1.machine_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MACHINESTATE']._serialized_start=1836
-  _globals['_MACHINESTATE']._serialized_end=1930
-  _globals['_SYMBOLPLACEMENT']._serialized_start=1933
-  _globals['_SYMBOLPLACEMENT']._serialized_end=2077
+  _globals['_MACHINESTATE']._serialized_start=1854
+  _globals['_MACHINESTATE']._serialized_end=1948
+  _globals['_SYMBOLPLACEMENT']._serialized_start=1951
+  _globals['_SYMBOLPLACEMENT']._serialized_end=2095
   _globals['_MEMORYREGION']._serialized_start=67
   _globals['_MEMORYREGION']._serialized_end=129
   _globals['_CAPABILITIES']._serialized_start=132
@@ -45,33 +45,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SYMBOLS']._serialized_start=366
   _globals['_SYMBOLS']._serialized_end=499
   _globals['_MACHINE']._serialized_start=502
-  _globals['_MACHINE']._serialized_end=855
-  _globals['_LISTMACHINESREQUEST']._serialized_start=857
-  _globals['_LISTMACHINESREQUEST']._serialized_end=878
-  _globals['_LISTMACHINESRESPONSE']._serialized_start=881
-  _globals['_LISTMACHINESRESPONSE']._serialized_end=1012
-  _globals['_GETMACHINEREQUEST']._serialized_start=1014
-  _globals['_GETMACHINEREQUEST']._serialized_end=1050
-  _globals['_GETMACHINERESPONSE']._serialized_start=1052
-  _globals['_GETMACHINERESPONSE']._serialized_end=1156
-  _globals['_ATTACHMACHINEREQUEST']._serialized_start=1158
-  _globals['_ATTACHMACHINEREQUEST']._serialized_end=1194
-  _globals['_ATTACHMACHINERESPONSE']._serialized_start=1196
-  _globals['_ATTACHMACHINERESPONSE']._serialized_end=1303
-  _globals['_DETACHMACHINEREQUEST']._serialized_start=1305
-  _globals['_DETACHMACHINEREQUEST']._serialized_end=1363
-  _globals['_DETACHMACHINERESPONSE']._serialized_start=1365
-  _globals['_DETACHMACHINERESPONSE']._serialized_end=1433
-  _globals['_SAVEIMAGEREQUEST']._serialized_start=1435
-  _globals['_SAVEIMAGEREQUEST']._serialized_end=1491
-  _globals['_SAVEIMAGERESPONSE']._serialized_start=1494
-  _globals['_SAVEIMAGERESPONSE']._serialized_end=1643
-  _globals['_IMAGESTART']._serialized_start=1645
-  _globals['_IMAGESTART']._serialized_end=1750
-  _globals['_IMAGEPIECE']._serialized_start=1752
-  _globals['_IMAGEPIECE']._serialized_end=1798
-  _globals['_IMAGEEND']._serialized_start=1800
-  _globals['_IMAGEEND']._serialized_end=1834
-  _globals['_MACHINESERVICE']._serialized_start=2080
-  _globals['_MACHINESERVICE']._serialized_end=2514
+  _globals['_MACHINE']._serialized_end=873
+  _globals['_LISTMACHINESREQUEST']._serialized_start=875
+  _globals['_LISTMACHINESREQUEST']._serialized_end=896
+  _globals['_LISTMACHINESRESPONSE']._serialized_start=899
+  _globals['_LISTMACHINESRESPONSE']._serialized_end=1030
+  _globals['_GETMACHINEREQUEST']._serialized_start=1032
+  _globals['_GETMACHINEREQUEST']._serialized_end=1068
+  _globals['_GETMACHINERESPONSE']._serialized_start=1070
+  _globals['_GETMACHINERESPONSE']._serialized_end=1174
+  _globals['_ATTACHMACHINEREQUEST']._serialized_start=1176
+  _globals['_ATTACHMACHINEREQUEST']._serialized_end=1212
+  _globals['_ATTACHMACHINERESPONSE']._serialized_start=1214
+  _globals['_ATTACHMACHINERESPONSE']._serialized_end=1321
+  _globals['_DETACHMACHINEREQUEST']._serialized_start=1323
+  _globals['_DETACHMACHINEREQUEST']._serialized_end=1381
+  _globals['_DETACHMACHINERESPONSE']._serialized_start=1383
+  _globals['_DETACHMACHINERESPONSE']._serialized_end=1451
+  _globals['_SAVEIMAGEREQUEST']._serialized_start=1453
+  _globals['_SAVEIMAGEREQUEST']._serialized_end=1509
+  _globals['_SAVEIMAGERESPONSE']._serialized_start=1512
+  _globals['_SAVEIMAGERESPONSE']._serialized_end=1661
+  _globals['_IMAGESTART']._serialized_start=1663
+  _globals['_IMAGESTART']._serialized_end=1768
+  _globals['_IMAGEPIECE']._serialized_start=1770
+  _globals['_IMAGEPIECE']._serialized_end=1816
+  _globals['_IMAGEEND']._serialized_start=1818
+  _globals['_IMAGEEND']._serialized_end=1852
+  _globals['_MACHINESERVICE']._serialized_start=2098
+  _globals['_MACHINESERVICE']._serialized_end=2532
 # @@protoc_insertion_point(module_scope)

@@ -162,11 +162,11 @@ class Landmark(google.protobuf.message.Message):
     ADDRESS_FIELD_NUMBER: builtins.int
     DESCRIPTION_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """Short name, unique in its machine."""
+    """Short name, unique in its machine: at most 64 bytes."""
     address: builtins.int
     """The guest virtual address."""
     description: builtins.str
-    """What is to be seen there, in one sentence of English."""
+    """What is to be seen there, in one sentence of English: at most 256 bytes."""
     def __init__(
         self,
         *,
@@ -234,6 +234,7 @@ class Machine(google.protobuf.message.Message):
     STATE_FIELD_NUMBER: builtins.int
     STATE_REASON_FIELD_NUMBER: builtins.int
     SYMBOLS_FIELD_NUMBER: builtins.int
+    ABRIDGED_FIELD_NUMBER: builtins.int
     id: builtins.str
     """Id, unique in this daemon; what `VcpuRef.machine` takes."""
     source: builtins.str
@@ -250,6 +251,10 @@ class Machine(google.protobuf.message.Message):
     """Whether it is still there."""
     state_reason: builtins.str
     """Why it is lost, in English. Empty while it is there."""
+    abridged: builtins.bool
+    """In a list alone: `regions`, `landmarks` and `symbols` are left out, and `description` and `state_reason` may be cut.
+    `GetMachine` has all of it.
+    """
     @property
     def regions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___MemoryRegion]:
         """Its memory, by address, without overlap."""
@@ -260,7 +265,7 @@ class Machine(google.protobuf.message.Message):
 
     @property
     def landmarks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Landmark]:
-        """Addresses worth asking about. May be empty."""
+        """Addresses worth asking about, at most 4096. May be empty."""
 
     @property
     def symbols(self) -> Global___Symbols:
@@ -281,9 +286,10 @@ class Machine(google.protobuf.message.Message):
         state: Global___MachineState.ValueType = ...,
         state_reason: builtins.str = ...,
         symbols: Global___Symbols | None = ...,
+        abridged: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["capabilities", b"capabilities", "symbols", b"symbols"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["capabilities", b"capabilities", "description", b"description", "id", b"id", "landmarks", b"landmarks", "maxphyaddr", b"maxphyaddr", "memory_bytes", b"memory_bytes", "regions", b"regions", "source", b"source", "state", b"state", "state_reason", b"state_reason", "symbols", b"symbols", "vcpus", b"vcpus"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["abridged", b"abridged", "capabilities", b"capabilities", "description", b"description", "id", b"id", "landmarks", b"landmarks", "maxphyaddr", b"maxphyaddr", "memory_bytes", b"memory_bytes", "regions", b"regions", "source", b"source", "state", b"state", "state_reason", b"state_reason", "symbols", b"symbols", "vcpus", b"vcpus"]) -> None: ...
 
 Global___Machine: typing_extensions.TypeAlias = Machine
 

@@ -67,7 +67,8 @@ class MachineServiceServicer(object):
     """
 
     def ListMachines(self, request, context):
-        """Lists the machines, by id.
+        """Lists the machines, by id. Where all that there is to say of them would be too large for one answer, the largest are
+        abridged, as many as need be: `GetMachine` has the whole of each.
 
         Role: `read`.
         Errors: none of its own.
@@ -93,7 +94,8 @@ class MachineServiceServicer(object):
         Errors: INVALID_ARGUMENT for a specification that says nothing; ALREADY_EXISTS when there is a machine of that id, or
         the same guest is attached already; PERMISSION_DENIED (reason FILE_NOT_ALLOWED) when it names a file for the daemon to
         make, which this daemon does not do for this client; FAILED_PRECONDITION, with what to do, when the guest cannot be had;
-        DEADLINE_EXCEEDED when it cannot be had in time, or too many others are being attached.
+        RESOURCE_EXHAUSTED when there are 1024 machines already; DEADLINE_EXCEEDED when it cannot be had in time, or too many
+        others are being attached.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -157,7 +157,8 @@ class MachineServiceStub(typing.Generic[_MachineServiceListMachinesType, _Machin
     ], channel: grpc.aio.Channel) -> None: ...
 
     ListMachines: _MachineServiceListMachinesType
-    """Lists the machines, by id.
+    """Lists the machines, by id. Where all that there is to say of them would be too large for one answer, the largest are
+    abridged, as many as need be: `GetMachine` has the whole of each.
 
     Role: `read`.
     Errors: none of its own.
@@ -177,7 +178,8 @@ class MachineServiceStub(typing.Generic[_MachineServiceListMachinesType, _Machin
     Errors: INVALID_ARGUMENT for a specification that says nothing; ALREADY_EXISTS when there is a machine of that id, or
     the same guest is attached already; PERMISSION_DENIED (reason FILE_NOT_ALLOWED) when it names a file for the daemon to
     make, which this daemon does not do for this client; FAILED_PRECONDITION, with what to do, when the guest cannot be had;
-    DEADLINE_EXCEEDED when it cannot be had in time, or too many others are being attached.
+    RESOURCE_EXHAUSTED when there are 1024 machines already; DEADLINE_EXCEEDED when it cannot be had in time, or too many
+    others are being attached.
     """
 
     DetachMachine: _MachineServiceDetachMachineType
@@ -233,7 +235,8 @@ class MachineServiceServicer(metaclass=abc.ABCMeta):
         request: pagewalk.v1.machine_pb2.ListMachinesRequest,
         context: _ServicerContext,
     ) -> typing.Union[pagewalk.v1.machine_pb2.ListMachinesResponse, collections.abc.Awaitable[pagewalk.v1.machine_pb2.ListMachinesResponse]]:
-        """Lists the machines, by id.
+        """Lists the machines, by id. Where all that there is to say of them would be too large for one answer, the largest are
+        abridged, as many as need be: `GetMachine` has the whole of each.
 
         Role: `read`.
         Errors: none of its own.
@@ -263,7 +266,8 @@ class MachineServiceServicer(metaclass=abc.ABCMeta):
         Errors: INVALID_ARGUMENT for a specification that says nothing; ALREADY_EXISTS when there is a machine of that id, or
         the same guest is attached already; PERMISSION_DENIED (reason FILE_NOT_ALLOWED) when it names a file for the daemon to
         make, which this daemon does not do for this client; FAILED_PRECONDITION, with what to do, when the guest cannot be had;
-        DEADLINE_EXCEEDED when it cannot be had in time, or too many others are being attached.
+        RESOURCE_EXHAUSTED when there are 1024 machines already; DEADLINE_EXCEEDED when it cannot be had in time, or too many
+        others are being attached.
         """
 
     @abc.abstractmethod

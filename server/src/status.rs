@@ -89,6 +89,9 @@ pub(crate) enum Error {
         "the request is too large: {0}; a batch has at most 262144 addresses, a write 32768 bytes, any other request 64 KiB: send it in parts"
     )]
     TooLarge(String),
+    /// The answer is larger than is encoded.
+    #[error("the answer is too large: {0}; ask for less at once")]
+    AnswerTooLarge(String),
     /// The request is no message of the contract.
     #[error("the request cannot be decoded: {0}; is the client built from this daemon's contract?")]
     Malformed(String),
@@ -157,6 +160,7 @@ impl Error {
             Self::Deadline => (DeadlineExceeded, "DEADLINE"),
             Self::Busy => (ResourceExhausted, "BUSY"),
             Self::TooLarge(_) => (ResourceExhausted, "MESSAGE_TOO_LARGE"),
+            Self::AnswerTooLarge(_) => (ResourceExhausted, "ANSWER_TOO_LARGE"),
             Self::Malformed(_) => (InvalidArgument, "MALFORMED_MESSAGE"),
             Self::NoSuchMethod => (Unimplemented, "NO_SUCH_METHOD"),
             Self::Transport(status) => (status.code(), "TRANSPORT"),

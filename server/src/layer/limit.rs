@@ -21,6 +21,7 @@ use tonic::transport::server::{TcpConnectInfo, UdsConnectInfo};
 use tower::{Layer, Service};
 
 use super::line::{Line, Peer, STALLED, Unread};
+use super::reason::end_with_reason;
 use crate::status::Error;
 
 /// Methods whose messages are megabytes.
@@ -287,10 +288,15 @@ impl http_body::Body for Held {
         held.unread = None;
         let frame = if held.rest.is_empty() {
             match ready!(Pin::new(&mut held.body).poll_frame(context)) {
-                Some(Ok(frame)) => frame.map_data(|data| {
-                    held.rest = data;
-                    held.piece()
-                }),
+                Some(Ok(mut frame)) => {
+                    if let Some(trailers) = frame.trailers_mut() {
+                        end_with_reason(trailers);
+                    }
+                    frame.map_data(|data| {
+                        held.rest = data;
+                        held.piece()
+                    })
+                }
                 ended => return Poll::Ready(ended),
             }
         } else {

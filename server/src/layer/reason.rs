@@ -3,7 +3,7 @@
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use http::{Request, Response};
+use http::{HeaderMap, Request, Response};
 use pin_project_lite::pin_project;
 use tonic::body::Body;
 use tonic::{Code, Status};
@@ -71,6 +71,17 @@ impl<F: Future<Output = Result<Response<Body>, E>>, E> Future for Reasoned<F> {
             }
             _ => answer,
         }))
+    }
+}
+
+/// Adds the reason to what an answer ends with: that it is larger than is encoded is found out only once it has begun.
+pub(super) fn end_with_reason(trailers: &mut HeaderMap) {
+    if let Some(status) = Status::from_header_map(trailers)
+        && status.code() == Code::OutOfRange
+        && status.details().is_empty()
+    {
+        // What cannot be written as a header leaves it as it was.
+        let _ = Status::from(Error::AnswerTooLarge(status.message().to_owned())).add_header(trailers);
     }
 }
 

@@ -267,3 +267,28 @@ async fn a_list_of_large_machines_says_what_it_leaves_out() {
     assert!(listed[0].description.starts_with("image ") && listed[0].memory_bytes == 4096);
     bed.stop().await;
 }
+
+/// No source of the daemon's says so much, but one of a VMM's own may.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_is_too_large_says_so() {
+    let demo = open("demo:plain");
+    let source = demo.source();
+    let large = LocalSource {
+        kind: "own",
+        description: "x".repeat(5 << 20),
+        vcpus: source.vcpus().to_vec(),
+        memory: source.memory(),
+        capabilities: source.capabilities().clone(),
+        cpu: source.cpu(),
+        landmarks: source.landmarks().to_vec(),
+        health: Health::default(),
+    };
+    let bed = Bed::of(config(), vec![Machine::new("a", Arc::new(large)), demo]).await;
+    let request = v1::GetMachineRequest { machine: "a".to_owned() };
+    let refused = bed.machines().get_machine(request).await;
+    assert!(refused.as_ref().unwrap_err().message().contains("the answer is too large"), "{refused:?}");
+    assert_eq!(refusal(refused), (Code::ResourceExhausted, "ANSWER_TOO_LARGE".to_owned()));
+    let listed = bed.machines().list_machines(v1::ListMachinesRequest {}).await.unwrap().into_inner();
+    assert_eq!(listed.machines.iter().map(|m| m.abridged).collect::<Vec<_>>(), [true, false]);
+    bed.stop().await;
+}

@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use crate::listen::{Tls, TlsError};
 use crate::machine::{MachineSpec, SpecError};
+use crate::small_file;
 
 /// Where clients find a daemon that was told nothing else.
 const LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 50051);
@@ -255,20 +256,12 @@ fn first_given<T>(lists: [Vec<T>; 2], default: impl FnOnce() -> Vec<T>) -> Vec<T
     lists.into_iter().find(|list| !list.is_empty()).unwrap_or_else(default)
 }
 
-/// Largest file that is read: a configuration is a page, not a book.
-const FILE_MAX: u64 = 1 << 20;
-
 fn read(path: &Path) -> Result<File, ConfigError> {
-    use std::io::Read as _;
     let failed = |problem| ConfigError::Read { path: path.to_owned(), problem };
-    let mut text = String::new();
-    let file = std::fs::File::open(path).map_err(failed)?;
-    file.take(FILE_MAX + 1).read_to_string(&mut text).map_err(failed)?;
-    if text.len() as u64 > FILE_MAX {
-        return Err(failed(std::io::Error::other(
-            "it is larger than 1 MiB: name the daemon's own TOML file",
-        )));
-    }
+    let bytes = small_file::read(path).map_err(failed)?;
+    let text = String::from_utf8(bytes).map_err(|_| {
+        failed(std::io::Error::other("it is not UTF-8 text: name the daemon's own TOML file"))
+    })?;
     toml::from_str(&text).map_err(|problem| ConfigError::File { path: path.to_owned(), problem })
 }
 

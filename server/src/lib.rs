@@ -11,6 +11,7 @@ pub mod machine;
 mod render;
 pub mod serve;
 mod service;
+mod small_file;
 mod status;
 pub mod symbols;
 mod tasks;

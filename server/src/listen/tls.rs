@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use tonic::transport::{Certificate, Identity, ServerTlsConfig};
 
+use crate::small_file;
+
 /// How long a client may take to shake hands: until then it keeps a place without having shown who it is.
 const HANDSHAKE_BOUND: Duration = Duration::from_secs(10);
 
@@ -67,5 +69,5 @@ impl Tls {
 }
 
 fn read(option: &'static str, path: &Path) -> Result<Vec<u8>, TlsError> {
-    std::fs::read(path).map_err(|problem| TlsError::Read { option, path: path.to_owned(), problem })
+    small_file::read(path).map_err(|problem| TlsError::Read { option, path: path.to_owned(), problem })
 }

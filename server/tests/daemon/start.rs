@@ -32,6 +32,12 @@ fn refusals_say_what_to_do() -> Result<(), Failed> {
     let unknown = file("unknown.toml", "listen = []\nmachine = ['demo']\n");
     let broken = file("broken.toml", "listen = [\n");
     let typed = file("typed.toml", "grace-seconds = 'long'\n");
+    let long = file("long.pem", &"#".repeat((1 << 20) + 1));
+    let latin1 = folder.path().join("latin1.toml").to_str().unwrap().to_owned();
+    std::fs::write(&latin1, b"# \xe9\n")?;
+    // Nobody writes to it: whoever opens it, and waits, waits without end.
+    let pipe = folder.path().join("pipe").to_str().unwrap().to_owned();
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status()?.success());
     let no_elf = file("text.elf", "this is no ELF file");
     let not_elf = format!("kvm:elf={no_elf}");
     let cases: &[(&[&str], &[&str])] = &[
@@ -41,6 +47,17 @@ fn refusals_say_what_to_do() -> Result<(), Failed> {
         (&["--tls-cert", "/nonexistent"], &["--tls-key"]),
         (&["--tls-cert", "/nonexistent", "--tls-key", &no_elf, "--client-ca", &no_elf], &["/nonexistent"]),
         (&["--tls-cert", &no_elf, "--tls-key", &no_elf, "--client-ca", &no_elf], &["PEM"]),
+        (
+            &["--tls-cert", &no_elf, "--tls-key", &pipe, "--client-ca", &no_elf],
+            &["--tls-key", "not a regular file"],
+        ),
+        (
+            &["--tls-cert", "/dev/zero", "--tls-key", &no_elf, "--client-ca", &no_elf],
+            &["--tls-cert", "/dev/zero", "not a regular file"],
+        ),
+        (&["--tls-cert", &no_elf, "--tls-key", &no_elf, "--client-ca", &long], &["--client-ca", "1 MiB"]),
+        (&["--config", &pipe], &["pipe", "not a regular file"]),
+        (&["--config", &latin1], &["latin1.toml", "not UTF-8"]),
         (&["--machine", "vax"], &["vax", "demo", "kvm:elf"]),
         (&["--machine", "demo", "--machine", "demo:plain"], &["demo", "other=SPEC"]),
         (&["--machine", "kvm:mem=1G"], &["elf=FILE"]),

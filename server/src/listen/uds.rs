@@ -1,9 +1,9 @@
 //! A Unix socket: for the daemon's own user and group.
 
-use std::fs;
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::os::unix::net::{SocketAddr, UnixListener as StdListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -35,14 +35,33 @@ pub(crate) struct UdsListener {
     pub(crate) file: SocketFile,
 }
 
-/// Removes the socket's file when the daemon ends.
+/// Removes the socket's file when the daemon ends, unless another daemon's is in its place by then.
 #[derive(Debug)]
-pub(crate) struct SocketFile(PathBuf);
+pub(crate) struct SocketFile {
+    path: PathBuf,
+    /// The file itself: while this is open, no other file gets its inode.
+    bound: File,
+}
+
+impl SocketFile {
+    fn at(path: &Path) -> io::Result<Self> {
+        // A socket cannot be opened to be read.
+        let bound = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(path)?;
+        Ok(Self { path: path.to_owned(), bound })
+    }
+
+    fn is_there(&self) -> io::Result<bool> {
+        let (there, bound) = (fs::symlink_metadata(&self.path)?, self.bound.metadata()?);
+        Ok((there.dev(), there.ino()) == (bound.dev(), bound.ino()))
+    }
+}
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        // The folder may have gone first.
-        let _ = fs::remove_file(&self.0);
+        if matches!(self.is_there(), Ok(true)) {
+            // The folder may have gone first.
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -85,7 +104,7 @@ pub(crate) fn claim(path: &Path) -> Result<(StdListener, SocketFile), ClaimError
         },
     }
     let listener = StdListener::bind(path)?;
-    let file = SocketFile(path.to_owned());
+    let file = SocketFile::at(path)?;
     fs::set_permissions(path, fs::Permissions::from_mode(MODE))?;
     Ok((listener, file))
 }
@@ -124,6 +143,21 @@ mod tests {
         fs::write(&path, "precious").unwrap();
         assert!(matches!(UdsListener::bind(&path), Err(ListenError::UdsOccupied(_))));
         assert_eq!(fs::read(&path).unwrap(), b"precious");
+    }
+
+    /// A daemon that ends leaves the socket alone that another one has bound there since.
+    #[tokio::test]
+    async fn only_its_own_file_goes_with_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let UdsListener { listener, file } = UdsListener::bind(&path).unwrap();
+        // It drains: it takes nobody any more, and has not ended yet.
+        drop(listener);
+        let next = UdsListener::bind(&path).unwrap();
+        drop(file);
+        assert!(path.exists());
+        drop(next);
+        assert!(!path.exists());
     }
 
     #[tokio::test]

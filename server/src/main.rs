@@ -11,6 +11,7 @@ use pagewalkd::machine::Machines;
 use pagewalkd::serve::Server;
 use pagewalkd::tour;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 use tracing_subscriber::EnvFilter;
 
 /// The columns of batches come and go by the half-megabyte: the C library's allocator hands such memory back to the system and has
@@ -60,7 +61,11 @@ fn demo_options(options: Options, once: bool) -> Options {
 }
 
 async fn serve(config: &Config, machines: Machines, tour: Option<bool>) -> Result<(), Error> {
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let signals = count_signals()?;
+    let signalled = async |times| {
+        // Whoever counts does so until the runtime ends.
+        let _ = signals.clone().wait_for(|count| *count >= times).await;
+    };
     let server = Server::bind(config, machines).await?;
     let addresses = server.addresses();
     let mut out = std::io::stdout();
@@ -71,27 +76,47 @@ async fn serve(config: &Config, machines: Machines, tour: Option<bool>) -> Resul
         writeln!(out, "listening on unix:{}", path.display())?;
     }
     out.flush()?;
-    let signalled = async {
-        tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+    let at_once = async {
+        signalled(2).await;
+        tracing::warn!("a second signal: calls in flight are cut off");
     };
     let (Some(once), Some(address)) = (tour, addresses.first()) else {
-        return Ok(server.run(signalled).await?);
+        return tokio::select! {
+            served = server.run(signalled(1)) => Ok(served?),
+            () = at_once => Ok(()),
+        };
     };
     let (toured, tour_is_over) = tokio::sync::oneshot::channel();
     let tour = tokio::spawn(tour::run(*address, once, toured));
     let stop = async {
         tokio::select! {
-            () = signalled => {}
+            () = signalled(1) => {}
             // A tour that goes on serving never says that it is over.
             Ok(()) = tour_is_over => {}
         }
     };
-    server.run(stop).await?;
+    tokio::select! {
+        served = server.run(stop) => served?,
+        () = at_once => return Ok(()),
+    }
     if !once {
         return Ok(());
     }
     // Whoever read the tour, and left, has seen enough.
     tour.await?.or_else(|error| if is_broken_pipe(&error) { Ok(()) } else { Err(error) })
+}
+
+/// How often SIGTERM and SIGINT have come.
+fn count_signals() -> io::Result<watch::Receiver<u32>> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let (count, signals) = watch::channel(0);
+    tokio::spawn(async move {
+        loop {
+            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+            count.send_modify(|count| *count += 1);
+        }
+    });
+    Ok(signals)
 }
 
 fn start_logging(filter: &str, format: LogFormat) -> Result<(), Error> {

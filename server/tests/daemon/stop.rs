@@ -14,7 +14,32 @@ use crate::bed::{SOON, connect, refusal};
 use crate::beds::Test;
 use crate::process::{Daemon, block_on};
 
-pub(crate) const TESTS: &[Test] = &[("stop_drains_within_its_bound", &[], drains_within_its_bound)];
+pub(crate) const TESTS: &[Test] = &[
+    ("stop_drains_within_its_bound", &[], drains_within_its_bound),
+    ("stop_at_the_second_signal", &[], stops_at_the_second_signal),
+];
+
+fn stops_at_the_second_signal() -> Result<(), Failed> {
+    let folder = tempfile::tempdir()?;
+    let socket = folder.path().join("s");
+    let uds = socket.to_str().unwrap();
+    let mut daemon = Daemon::serve(&["--machine", "demo:plain", "--uds", uds, "--grace-seconds", "3600"]);
+    daemon.line();
+    block_on(async {
+        let mut health = HealthClient::new(connect(daemon.address.parse().unwrap()).await);
+        // A stream that never ends by itself.
+        let mut stream = health.watch(HealthCheckRequest::default()).await.unwrap().into_inner();
+        stream.message().await.unwrap().unwrap();
+        daemon.signal("TERM");
+        let next = tokio::time::timeout(SOON, stream.message()).await.unwrap().unwrap().unwrap();
+        assert_eq!(next.status(), ServingStatus::NotServing);
+        daemon.signal("INT");
+        assert_eq!(daemon.wait(SOON).code(), Some(0), "{}", daemon.log());
+    });
+    assert!(daemon.log().contains("a second signal"), "{}", daemon.log());
+    assert!(!socket.exists(), "the socket's file is gone");
+    Ok(())
+}
 
 fn drains_within_its_bound() -> Result<(), Failed> {
     const GRACE: Duration = Duration::from_secs(1);

@@ -139,10 +139,15 @@ fn writes_registers_whole_or_not_at_all() -> Result<(), Failed> {
         let bad_pat = RegisterChanges { r15: Some(1), pat: Some(0x02), ..RegisterChanges::default() };
         let error = vcpu.set_registers(bad_pat, soon()).await.unwrap_err();
         assert!(matches!(&error, VcpuError::InvalidRegisters(why) if why.contains("PAT")), "{error}");
-        // KVM drops a CR8 out of range without an error: it is read back, and all of it undone.
-        let dropped = RegisterChanges { r15: Some(1), cr8: Some(0x20), ..RegisterChanges::default() };
-        let error = vcpu.set_registers(dropped, soon()).await.unwrap_err();
-        assert_eq!(error, VcpuError::NotTaken { register: "CR8", wanted: 0x20, found: 3 });
+        // KVM would drop the one without an error, and fail to enter the guest with the other.
+        for (name, invalid) in [
+            ("CR8", RegisterChanges { cr8: Some(0x20), ..RegisterChanges::default() }),
+            ("RIP", RegisterChanges { rip: Some(1 << 63), ..RegisterChanges::default() }),
+        ] {
+            let error =
+                vcpu.set_registers(RegisterChanges { r15: Some(1), ..invalid }, soon()).await.unwrap_err();
+            assert!(matches!(&error, VcpuError::InvalidRegisters(why) if why.starts_with(name)), "{error}");
+        }
         assert_eq!(vcpu.sync(soon()).await?.registers, after.registers);
         // Valid for a CPU, and KVM here takes it or not; either way all of it or nothing.
         let legacy = RegisterChanges { r15: Some(1), efer: Some(0), ..RegisterChanges::default() };
@@ -153,6 +158,16 @@ fn writes_registers_whole_or_not_at_all() -> Result<(), Failed> {
         }
         let pkru = RegisterChanges { pkru: Some(4), ..RegisterChanges::default() };
         assert!(matches!(vcpu.set_registers(pkru, soon()).await, Err(VcpuError::Unsupported(_))));
+        // No state of long mode. A KVM that drops it does so without an error: it is read back, and all of it undone.
+        let before = vcpu.sync(soon()).await?.registers.clone();
+        let virtual_8086 =
+            RegisterChanges { r15: Some(1), rflags: Some(1 << 17), ..RegisterChanges::default() };
+        match vcpu.set_registers(virtual_8086, soon()).await {
+            Err(VcpuError::NotTaken { register: "RFLAGS", wanted: 0x2_0002, .. }) => {
+                assert_eq!(vcpu.sync(soon()).await?.registers, before);
+            }
+            other => println!("RFLAGS.VM in long mode: {:?}", other.map(|s| s.registers.rflags)),
+        }
         Ok(())
     })
 }

@@ -63,7 +63,7 @@ pub trait Backend: Send + 'static {
     /// When the hypervisor refuses, which ends the vCPU, unless it runs elsewhere.
     fn registers(&mut self) -> Result<Registers, String>;
 
-    /// Writes what is present in `changes`, all of it or nothing. Only states that some CPU accepts get here.
+    /// Writes what is present in `changes`, all of it or nothing. Only values that some CPU holds get here.
     ///
     /// # Errors
     /// Says which register was refused.

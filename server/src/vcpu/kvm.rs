@@ -19,7 +19,7 @@ use super::command::VcpuError;
 use super::devices::Devices;
 use super::nested::entry::Nesting;
 use super::nested::{EnterL2, GuestMode};
-use super::registers::{MSR_PAT, RFLAGS_FIXED, RegisterChanges, Registers, Selectors};
+use super::registers::{MSR_PAT, RegisterChanges, Registers, Selectors};
 
 const MSR_PKRS: u32 = 0x6e1;
 const PKRU_COMPONENT: u32 = 9;
@@ -374,8 +374,7 @@ impl<K: Send + Sync + 'static> Backend for KvmBackend<K> {
         // KVM may drop a bit without an error, so what it took is read back and compared.
         let before = self.groups().map_err(VcpuError::Hypervisor)?;
         let current = self.registers().map_err(VcpuError::Hypervisor)?;
-        let mut wanted = changes.applied_to(&current);
-        wanted.rflags |= RFLAGS_FIXED;
+        let wanted = changes.applied_to(&current);
         if let Err((what, e)) = self.write(&merged(&before, &wanted)) {
             let refused = VcpuError::InvalidRegisters(format!("{what}: {e}"));
             return Err(self.restore(&before, refused));

@@ -3,7 +3,8 @@
 //! Intel SDM volume 1, "Basic Program Execution Registers", and volume 3, "Control Registers". Floating-point and vector
 //! state, debug registers and MSRs other than EFER, PAT and PKRS are left out: no walk depends on them.
 
-use pagewalk::{ControlRegisters, CpuProfile, PageWalk, PagingMode, StateError, Walker};
+use pagewalk::mode::{CR4_LA57, EFER_LMA};
+use pagewalk::{ControlRegisters, CpuProfile, PageWalk, PagingMode, StateError, Walker, is_canonical};
 
 macro_rules! registers {
     ($($field:ident $name:literal $doc:literal),* $(,)?) => {
@@ -95,10 +96,15 @@ registers! {
 
 /// CR0.NE: the FPU's errors are exceptions.
 pub(crate) const CR0_NE: u64 = 1 << 5;
-/// The bit of RFLAGS that is always set.
+/// The bit of RFLAGS that reads as 1, whatever is written.
 pub(crate) const RFLAGS_FIXED: u64 = 1 << 1;
 /// RFLAGS.VM: virtual-8086 mode.
 pub(crate) const RFLAGS_VM: u64 = 1 << 17;
+/// Bits of RFLAGS that no CPU lets be set: 3, 5, 15, and 22 to 63.
+const RFLAGS_RESERVED: u64 = !0x3f_7fd7;
+const CR8_MAX: u64 = 15;
+/// The widest linear addresses that there are.
+const LINEAR_BITS: u32 = 57;
 /// IA32_PAT.
 pub(crate) const MSR_PAT: u32 = 0x277;
 
@@ -120,6 +126,35 @@ pub struct Selectors {
     pub fs: u16,
     /// GS.
     pub gs: u16,
+}
+
+impl RegisterChanges {
+    /// Whether some CPU holds these values among all those `wanted`; [`PageWalk::new`] tells of those that a walk depends on.
+    pub(super) fn check(&self, wanted: &Registers) -> Result<(), String> {
+        if let Some(cr8) = self.cr8.filter(|cr8| *cr8 > CR8_MAX) {
+            return Err(format!("CR8: {cr8:#x} is no task priority: 0 to {CR8_MAX} are"));
+        }
+        if let Some(reserved) = self.rflags.map(|rflags| rflags & RFLAGS_RESERVED).filter(|bits| *bits != 0) {
+            return Err(format!("RFLAGS: the bits {reserved:#x} are reserved"));
+        }
+        if let Some(rip) = self.rip {
+            let long = wanted.efer & EFER_LMA != 0;
+            let bits = if wanted.cr4 & CR4_LA57 != 0 { LINEAR_BITS } else { 48 };
+            if !long && rip > u32::MAX.into() {
+                return Err(format!("RIP: {rip:#x} has more than 32 bits, outside long mode"));
+            }
+            if long && !is_canonical(rip, bits) {
+                return Err(format!("RIP: {rip:#x} is not canonical in {bits} bits"));
+            }
+        }
+        // Their instructions and MSRs are not bound to the way of paging.
+        for (name, base) in [("FS.base", self.fs_base), ("GS.base", self.gs_base)] {
+            if let Some(base) = base.filter(|base| !is_canonical(*base, LINEAR_BITS)) {
+                return Err(format!("{name}: {base:#x} is not canonical in {LINEAR_BITS} bits"));
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Registers {
@@ -174,5 +209,37 @@ mod tests {
         assert_eq!(before.first_difference(&before), None);
         assert!(RegisterChanges::default().is_empty());
         assert!(!RegisterChanges { pkru: Some(0), ..RegisterChanges::default() }.is_empty());
+    }
+
+    #[test]
+    fn what_no_cpu_holds() {
+        const HIGH: u64 = 1 << 50;
+        let none = RegisterChanges::default;
+        let (legacy, long) = (Registers::default(), Registers { efer: EFER_LMA, ..Registers::default() });
+        let five = Registers { cr4: CR4_LA57, ..long.clone() };
+        let rip = |rip| RegisterChanges { rip: Some(rip), ..none() };
+        for (changes, wanted, said) in [
+            (RegisterChanges { cr8: Some(15), ..none() }, &long, ""),
+            (RegisterChanges { cr8: Some(16), ..none() }, &long, "CR8: 0x10"),
+            (RegisterChanges { rflags: Some(0x3f_7fd7), ..none() }, &long, ""),
+            (RegisterChanges { rflags: Some(0x8000_802a), ..none() }, &long, "RFLAGS: the bits 0x80008028"),
+            (rip(u32::MAX.into()), &legacy, ""),
+            (rip(1 << 32), &legacy, "RIP: 0x100000000 has more than 32 bits"),
+            (rip(1 << 32), &long, ""),
+            (rip(HIGH), &long, "RIP: 0x4000000000000 is not canonical in 48"),
+            (rip(HIGH), &five, ""),
+            (rip(1 << 63), &five, "not canonical in 57"),
+            (RegisterChanges { fs_base: Some(HIGH), ..none() }, &long, ""),
+            (RegisterChanges { fs_base: Some(1 << 63), ..none() }, &legacy, "FS.base: "),
+            (RegisterChanges { gs_base: Some(1 << 60), ..none() }, &long, "GS.base: "),
+            (none(), &Registers { cr8: 99, rip: 1 << 63, ..long.clone() }, ""),
+        ] {
+            let problem = changes.check(wanted).err().unwrap_or_default();
+            assert!(
+                problem.starts_with(said) || said.starts_with("not") && problem.contains(said),
+                "{problem}"
+            );
+            assert_eq!(problem.is_empty(), said.is_empty(), "{problem}");
+        }
     }
 }

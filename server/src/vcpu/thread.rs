@@ -23,7 +23,7 @@ use super::hold::{Holders, Released};
 use super::kick::{Kicker, OnThread};
 use super::nested::{L2Registers, NestedMode, NestedRequest, SecondDimension};
 use super::publication::{Published, Publisher};
-use super::registers::RegisterChanges;
+use super::registers::{RFLAGS_FIXED, RegisterChanges};
 use super::signal::REFRESH;
 use super::snapshot::{RunState, Snapshot};
 use super::spaces::Spaces;
@@ -447,11 +447,14 @@ impl<B: Backend> Driver<'_, B> {
 /// Has `backend` write `changes`, unless they make a state that no CPU accepts: hypervisors let some of those pass.
 fn accept<B: Backend>(backend: &mut B, changes: &RegisterChanges, cpu: &CpuProfile) -> Result<(), VcpuError> {
     let current = backend.registers().map_err(VcpuError::Hypervisor)?;
-    let wanted = changes.applied_to(&current).control();
-    if wanted != current.control() {
-        PageWalk::new(&wanted, cpu).map_err(|problem| VcpuError::InvalidRegisters(problem.to_string()))?;
+    let wanted = changes.applied_to(&current);
+    if wanted.control() != current.control() {
+        PageWalk::new(&wanted.control(), cpu)
+            .map_err(|problem| VcpuError::InvalidRegisters(problem.to_string()))?;
     }
-    backend.set_registers(changes)
+    changes.check(&wanted).map_err(VcpuError::InvalidRegisters)?;
+    let rflags = changes.rflags.map(|rflags| rflags | RFLAGS_FIXED);
+    backend.set_registers(&RegisterChanges { rflags, ..changes.clone() })
 }
 
 fn panic_message(payload: &(dyn Any + Send)) -> &str {

@@ -15,11 +15,12 @@ async fn registers_are_read_back_as_written() {
     assert_eq!((before.efer, before.cpl, before.cs, before.pkru), (Some(0xd00), Some(0), Some(8), None));
 
     let wanted =
-        v1::Registers { rax: Some(u64::MAX), r15: Some(1), cr3: Some(0x2_1000), ..Default::default() };
+        v1::Registers { rax: Some(u64::MAX), rflags: Some(0), cr3: Some(0x2_1000), ..Default::default() };
     let request = v1::SetRegistersRequest { registers: Some(wanted), ..Default::default() };
     let set = bed.vcpu().set_registers(request).await.unwrap().into_inner();
     from_plain(set.provenance.as_ref());
-    let expected = v1::Registers { rax: Some(u64::MAX), r15: Some(1), cr3: Some(0x2_1000), ..before };
+    // Bit 1 of RFLAGS is always set.
+    let expected = v1::Registers { rax: Some(u64::MAX), rflags: Some(2), cr3: Some(0x2_1000), ..before };
     assert_eq!(set.registers, Some(expected));
     let sync = v1::GetRegistersRequest { freshness: v1::Freshness::Sync.into(), ..Default::default() };
     let after = bed.vcpu().get_registers(sync).await.unwrap().into_inner();
@@ -43,6 +44,13 @@ async fn refused_writes_write_nothing() {
         (Some(registers(v1::Registers { cr4: Some(1 << 63), ..Default::default() })), "INVALID_REGISTERS"),
         (Some(registers(v1::Registers { cr3: Some(u64::MAX), ..Default::default() })), "INVALID_REGISTERS"),
         (Some(registers(v1::Registers { pkru: Some(1), ..Default::default() })), "INVALID_REGISTERS"),
+        (Some(registers(v1::Registers { cr8: Some(99), ..Default::default() })), "INVALID_REGISTERS"),
+        (Some(registers(v1::Registers { rip: Some(1 << 63), ..Default::default() })), "INVALID_REGISTERS"),
+        (Some(registers(v1::Registers { rflags: Some(1 << 63), ..Default::default() })), "INVALID_REGISTERS"),
+        (
+            Some(registers(v1::Registers { gs_base: Some(1 << 63), ..Default::default() })),
+            "INVALID_REGISTERS",
+        ),
         (Some(registers(v1::Registers { cpl: Some(3), ..Default::default() })), "INVALID_FIELD"),
         (Some(registers(v1::Registers { gs: Some(0), ..Default::default() })), "INVALID_FIELD"),
     ] {

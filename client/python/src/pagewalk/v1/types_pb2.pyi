@@ -900,11 +900,13 @@ class Registers(google.protobuf.message.Message):
     r15: builtins.int
     """R15."""
     rip: builtins.int
-    """RIP."""
+    """RIP. INVALID_ARGUMENT in `SetRegisters` unless it is canonical in the bits of the way of paging, and has no more than 32 bits
+    outside long mode.
+    """
     rflags: builtins.int
-    """RFLAGS."""
+    """RFLAGS. Bit 1 reads as 1, whatever `SetRegisters` writes there; other reserved bits are INVALID_ARGUMENT."""
     cr8: builtins.int
-    """CR8: the task priority, 0 to 15."""
+    """CR8: the task priority, 0 to 15, else INVALID_ARGUMENT in `SetRegisters`."""
     pat: builtins.int
     """IA32_PAT."""
     pkru: builtins.int
@@ -912,9 +914,9 @@ class Registers(google.protobuf.message.Message):
     cpl: builtins.int
     """Current privilege level, 0 to 3. Read-only: INVALID_ARGUMENT in `SetRegisters`."""
     fs_base: builtins.int
-    """Base of FS."""
+    """Base of FS. INVALID_ARGUMENT in `SetRegisters` unless it is canonical in 57 bits."""
     gs_base: builtins.int
-    """Base of GS."""
+    """Base of GS; as that of FS."""
     cs: builtins.int
     """Selector of CS, 16 bits. Read-only: INVALID_ARGUMENT in `SetRegisters`."""
     ss: builtins.int

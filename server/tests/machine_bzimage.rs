@@ -57,7 +57,7 @@ refuses!(empty, [0_u8; 0], KernelProblem::NotAKernel);
 refuses!(an_elf_file, b"\x7fELF".repeat(1000), KernelProblem::NotAKernel);
 refuses!(cut_in_its_header, bzimage(&[0xf4])[..0x26b], KernelProblem::NotAKernel);
 refuses!(cut_in_its_code, bzimage(&[0xf4; 64])[..SETUP + 0x200], KernelProblem::Truncated { .. });
-refuses!(without_code, patched(0x1f4, &[0; 4]), KernelProblem::Truncated { .. });
+refuses!(without_code, patched(0x1f4, &[0; 4]), KernelProblem::NoCode);
 refuses!(of_any_length, patched(0x1f4, &[0xff; 4]), KernelProblem::Truncated { .. });
 refuses!(an_old_protocol, patched(0x206, &[0x0b, 2]), KernelProblem::No64Bit { version: 0x20b });
 refuses!(a_zimage, patched(0x211, &[0]), KernelProblem::No64Bit { .. });

@@ -93,6 +93,11 @@ pub enum KernelProblem {
         /// Version of the boot protocol.
         version: u16,
     },
+    /// Its header promises no code.
+    #[error(
+        "is damaged: its header says that there is no kernel behind it (`syssize` is 0); take another copy"
+    )]
+    NoCode,
     /// It ends before what its header promises.
     #[error("is truncated: it has to have {wanted} bytes and has {size}")]
     Truncated {
@@ -198,8 +203,11 @@ fn load_kernel(memory: &GuestRam, low_end: u64, path: &Path) -> Result<(setup_he
     // 0 means 4, for the sake of very old loaders; and the boot sector comes first.
     let setup = (u64::from(if sectors == 0 { 4 } else { sectors }) + 1) * SECTOR;
     let paragraphs = u32::from_le_bytes(read_at(&mut file, 0x1f4)?);
+    if paragraphs == 0 {
+        return Err(KernelProblem::NoCode);
+    }
     let wanted = setup + u64::from(paragraphs) * 16;
-    if paragraphs == 0 || size < wanted {
+    if size < wanted {
         return Err(KernelProblem::Truncated { wanted, size });
     }
     let preferred = u64::from_le_bytes(read_at(&mut file, 0x258)?);

@@ -20,7 +20,7 @@ const BOUND: Duration = Duration::from_secs(12);
 type Peer = (&'static str, &'static str, fn(UnixStream));
 
 pub(crate) fn trials() -> Vec<Trial> {
-    let peers: [Peer; 9] = [
+    let peers: [Peer; 11] = [
         ("silent", "no greeting", |stream| drop(BufReader::new(stream).read_line(&mut String::new()))),
         ("closes", "closed", drop),
         ("garbage", "no QMP", |mut stream| drop(stream.write_all(&[0xff; 100_000]))),
@@ -38,7 +38,18 @@ pub(crate) fn trials() -> Vec<Trial> {
             while lines.read_line(&mut String::new()).is_ok_and(|read| read > 0) {}
         }),
         ("answers_unasked", "", |mut stream| while writeln!(stream, "{GREETING}").is_ok() {}),
-        ("answers_nonsense", "", |mut stream| {
+        ("greets_as_nobody", "does not answer as QEMU does", |mut stream| {
+            drop(writeln!(stream, "{{}}"));
+            drop(BufReader::new(stream).read_line(&mut String::new()));
+        }),
+        ("answers_nothing", "`query-kvm`: what is behind it does not answer as QEMU does", |mut stream| {
+            drop(writeln!(stream, "{GREETING}"));
+            let mut lines = BufReader::new(stream.try_clone().unwrap());
+            while lines.read_line(&mut String::new()).is_ok_and(|read| read > 0) {
+                drop(writeln!(stream, r#"{{"return": {{}}}}"#));
+            }
+        }),
+        ("answers_nonsense", "does not answer as QEMU does", |mut stream| {
             drop(writeln!(stream, "{GREETING}"));
             let mut lines = BufReader::new(stream.try_clone().unwrap());
             let mut line = String::new();

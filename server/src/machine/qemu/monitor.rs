@@ -169,7 +169,7 @@ impl Monitor {
             } else {
                 String::new()
             };
-            self.broken(format!("{error}{hint}"))
+            self.broken(format!("{}{hint}", told(&error)))
         })?;
         self.execute(&qmp::qmp_capabilities { enable: None })?;
         Ok(())
@@ -224,7 +224,7 @@ impl Monitor {
                 Err(MonitorError::Refused { command: name.to_owned(), problem: error.desc })
             }
             Err(ExecuteError::Io(error)) => {
-                let error = self.broken(format!("`{name}`: {error}"));
+                let error = self.broken(format!("`{name}`: {}", told(&error)));
                 *slot = Err(error.clone());
                 Err(error)
             }
@@ -233,6 +233,19 @@ impl Monitor {
 
     fn broken(&self, problem: String) -> MonitorError {
         MonitorError::Broken { path: self.path.clone(), problem }
+    }
+}
+
+/// What is said of an error on the wire. That an answer does not fit is serde's, in words about types.
+fn told(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof => {
+            tracing::debug!("an answer that is none of QEMU's: {error}");
+            "what is behind it does not answer as QEMU does; check that it is the socket of QEMU's own -qmp, not a guest \
+             agent's or another program's"
+                .to_owned()
+        }
+        _ => error.to_string(),
     }
 }
 

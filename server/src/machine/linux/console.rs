@@ -110,6 +110,9 @@ impl Log {
             .custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW)
             .open(path)
             .map_err(|error| match error.raw_os_error() {
+                Some(libc::ENXIO) => {
+                    io::Error::other("is a socket, or a pipe that nobody reads: name a file")
+                }
                 Some(libc::ELOOP) => io::Error::other("is a symbolic link: name the file that it leads to"),
                 _ => error,
             })?;
@@ -152,15 +155,16 @@ pub(super) fn open(
     socket: Option<&Path>,
     log: Option<&Path>,
 ) -> Result<(Output, Option<Pending>), LinuxError> {
-    let log = log
-        .map(|path| Log::open(path).map_err(|e| LinuxError::Console(format!("log {}: {e}", path.display()))))
-        .transpose()?;
     let pending = socket
         .map(|path| {
             let (listener, file) =
                 claim(path).map_err(|e| LinuxError::Console(format!("socket {}: {e}", path.display())))?;
             Ok(Pending { listener, file, shared: Arc::default() })
         })
+        .transpose()?;
+    // After the socket: a console that cannot be had makes no file.
+    let log = log
+        .map(|path| Log::open(path).map_err(|e| LinuxError::Console(format!("log {}: {e}", path.display()))))
         .transpose()?;
     let shared = pending.as_ref().map(|pending| Arc::clone(&pending.shared));
     Ok((Output { lines: Lines::new(machine.to_owned()), log, shared }, pending))
@@ -333,6 +337,18 @@ mod tests {
             assert_eq!(file.exists(), there);
         }
         assert_eq!(std::fs::read(&file).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn what_is_refused_leaves_nothing_behind() {
+        let folder = tempfile::tempdir().unwrap();
+        let one = folder.path().join("x");
+        let error = open("vm", Some(&one), Some(&one)).err().unwrap().to_string();
+        assert!(error.contains("x: is a socket") && error.contains("name a file"), "{error}");
+        assert!(!one.exists());
+        let other = folder.path().join("missing/s");
+        open("vm", Some(&other), Some(&one)).err().unwrap();
+        assert!(!one.exists());
     }
 
     /// Whoever stops taking what the guest says is noticed late, when the next one may be there already.

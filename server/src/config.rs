@@ -79,7 +79,7 @@ pub struct Options {
     /// How to log [default: human]
     #[arg(long, value_enum, env = "PAGEWALK_LOG_FORMAT")]
     pub log_format: Option<LogFormat>,
-    /// Seconds that calls in flight have to end when the daemon stops [default: 5]
+    /// Seconds that calls in flight have to end when the daemon is told to stop; told again, it stops at once [default: 5]
     #[arg(long, value_name = "SECONDS", env = "PAGEWALK_GRACE_SECONDS")]
     pub grace_seconds: Option<u64>,
     /// Calls in flight, over all connections, beyond which further ones are refused. A quarter of them at most are maps and images, a quarter streams that wait for news, and a quarter, no more than 128, batches [default: 1024]

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write as _};
 use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use pagewalk_proto::v1::{self, save_image_response::Part};
@@ -68,14 +69,32 @@ impl Unfinished {
         SaveError::File { file: self.part.clone(), problem }
     }
 
+    /// Whether the part is still this file: somebody may have deleted it, and begun another save.
+    fn is_there(&self) -> bool {
+        let identity = |data: fs::Metadata| (data.dev(), data.ino());
+        match (self.file.metadata(), self.part.symlink_metadata()) {
+            (Ok(own), Ok(there)) => identity(own) == identity(there),
+            _ => false,
+        }
+    }
+
     /// Gives it its name, unless that is taken by now.
     fn finish(&self) -> Result<(), SaveError> {
         self.file.sync_all().map_err(|e| self.fail(e))?;
+        if !self.is_there() {
+            return Err(self.fail(io::Error::other("was replaced meanwhile: save again")));
+        }
         match fs::hard_link(&self.part, &self.name) {
             Err(problem) if problem.kind() == ErrorKind::AlreadyExists => Err(taken(&self.name)),
             // The file system has no hard links: there is a moment between looking and renaming.
             Err(problem)
-                if matches!(problem.kind(), ErrorKind::PermissionDenied | ErrorKind::Unsupported) =>
+                if matches!(
+                    problem.kind(),
+                    ErrorKind::PermissionDenied
+                        | ErrorKind::Unsupported
+                        | ErrorKind::CrossesDevices
+                        | ErrorKind::TooManyLinks
+                ) =>
             {
                 is_free(&self.name)?;
                 fs::rename(&self.part, &self.name).map_err(|e| self.fail(e))
@@ -87,8 +106,10 @@ impl Unfinished {
 
 impl Drop for Unfinished {
     fn drop(&mut self) {
-        // Where it is whole, it has its name.
-        let _ = fs::remove_file(&self.part);
+        if self.is_there() {
+            // Where it is whole, it has its name.
+            let _ = fs::remove_file(&self.part);
+        }
     }
 }
 

@@ -117,9 +117,10 @@ table() {
                     wanted = split(judges[row], want, " ")
                     for (n = 1; n <= wanted; n++) { pattern = want[n]; gsub(/\*/, ".*", pattern); if (who ~ "^" pattern "$") listed = 1 }
                 }
-                if (!listed) { printf "judge %s is in no row\n", who; failed++ }
+                if (!listed) { printf "judge %s is in no row\n", who; strays++ }
             }
-            if (failed) { printf "\n%d of %d rows are not as they have to be\n", failed, count; exit 1 }
+            if (failed) printf "\n%d of %d rows are not as they have to be\n", failed, count
+            if (failed || strays) exit 1
         }
         function dashes(n,   text) { text = ""; while (n-- > 0) text = text "-"; return text }
     ' - "$1"

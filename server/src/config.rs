@@ -58,7 +58,7 @@ pub struct Options {
     /// Address to listen on; may be repeated. Not loopback: only with the three TLS options [default: 127.0.0.1:50051]
     #[arg(long, value_name = "ADDR", env = "PAGEWALK_LISTEN", value_delimiter = ',', value_parser = address)]
     pub listen: Vec<SocketAddr>,
-    /// Unix socket to listen on as well [default: $XDG_RUNTIME_DIR/pagewalk.sock, none without that variable]
+    /// Unix socket to listen on as well [default: $XDG_RUNTIME_DIR/pagewalk.sock, none without that variable or where another daemon has it]
     #[arg(long, value_name = "PATH", env = "PAGEWALK_UDS")]
     pub uds: Option<PathBuf>,
     /// Folder of files that clients may have the daemon make: the sockets and logs of consoles of machines that they attach [default: none, but for the daemon's own user over the Unix socket]
@@ -275,7 +275,9 @@ fn folder(path: PathBuf) -> Result<PathBuf, ConfigError> {
 
 fn default_uds() -> Option<PathBuf> {
     let folder = PathBuf::from(std::env::var_os("XDG_RUNTIME_DIR")?);
-    folder.is_absolute().then(|| folder.join("pagewalk.sock"))
+    let socket = folder.is_absolute().then(|| folder.join("pagewalk.sock"))?;
+    // Nobody has asked for it: a second daemon, such as a demo, does without.
+    std::os::unix::net::UnixStream::connect(&socket).is_err().then_some(socket)
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use std::io::{self, IsTerminal as _, Write as _};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser as _;
 use mimalloc::MiMalloc;
@@ -12,12 +13,18 @@ use pagewalkd::serve::Server;
 use pagewalkd::tour;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
+use tokio::time::{Instant, timeout_at};
 use tracing_subscriber::EnvFilter;
 
 /// The columns of batches come and go by the half-megabyte: the C library's allocator hands such memory back to the system and has
 /// it cleared anew each time.
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
+
+/// What comes sooner belongs to the signal before: `timeout`, and programs that pass signals on, send one twice.
+const APART: Duration = Duration::from_millis(500);
+/// How long the end may take.
+const LAST: Duration = Duration::from_secs(5);
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
@@ -49,7 +56,10 @@ fn run(cli: Cli) -> Result<(), Error> {
         machines.open(spec)?;
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(serve(&config, machines, tour))
+    let served = runtime.block_on(serve(&config, machines, tour));
+    // What blocks, on a peer or on a file, is not waited for without end.
+    runtime.shutdown_timeout(LAST);
+    served
 }
 
 /// A tour that ends by itself must not get in the way of a daemon that is there.
@@ -79,6 +89,11 @@ async fn serve(config: &Config, machines: Machines, tour: Option<bool>) -> Resul
     let at_once = async {
         signalled(2).await;
         tracing::warn!("a second signal: calls in flight are cut off");
+        // Machines are let go of first, and somebody may not let go.
+        std::thread::spawn(|| {
+            std::thread::sleep(LAST);
+            std::process::exit(1);
+        });
     };
     let (Some(once), Some(address)) = (tour, addresses.first()) else {
         return tokio::select! {
@@ -106,14 +121,17 @@ async fn serve(config: &Config, machines: Machines, tour: Option<bool>) -> Resul
     tour.await?.or_else(|error| if is_broken_pipe(&error) { Ok(()) } else { Err(error) })
 }
 
-/// How often SIGTERM and SIGINT have come.
+/// How often the daemon was told to stop, by SIGTERM or SIGINT.
 fn count_signals() -> io::Result<watch::Receiver<u32>> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let (count, signals) = watch::channel(0);
     tokio::spawn(async move {
+        let mut told = async || tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} };
         loop {
-            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+            told().await;
             count.send_modify(|count| *count += 1);
+            let again = Instant::now() + APART;
+            while timeout_at(again, told()).await.is_ok() {}
         }
     });
     Ok(signals)

@@ -90,7 +90,7 @@ pub(crate) enum Error {
     )]
     TooLarge(String),
     /// The answer is larger than is encoded.
-    #[error("the answer is too large: {0}; ask for less at once")]
+    #[error("the answer is too large: {0}; where the request can be smaller, ask for less")]
     AnswerTooLarge(String),
     /// The request is no message of the contract.
     #[error("the request cannot be decoded: {0}; is the client built from this daemon's contract?")]

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
-use pagewalk_proto::readable_lines;
+use pagewalk_proto::readable;
 
 use super::{Context, exit::Failure, signals::Ending};
 use crate::SaveError;
@@ -56,7 +56,7 @@ pub(super) async fn run(context: &Context, args: &Args) -> Result<ExitCode, Fail
     let saved = saved?;
     context.output.answer("ImageEnd", &ImageEnd { contents_bytes: saved.contents_bytes }, |_| {
         let [description, memory] =
-            [&saved.description, &saved.memory].map(|path| readable_lines(&path.display().to_string()));
+            [&saved.description, &saved.memory].map(|path| readable(&path.display().to_string()));
         let (all, sent) = (HumanBytes(saved.memory_bytes), HumanBytes(saved.contents_bytes));
         format!(
             "saved {description} and {memory}: {all} of memory, {sent} of it not zero\n  open it with: pagewalkd serve --machine image:{description}"

@@ -76,7 +76,7 @@ fn parse_text(text: &str) -> Result<Written, String> {
 
 /// What an error about a name adds: kernels have names of hex digits alone, such as `edd`, but most who write them forgot 0x.
 pub(crate) fn hex_hint(name: &str) -> &'static str {
-    if name.chars().all(|c| c.is_ascii_hexdigit()) { "; hex needs 0x in front" } else { "" }
+    if name.chars().all(|c| c.is_ascii_hexdigit() || c == '_') { "; hex needs 0x in front" } else { "" }
 }
 
 /// Whether this may be the name of a symbol.

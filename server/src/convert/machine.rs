@@ -1,6 +1,7 @@
 //! Machines.
 
 use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 
 use pagewalk_proto::{readable_within, v1};
 use prost::Message as _;
@@ -14,21 +15,22 @@ const TEXT_MAX: usize = 200;
 /// What a machine takes in a list beside itself: its tag and its length.
 const BESIDE: usize = 5;
 
-/// Abridges the largest machines of a list, until all of them take at most `most` bytes.
-pub(crate) fn list(mut machines: Vec<v1::Machine>, most: usize) -> Vec<v1::Machine> {
+/// A list of machines, of which the largest are abridged as they come, so that all of them take at most `most` bytes.
+pub(crate) fn list(machines: impl IntoIterator<Item = v1::Machine>, most: usize) -> Vec<v1::Machine> {
     let size = |machine: &v1::Machine| machine.encoded_len() + BESIDE;
-    let mut all: usize = machines.iter().map(size).sum();
-    let mut largest: Vec<&mut v1::Machine> = machines.iter_mut().collect();
-    largest.sort_by_cached_key(|machine| Reverse(machine.encoded_len()));
-    for machine in largest {
-        if all <= most {
-            break;
+    let (mut listed, mut whole, mut all) = (Vec::new(), BinaryHeap::new(), 0);
+    for machine in machines {
+        all += size(&machine);
+        whole.push((size(&machine), Reverse(listed.len())));
+        listed.push(machine);
+        while all > most
+            && let Some((before, Reverse(place))) = whole.pop()
+        {
+            abridge(&mut listed[place]);
+            all = all - before + size(&listed[place]);
         }
-        all -= size(machine);
-        abridge(machine);
-        all += size(machine);
     }
-    machines
+    listed
 }
 
 /// Leaves out what can be long.

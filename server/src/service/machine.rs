@@ -33,7 +33,7 @@ impl MachineService for Daemon {
         _: Request<v1::ListMachinesRequest>,
     ) -> Result<Response<v1::ListMachinesResponse>, Status> {
         let machines = self.machines.all();
-        let machines = machines.iter().map(|machine| convert::machine::machine(machine)).collect();
+        let machines = machines.iter().map(|machine| convert::machine::machine(machine));
         Ok(Response::new(v1::ListMachinesResponse {
             machines: convert::machine::list(machines, LISTED),
             provenance: Some(v1::Provenance { host: self.host.to_string(), ..Default::default() }),

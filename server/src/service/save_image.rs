@@ -116,7 +116,11 @@ async fn save(
                 contents_bytes += piece.contents.len() as u64;
                 send(parts, Part::Piece(piece)).await?;
             }
-            Found::Zeroes => {}
+            // The client hears how far this is, and that somebody is at work.
+            Found::Zeroes => {
+                let offset = reader.written + reader.offset;
+                send(parts, Part::Piece(v1::ImagePiece { offset, contents: Vec::new() })).await?;
+            }
             Found::End => break,
         }
     }

@@ -64,10 +64,15 @@ pub struct Holders {
 }
 
 impl Holders {
-    /// Another one has stopped it, or found it stopped.
-    pub(super) fn join(&mut self, ran: bool) {
-        self.count += 1;
+    /// Somebody has stopped it, or found it stopped, who may have done `before`.
+    pub(super) fn join(&mut self, ran: bool, before: bool) {
+        self.count += u32::from(!before);
         self.run_on |= ran;
+    }
+
+    /// It could not be let go of: the next one who leaves tries again.
+    pub(super) fn owe(&mut self) {
+        self.run_on = true;
     }
 
     /// Somebody has said whether it runs: that stays.

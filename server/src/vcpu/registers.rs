@@ -137,8 +137,14 @@ impl RegisterChanges {
         if let Some(reserved) = self.rflags.map(|rflags| rflags & RFLAGS_RESERVED).filter(|bits| *bits != 0) {
             return Err(format!("RFLAGS: the bits {reserved:#x} are reserved"));
         }
+        let long = wanted.efer & EFER_LMA != 0;
+        if long && self.rflags.is_some_and(|rflags| rflags & RFLAGS_VM != 0) {
+            return Err("RFLAGS: long mode has no virtual-8086 mode (VM)".to_owned());
+        }
+        if let Some(cr3) = self.cr3.filter(|cr3| !long && *cr3 > u32::MAX.into()) {
+            return Err(format!("CR3: {cr3:#x} has more than 32 bits, outside long mode"));
+        }
         if let Some(rip) = self.rip {
-            let long = wanted.efer & EFER_LMA != 0;
             let bits = if wanted.cr4 & CR4_LA57 != 0 { LINEAR_BITS } else { 48 };
             if !long && rip > u32::MAX.into() {
                 return Err(format!("RIP: {rip:#x} has more than 32 bits, outside long mode"));
@@ -221,7 +227,14 @@ mod tests {
         for (changes, wanted, said) in [
             (RegisterChanges { cr8: Some(15), ..none() }, &long, ""),
             (RegisterChanges { cr8: Some(16), ..none() }, &long, "CR8: 0x10"),
-            (RegisterChanges { rflags: Some(0x3f_7fd7), ..none() }, &long, ""),
+            (RegisterChanges { rflags: Some(0x3f_7fd7), ..none() }, &legacy, ""),
+            (
+                RegisterChanges { rflags: Some(RFLAGS_VM), ..none() },
+                &long,
+                "RFLAGS: long mode has no virtual-8086",
+            ),
+            (RegisterChanges { cr3: Some(1 << 32), ..none() }, &long, ""),
+            (RegisterChanges { cr3: Some(1 << 32), ..none() }, &legacy, "CR3: 0x100000000 has more than 32"),
             (RegisterChanges { rflags: Some(0x8000_802a), ..none() }, &long, "RFLAGS: the bits 0x80008028"),
             (rip(u32::MAX.into()), &legacy, ""),
             (rip(1 << 32), &legacy, "RIP: 0x100000000 has more than 32 bits"),

@@ -209,7 +209,7 @@ impl<B: Backend> Driver<'_, B> {
                 continue;
             }
             let runs_on = self.with_holders(|driver, holders| match holders.leave() {
-                true => driver.run_on().map(|()| true),
+                true => driver.run_on().map(|()| true).inspect_err(|_| holders.owe()),
                 false => Ok(false),
             });
             match runs_on {
@@ -321,8 +321,8 @@ impl<B: Backend> Driver<'_, B> {
                 Ok(())
             })?,
             Action::Hold(holds) => self.with_holders(|driver, holders| {
-                holders.join(driver.stop()?);
-                holds.store(true, Ordering::Relaxed);
+                let ran = driver.stop()?;
+                holders.join(ran, holds.swap(true, Ordering::Relaxed));
                 Ok(())
             })?,
             Action::Resume => self.with_holders(|driver, holders| {

@@ -30,9 +30,12 @@ fn stops_at_the_second_signal() -> Result<(), Failed> {
         // A stream that never ends by itself.
         let mut stream = health.watch(HealthCheckRequest::default()).await.unwrap().into_inner();
         stream.message().await.unwrap().unwrap();
+        // At once, they are one.
         daemon.signal("TERM");
+        daemon.signal("INT");
         let next = tokio::time::timeout(SOON, stream.message()).await.unwrap().unwrap().unwrap();
         assert_eq!(next.status(), ServingStatus::NotServing);
+        assert!(tokio::time::timeout(Duration::from_secs(1), stream.message()).await.is_err());
         daemon.signal("INT");
         assert_eq!(daemon.wait(SOON).code(), Some(0), "{}", daemon.log());
     });

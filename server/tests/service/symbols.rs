@@ -99,6 +99,7 @@ async fn what_means_no_address_is_refused() {
         ("nothing_like_it", "there is no symbol"),
         ("twice", "2 addresses, 0xffff800000010800, 0xffff800000010900"),
         ("ffff800000010000", "hex needs 0x in front"),
+        ("ffff_8000_0001_0000", "hex needs 0x in front"),
         ("kernel_text+", "neither a number"),
         ("kernel-text", "`kernel-text` is neither a number"),
         ("low-0x11", "beyond 64 bits"),

@@ -56,7 +56,8 @@ pub(crate) fn surroundings(crates: &[&str]) -> String {
     // The lock may have several of one name: the bench's own is the one that the manifest asks for.
     let version = |name: &str| {
         let asked = manifest.lines().find(|line| line.starts_with(&format!("{name} = ")));
-        let asked = asked.and_then(|line| line.split('"').nth(1)).unwrap_or_default();
+        let asked = asked.and_then(|line| line.split('"').nth(1));
+        let asked = asked.filter(|text| text.starts_with(|c: char| c.is_ascii_digit())).unwrap_or_default();
         lock.split(&format!("name = \"{name}\"\nversion = \""))
             .skip(1)
             .filter_map(|rest| rest.split('"').next())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from datetime import timedelta
 from os import PathLike
@@ -697,6 +698,8 @@ class Client:
         several calls.
         """
         if not isinstance(address, str):
+            # Integers of numpy's wrap.
+            address = operator.index(address)
             convert.check_reach(address, length)
         data = bytearray()
         while True:

@@ -78,8 +78,7 @@ def to_address(address: int | str, what: str = "address") -> types_pb2.Address:
 
 def check_reach(first: int, length: int) -> None:
     """Check that the last of so many bytes has an address."""
-    # As Python's own number: numpy's would wrap.
-    if to_word(int(first), "address") + length > 1 << 64:
+    if to_word(first, "address") + length > 1 << 64:
         raise ValueError(f"{first:#x} and {length} bytes reach beyond 64 bits")
 
 

@@ -95,8 +95,8 @@ def save(parts: Iterable[SaveImageResponse], description: Path, memory: Path) ->
                 _finish(memory, contents)
                 try:
                     _finish(description, text)
-                except BaseException:
-                    memory.unlink()
+                except Exception:
+                    memory.unlink(missing_ok=True)
                     raise
                 return SavedImage(description, memory, memory_bytes=size, contents_bytes=received)
             else:

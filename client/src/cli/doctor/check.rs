@@ -1,6 +1,6 @@
 //! One line per check: what was looked at, how it stands, and what to do.
 
-use pagewalk_proto::readable_lines;
+use pagewalk_proto::readable;
 use serde_json::{Value, json};
 
 use crate::cli::render::table::{Cell, Table};
@@ -68,10 +68,10 @@ impl Report {
     pub(super) fn text(&self) -> String {
         let mut table = Table::default();
         for check in &self.checks {
-            let finding = readable_lines(&check.finding);
+            let finding = readable(&check.finding);
             let finding = match &check.advice {
                 None => finding,
-                Some(advice) => format!("{finding}: {}", readable_lines(advice)),
+                Some(advice) => format!("{finding}: {}", readable(advice)),
             };
             table.row([
                 match check.standing {

@@ -4,7 +4,7 @@ use super::check::Report;
 use crate::{
     Code, Endpoint, Error,
     cli::{connection::ConnectionArgs, render},
-    v1::{ListMachinesRequest, ListMachinesResponse},
+    v1::{ListMachinesRequest, ListMachinesResponse, MachineState},
 };
 
 const OURS: &str = env!("CARGO_PKG_VERSION");
@@ -78,6 +78,14 @@ fn serves(report: &mut Report, answer: &ListMachinesResponse) {
         report.warn("machines", "none", "start the daemon with one: pagewalkd serve --machine demo");
     }
     for machine in &answer.machines {
+        if machine.state() == MachineState::Lost {
+            report.fail(
+                "machine",
+                format!("{} is LOST: {}", machine.id, machine.state_reason),
+                "detach it, and attach it again once it is back",
+            );
+            continue;
+        }
         report.ok(
             "machine",
             format!(

@@ -1,6 +1,6 @@
 //! Machines: what they are, their memory, and addresses worth asking about.
 
-use pagewalk_proto::readable_lines;
+use pagewalk_proto::readable;
 
 use super::{
     paint,
@@ -28,17 +28,17 @@ pub(in crate::cli) fn attached(answer: &AttachMachineResponse) -> String {
 fn machine(machine: &Machine) -> String {
     let mut parts = vec![format!(
         "{}  source {}, {}, {} of memory, MAXPHYADDR {}",
-        paint::heading(readable_lines(&machine.id)),
-        readable_lines(&machine.source),
+        paint::heading(readable(&machine.id)),
+        readable(&machine.source),
         vcpus(machine.vcpus),
         size(machine.memory_bytes),
         machine.maxphyaddr,
     )];
     if !machine.description.is_empty() {
-        parts.push(format!("  {}", readable_lines(&machine.description)));
+        parts.push(format!("  {}", readable(&machine.description)));
     }
     if machine.state() == MachineState::Lost {
-        parts.push(format!("  LOST: {}", readable_lines(&machine.state_reason)));
+        parts.push(format!("  LOST: {}", readable(&machine.state_reason)));
     }
     if let Some(symbols) = &machine.symbols {
         let place = match (symbols.placement(), symbols.slide) {
@@ -49,8 +49,8 @@ fn machine(machine: &Machine) -> String {
         parts.push(format!(
             "  symbols: {} of {}, {place}: {}",
             symbols.count,
-            readable_lines(&symbols.file),
-            readable_lines(&symbols.reason)
+            readable(&symbols.file),
+            readable(&symbols.reason)
         ));
     }
     if let Some(can) = &machine.capabilities {
@@ -81,14 +81,14 @@ fn machine(machine: &Machine) -> String {
     let mut landmarks = Table::default().indented(2);
     for landmark in &machine.landmarks {
         landmarks.row([
-            Cell::new(readable_lines(&landmark.name)),
+            Cell::new(readable(&landmark.name)),
             Cell::address(landmark.address),
-            Cell::dim(readable_lines(&landmark.description)),
+            Cell::dim(readable(&landmark.description)),
         ]);
     }
     parts.push(landmarks.render());
     if machine.abridged {
-        let id = readable_lines(&machine.id);
+        let id = readable(&machine.id);
         parts.push(format!("  abridged: `pagewalk machines --machine {id}` shows all of it"));
     }
     parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("\n")

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use pagewalk_proto::readable_lines;
+use pagewalk_proto::readable;
 
 use super::{hex, paint, provenance};
 use crate::v1::{MemoryStop, ReadMemoryResponse, WriteMemoryResponse};
@@ -50,7 +50,7 @@ pub(in crate::cli) fn written(answer: &WriteMemoryResponse) -> String {
 pub(in crate::cli) fn stop(stop: &MemoryStop) -> String {
     let why = match &stop.fault {
         Some(fault) => super::outcome::fault(fault),
-        None => format!("GPA {}: {}", hex(stop.gpa), readable_lines(&stop.reason)),
+        None => format!("GPA {}: {}", hex(stop.gpa), readable(&stop.reason)),
     };
     format!("{} at {}: {why}", paint::bad("stopped"), hex(stop.address))
 }

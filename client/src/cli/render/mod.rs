@@ -1,6 +1,6 @@
 //! Answers as text for people: compact, aligned, in hex.
 //!
-//! One file per thing shown. Words from the daemon pass through [`readable_lines`](pagewalk_proto::readable_lines) right
+//! One file per thing shown. Words from the daemon pass through [`readable`](pagewalk_proto::readable) right
 //! where they are put in, so that they cannot steer the terminal, and the colours around them can.
 
 pub(super) mod explanation;

@@ -1,6 +1,6 @@
 //! One line for one address: what it means, or why nothing.
 
-use pagewalk_proto::readable_lines;
+use pagewalk_proto::readable;
 
 use super::{hex, names, paint, provenance};
 use crate::v1::{
@@ -19,7 +19,7 @@ pub(in crate::cli) fn line(address: u64, answer: &TranslateResponse) -> String {
 /// ` <name+0x10>`, or nothing.
 pub(super) fn symbol(symbol: Option<&Symbol>) -> String {
     let Some(symbol) = symbol else { return String::new() };
-    let name = readable_lines(&symbol.name);
+    let name = readable(&symbol.name);
     match symbol.offset {
         0 => format!(" <{name}>"),
         offset => format!(" <{name}+{offset:#x}>"),
@@ -129,7 +129,7 @@ pub(super) fn fault(refused: &Fault) -> String {
         }
         _ => names::entry_bits(refused.bits, refused.entry),
     };
-    let parts = [what(refused), entry, bits, readable_lines(&refused.reason)];
+    let parts = [what(refused), entry, bits, readable(&refused.reason)];
     parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("  ")
 }
 

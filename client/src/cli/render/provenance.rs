@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pagewalk_proto::readable_lines;
+use pagewalk_proto::readable;
 
 use super::{names, paint};
 use crate::v1::{Provenance, RunState};
@@ -19,7 +19,7 @@ pub(in crate::cli) fn short(provenance: Option<&Provenance>) -> String {
         words.push(names::run_state(provenance.run_state()).into());
     }
     if !provenance.assumed.is_empty() {
-        words.push(format!("assumed {}", readable_lines(&provenance.assumed.join(" "))));
+        words.push(format!("assumed {}", readable(&provenance.assumed.join(" "))));
     }
     if provenance.torn {
         words.push("torn: an entry changed during the walk".into());
@@ -34,11 +34,10 @@ pub(in crate::cli) fn short(provenance: Option<&Provenance>) -> String {
 
 /// The same with machine, source and host.
 pub(in crate::cli) fn long(provenance: &Provenance) -> String {
-    let machine =
-        format!("machine {} ({})", readable_lines(&provenance.machine), readable_lines(&provenance.source));
+    let machine = format!("machine {} ({})", readable(&provenance.machine), readable(&provenance.source));
     let host = match provenance.host.as_str() {
         "" => String::new(),
-        host => format!(" on {}", readable_lines(host)),
+        host => format!(" on {}", readable(host)),
     };
     format!("{machine}{host} {}", short(Some(provenance)))
 }

@@ -1,6 +1,6 @@
 //! Address spaces, and what one address means in each.
 
-use pagewalk_proto::{readable, readable_lines};
+use pagewalk_proto::readable;
 
 use super::{
     hex, outcome, paint, provenance,
@@ -44,7 +44,7 @@ pub(in crate::cli) fn list(answer: &ListAddressSpacesResponse) -> String {
 
 /// Why tasks are missing.
 fn problem(list: &TaskList) -> Option<String> {
-    let reason = readable_lines(&list.reason);
+    let reason = readable(&list.reason);
     match list.state() {
         TaskListState::Complete | TaskListState::Unspecified => None,
         TaskListState::Incomplete => {

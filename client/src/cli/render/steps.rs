@@ -1,6 +1,6 @@
 //! The entries read during a walk, as a table.
 
-use pagewalk_proto::readable_lines;
+use pagewalk_proto::readable;
 
 use super::{
     names,
@@ -18,8 +18,7 @@ pub(in crate::cli) fn table(steps: &[Step]) -> String {
             Cell::address(step.entry_gpa),
             super::hex(step.entry).into(),
             step.rights_so_far.as_ref().map(|rights| so_far(step.mode(), rights)).unwrap_or_default().into(),
-            format!("{}{}", readable_lines(&step.verdict), super::outcome::symbol(step.symbol.as_ref()))
-                .into(),
+            format!("{}{}", readable(&step.verdict), super::outcome::symbol(step.symbol.as_ref())).into(),
         ]);
     }
     table.render()

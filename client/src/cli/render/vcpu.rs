@@ -1,6 +1,6 @@
 //! vCPUs, in a table or one by one.
 
-use pagewalk_proto::readable_lines;
+use pagewalk_proto::readable;
 
 use super::{
     hex, names, paint, provenance,
@@ -21,7 +21,7 @@ pub(in crate::cli) fn list(answer: &ListVcpusResponse) -> String {
             Cell::address(vcpu.rip),
             vcpu.generation.to_string().into(),
             provenance::age(vcpu.snapshot_age.as_ref()).unwrap_or_default().into(),
-            Cell::dim(readable_lines(&vcpu.run_state_reason)),
+            Cell::dim(readable(&vcpu.run_state_reason)),
         ]);
     }
     table.render()
@@ -43,7 +43,7 @@ pub(in crate::cli) fn now(vcpu: Option<&VcpuInfo>, provenance: Option<&Provenanc
     };
     let reason = match vcpu.run_state_reason.as_str() {
         "" => String::new(),
-        reason => format!("  {}", readable_lines(reason)),
+        reason => format!("  {}", readable(reason)),
     };
     format!(
         "vcpu {} {} at RIP {}  CR3 {}{reason}  {}",

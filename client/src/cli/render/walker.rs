@@ -1,6 +1,6 @@
 //! Both walkers of a vCPU.
 
-use pagewalk_proto::readable_lines;
+use pagewalk_proto::readable;
 
 use super::{hex, names, page_format, paint, provenance};
 use crate::v1::{
@@ -60,7 +60,7 @@ pub(in crate::cli) fn switched(answer: &SetNestedModeResponse) -> String {
             NestedEffectKind::Unchanged => "nothing changed",
             NestedEffectKind::Unspecified => "switched, in a way that this client does not know",
         };
-        parts.push(format!("{}: {}", paint::heading(did), readable_lines(&effect.reason)));
+        parts.push(format!("{}: {}", paint::heading(did), readable(&effect.reason)));
     }
     if let Some(state) = &answer.state {
         if let Some(mode) = &state.nested {
@@ -101,7 +101,7 @@ fn nested(mode: &NestedMode) -> String {
         }
     }
     if !mode.reason.is_empty() {
-        text += &format!(" ({})", readable_lines(&mode.reason));
+        text += &format!(" ({})", readable(&mode.reason));
     }
     text
 }

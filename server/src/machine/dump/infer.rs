@@ -46,6 +46,8 @@ fn efer(state: &CpuState, long_mode: bool) -> (u64, &'static str) {
         Some("LMA because CR4 has LA57 or PCIDE; NXE is assumed")
     } else if rip >> 32 != 0 {
         Some("LMA because RIP is above 4 GiB; NXE is assumed")
+    } else if state.registers.cr3 >> 32 != 0 {
+        Some("LMA because CR3 is above 4 GiB; NXE is assumed")
     } else if long_mode {
         Some("LMA because the dump says x86-64; NXE is assumed")
     } else {
@@ -92,5 +94,8 @@ mod tests {
             let (found, why) = efer(&state(cr0, cr4, rip, long_code), long_mode);
             assert_eq!(found, expected, "{cr0:#x} {cr4:#x} {rip:#x} {long_code} {long_mode}: {why}");
         }
+        let mut high = state(paged, CR4_PAE, 0, false);
+        high.registers.cr3 = 1 << 32;
+        assert_eq!(efer(&high, false).0, long);
     }
 }

@@ -19,6 +19,8 @@ use qapi::qmp::QmpCommand;
 use qapi::{ExecuteError, Qmp, Stream, qmp};
 use serde::Deserialize;
 
+use pagewalk_proto::readable_within;
+
 use crate::listen::connect;
 
 /// For QEMU to greet: it serves one client of a socket at a time, and lets others wait without a word.
@@ -240,10 +242,11 @@ impl Monitor {
 fn told(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof => {
-            tracing::debug!("an answer that is none of QEMU's: {error}");
-            "what is behind it does not answer as QEMU does; check that it is the socket of QEMU's own -qmp, not a guest \
-             agent's or another program's"
-                .to_owned()
+            let error = readable_within(&error.to_string(), 200);
+            format!(
+                "what is behind it does not answer as QEMU does, or in words that are not known here ({error}); check that it is the \
+                 socket of QEMU's own -qmp, not a guest agent's or another program's"
+            )
         }
         _ => error.to_string(),
     }

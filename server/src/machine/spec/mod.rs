@@ -83,7 +83,7 @@ pub enum SpecError {
     )]
     Id(String),
     /// An option that the source does not know.
-    #[error("`{key}` is no option of source {source_kind}: it knows {known}")]
+    #[error("`{key}` is no option of source {source_kind}: it knows {known}; every source knows symbols")]
     Key {
         /// The source.
         source_kind: &'static str,

@@ -572,7 +572,7 @@ class ImagePiece(google.protobuf.message.Message):
     offset: builtins.int
     """Their offset in the file, a multiple of 4096."""
     contents: builtins.bytes
-    """The bytes, whole pages, at most 1 MiB."""
+    """The bytes, whole pages, at most 1 MiB. None where nothing but zeroes lies before this offset, for a long stretch."""
     def __init__(
         self,
         *,

@@ -194,8 +194,9 @@ class MachineServiceStub(typing.Generic[_MachineServiceListMachinesType, _Machin
     SaveImage: _MachineServiceSaveImageType
     """Saves a machine as an image: a description (TOML) and a file with its memory, which the client writes next to each other,
     and which source `image` opens again. A guest that runs is paused for as long as this takes, and then runs on,
-    unless it was paused, stepped or resumed meanwhile: that stays. The stream has one `start`, pieces of memory by ascending offset, without what is zero, and one `end`: without it the image
-    is not whole. A vCPU in nested mode is saved with its second dimension, and opened with the same two walkers.
+    unless a client of the daemon paused, stepped or resumed it meanwhile: that stays. The stream has one `start`, pieces of memory
+    by ascending offset, without what is zero, and one `end`: without it the image is not whole. A vCPU in nested mode is saved with
+    its second dimension, and opened with the same two walkers.
 
     Role: `control`: all of memory leaves the daemon, and the guest is held up.
     Errors: INVALID_ARGUMENT when no machine is named and there are several, or for a name that is none; NOT_FOUND for an
@@ -292,8 +293,9 @@ class MachineServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[collections.abc.Iterator[pagewalk.v1.machine_pb2.SaveImageResponse], collections.abc.AsyncIterator[pagewalk.v1.machine_pb2.SaveImageResponse]]:
         """Saves a machine as an image: a description (TOML) and a file with its memory, which the client writes next to each other,
         and which source `image` opens again. A guest that runs is paused for as long as this takes, and then runs on,
-        unless it was paused, stepped or resumed meanwhile: that stays. The stream has one `start`, pieces of memory by ascending offset, without what is zero, and one `end`: without it the image
-        is not whole. A vCPU in nested mode is saved with its second dimension, and opened with the same two walkers.
+        unless a client of the daemon paused, stepped or resumed it meanwhile: that stays. The stream has one `start`, pieces of memory
+        by ascending offset, without what is zero, and one `end`: without it the image is not whole. A vCPU in nested mode is saved with
+        its second dimension, and opened with the same two walkers.
 
         Role: `control`: all of memory leaves the daemon, and the guest is held up.
         Errors: INVALID_ARGUMENT when no machine is named and there are several, or for a name that is none; NOT_FOUND for an

@@ -102,8 +102,8 @@ class TranslationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def BatchTranslate(self, request, context):
-        """Translates up to 262144 guest virtual addresses for one access, each by a walk during the call, of which neighbours may share a part. Faults are answers, not
-        errors. Large batches yield to small calls.
+        """Translates up to 262144 guest virtual addresses for one access, each by a walk during the call, of which neighbours may share
+        a part. Faults are answers, not errors. Large batches yield to small calls.
 
         Role: `read`.
         Errors: as `Translate`; also INVALID_ARGUMENT for no address, for more than 262144 or for a column that is not made of

@@ -224,8 +224,8 @@ class TranslationServiceStub(typing.Generic[_TranslationServiceTranslateType, _T
     """
 
     BatchTranslate: _TranslationServiceBatchTranslateType
-    """Translates up to 262144 guest virtual addresses for one access, each by a walk during the call, of which neighbours may share a part. Faults are answers, not
-    errors. Large batches yield to small calls.
+    """Translates up to 262144 guest virtual addresses for one access, each by a walk during the call, of which neighbours may share
+    a part. Faults are answers, not errors. Large batches yield to small calls.
 
     Role: `read`.
     Errors: as `Translate`; also INVALID_ARGUMENT for no address, for more than 262144 or for a column that is not made of
@@ -349,8 +349,8 @@ class TranslationServiceServicer(metaclass=abc.ABCMeta):
         request: pagewalk.v1.translation_pb2.BatchTranslateRequest,
         context: _ServicerContext,
     ) -> typing.Union[pagewalk.v1.translation_pb2.BatchTranslateResponse, collections.abc.Awaitable[pagewalk.v1.translation_pb2.BatchTranslateResponse]]:
-        """Translates up to 262144 guest virtual addresses for one access, each by a walk during the call, of which neighbours may share a part. Faults are answers, not
-        errors. Large batches yield to small calls.
+        """Translates up to 262144 guest virtual addresses for one access, each by a walk during the call, of which neighbours may share
+        a part. Faults are answers, not errors. Large batches yield to small calls.
 
         Role: `read`.
         Errors: as `Translate`; also INVALID_ARGUMENT for no address, for more than 262144 or for a column that is not made of

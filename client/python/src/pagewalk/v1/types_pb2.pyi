@@ -18,7 +18,8 @@ carries `google.rpc.ErrorInfo` (domain `pagewalk`) and a message that says what 
   ABORTED              somebody resumed the guest while its image was saved (MACHINE_RAN_ON, of `SaveImage`),
   UNIMPLEMENTED        this daemon does not serve it, or not yet,
   PERMISSION_DENIED    the daemon does not make files for this client (FILE_NOT_ALLOWED, of `AttachMachine`),
-  RESOURCE_EXHAUSTED   too many calls are being served (BUSY), or the request is too large (MESSAGE_TOO_LARGE),
+  RESOURCE_EXHAUSTED   too many calls are being served (BUSY), or machines (TOO_MANY_MACHINES), or the request, or its answer, is
+                       too large (MESSAGE_TOO_LARGE, ANSWER_TOO_LARGE),
   DEADLINE_EXCEEDED    the request's deadline, or the daemon's own bound, passed first (DEADLINE, VCPU_UNRESPONSIVE), or the
                        client did not send or read for too long (STREAM_STALLED),
   UNAVAILABLE          the daemon is stopping, or the machine or the vCPU has gone,

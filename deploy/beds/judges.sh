@@ -28,7 +28,7 @@ amd-linux|A stock Linux kernel on the daemon's own vCPUs there, paused, stepped 
 intel-translate|kvm_intel in Bochs, KVM_TRANSLATE: unpaged, 2-level, PAE, 4-level|nested-intel|10000|0|0|nested-intel-translate-unpaged nested-intel-translate-2 nested-intel-translate-pae nested-intel-translate-4
 intel-nested|kvm_intel nested: L2 unpaged, 2-level, PAE, 4-level over 4-level EPT|nested-intel|10000|20000|0|nested-intel-ept-unpaged nested-intel-ept-2 nested-intel-ept-pae nested-intel-ept-4
 intel-daemon|The daemon in that bed over gRPC, unpaged to 4-level, alone and as a real L2 over EPT|nested-intel|1000|0|0|nested-intel-daemon-translate-* nested-intel-daemon-ept-*
-intel-toggled|L2s that run there: entered and left under 4 clients, and observed|nested-intel|1000|0|0|nested-intel-daemon-toggled nested-intel-daemon-observed
+intel-toggled|L2s that run there: entered and left under 4 clients, and observed|nested-intel|500|0|0|nested-intel-daemon-toggled nested-intel-daemon-observed
 intel-running|L2s that run there: L1 restored, L2 crashed, requests refused|nested-intel|20|0|0|nested-intel-daemon-restored nested-intel-daemon-crashed nested-intel-daemon-refused
 intel-exit|kvm_intel in Bochs: executed accesses of an L2, exit qualification as L1 sees it|nested-intel|1000|5000|0|nested-intel-vmentry-unpaged nested-intel-vmentry-2 nested-intel-vmentry-pae nested-intel-vmentry-4
 tcg-mmu|QEMU's own MMU on stock Linux, every `info tlb` entry|qemu|20000|0|0|linux-4-level-info-tlb linux-5-level-info-tlb linux-2-level-info-tlb linux-pae-info-tlb

@@ -1,14 +1,15 @@
 //! The handle and the thread of a vCPU, over a backend that does as it is told: no `/dev/kvm` needed.
 #![allow(clippy::unwrap_used)]
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use pagewalk::{CpuProfile, Vendor};
 use pagewalkd::vcpu::{
-    Backend, Exit, Hold, ImmediateExit, NestedRequest, RegisterChanges, Registers, RunState, Vcpu, VcpuError,
+    Backend, Exit, Hold, Holders, ImmediateExit, NestedRequest, RegisterChanges, Registers, RunState, Vcpu,
+    VcpuError,
 };
 
 const CPU: CpuProfile =
@@ -320,10 +321,18 @@ async fn a_static_backend_is_never_run() {
     assert_eq!(vcpu.sync(soon()).await.unwrap().run_state, RunState::Static);
 }
 
-/// A guest that another process runs, and how often it was let run on.
+/// A vCPU of a guest that another process runs, all of whose vCPUs stop together; and how often it was let run on.
+#[derive(Clone, Default)]
 struct Elsewhere {
-    paused: bool,
+    paused: Arc<AtomicBool>,
     resumed: Arc<AtomicU64>,
+    holders: Arc<Mutex<Holders>>,
+}
+
+impl Elsewhere {
+    fn spawn(&self) -> Arc<Vcpu> {
+        Vcpu::spawn("elsewhere", 0, CPU, self.clone()).unwrap()
+    }
 }
 
 impl Backend for Elsewhere {
@@ -340,35 +349,41 @@ impl Backend for Elsewhere {
         Ok(())
     }
     fn elsewhere(&mut self) -> Option<(RunState, String)> {
-        Some((if self.paused { RunState::Paused } else { RunState::Running }, String::new()))
+        let paused = self.paused.load(Ordering::Relaxed);
+        Some((if paused { RunState::Paused } else { RunState::Running }, String::new()))
     }
     fn pause(&mut self) -> Result<bool, VcpuError> {
-        Ok(!std::mem::replace(&mut self.paused, true))
+        Ok(!self.paused.swap(true, Ordering::Relaxed))
     }
     fn resume(&mut self) -> Result<(), VcpuError> {
-        self.paused = false;
+        self.paused.store(false, Ordering::Relaxed);
         self.resumed.fetch_add(1, Ordering::Relaxed);
         Ok(())
+    }
+    fn holders(&self) -> Arc<Mutex<Holders>> {
+        Arc::clone(&self.holders)
     }
 }
 
 #[tokio::test]
 async fn a_guest_that_is_held_runs_on_when_its_vcpu_goes() {
     for round in 1..=200 {
-        let resumed = Arc::new(AtomicU64::new(0));
-        let backend = Elsewhere { paused: round % 2 == 0, resumed: Arc::clone(&resumed) };
-        let hold = Hold::new(Vcpu::spawn("elsewhere", 0, CPU, backend).unwrap());
+        let guest = Elsewhere { paused: Arc::new((round % 2 == 0).into()), ..Elsewhere::default() };
+        let hold = Hold::new(guest.spawn());
         assert_eq!(hold.pause(soon()).await.unwrap().run_state, RunState::Paused);
         // The vCPU goes with it, and waits for its thread.
         drop(hold);
-        assert_eq!(resumed.load(Ordering::Relaxed), round % 2, "a guest that was stopped before stays so");
+        assert_eq!(
+            guest.resumed.load(Ordering::Relaxed),
+            round % 2,
+            "a guest that was stopped before stays so"
+        );
     }
 }
 
 #[tokio::test]
 async fn what_is_said_while_a_guest_is_held_stays() {
-    let elsewhere = Elsewhere { paused: false, resumed: Arc::default() };
-    let elsewhere = Vcpu::spawn("elsewhere", 0, CPU, elsewhere).unwrap();
+    let elsewhere = Elsewhere::default().spawn();
     // Its script over, it comes out at once, for ever.
     let Control { vcpu: here, .. } = spawn();
     for vcpu in [elsewhere, here] {
@@ -402,5 +417,24 @@ async fn what_is_said_while_a_guest_is_held_stays() {
         assert_eq!(state().await, RunState::Paused);
         drop(again);
         assert_eq!(state().await, RunState::Running);
+    }
+}
+
+#[tokio::test]
+async fn vcpus_that_stop_together_are_held_together() {
+    for first in [0, 1] {
+        let guest = Elsewhere::default();
+        let mut holds = [guest.spawn(), guest.spawn()].map(Hold::new).map(Some);
+        for hold in holds.iter().flatten() {
+            // Asked again, as after a wait that was too short, it holds once.
+            hold.pause(soon()).await.unwrap();
+            hold.pause(soon()).await.unwrap();
+        }
+        // The vCPU goes with it, and its thread has let go then.
+        drop(holds[first].take());
+        assert_eq!(guest.resumed.load(Ordering::Relaxed), 0, "the other one holds it");
+        drop(holds);
+        assert_eq!(guest.resumed.load(Ordering::Relaxed), 1);
+        assert!(!guest.paused.load(Ordering::Relaxed));
     }
 }

@@ -160,3 +160,30 @@ async fn an_image_truncated_under_its_readers_is_lost() {
     }
     bed.stop().await;
 }
+
+/// Whoever saves a large and empty guest hears that somebody is at work.
+#[tokio::test]
+async fn a_long_stretch_of_zeroes_is_told() {
+    const SIZE: u64 = 100 << 20;
+    let bed = Bed::plain().await;
+    let folder = tempfile::tempdir().unwrap();
+    let memory = File::create(folder.path().join("memory")).unwrap();
+    memory.set_len(SIZE).unwrap();
+    memory.write_all_at(b"end", SIZE - 3).unwrap();
+    let text = format!(
+        "version = 1\n[cpu]\nvendor = \"intel\"\nmaxphyaddr = 46\n[[vcpu]]\ncr0 = 0\ncr3 = 0\ncr4 = 0\nefer = 0\n\
+         [[region]]\ngpa = 0\nsize = {SIZE:#x}\nfile = \"memory\"\n"
+    );
+    std::fs::write(folder.path().join("image.toml"), text).unwrap();
+    attach(&bed, "empty", folder.path()).await;
+    let request = v1::SaveImageRequest { machine: "empty".to_owned(), memory_file: String::new() };
+    let mut parts = bed.machines().save_image(request).await.unwrap().into_inner();
+    let mut pieces = Vec::new();
+    while let Some(part) = parts.message().await.unwrap() {
+        if let Some(Part::Piece(piece)) = part.part {
+            pieces.push((piece.offset, piece.contents.len()));
+        }
+    }
+    assert_eq!(pieces, [(64 << 20, 0), (SIZE - 4096, 4096)]);
+    bed.stop().await;
+}

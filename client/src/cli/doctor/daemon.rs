@@ -98,3 +98,28 @@ fn serves(report: &mut Report, answer: &ListMachinesResponse) {
         );
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::v1::Machine;
+
+    #[test]
+    fn a_lost_machine_is_a_failure() {
+        let lost = Machine {
+            id: "vm".into(),
+            state: MachineState::Lost.into(),
+            state_reason: "QEMU has ended".into(),
+            ..Machine::default()
+        };
+        let mut report = Report::default();
+        let answer = ListMachinesResponse {
+            machines: vec![lost],
+            daemon_version: OURS.into(),
+            ..ListMachinesResponse::default()
+        };
+        serves(&mut report, &answer);
+        assert!(report.has_failed());
+        assert!(report.text().contains("vm is LOST: QEMU has ended: detach it"), "{}", report.text());
+    }
+}

@@ -76,8 +76,10 @@ impl<F: Future<Output = Result<Response<Body>, E>>, E> Future for Reasoned<F> {
 
 /// Adds the reason to what an answer ends with: that it is larger than is encoded is found out only once it has begun.
 pub(super) fn end_with_reason(trailers: &mut HeaderMap) {
-    if let Some(status) = Status::from_header_map(trailers)
-        && status.code() == Code::OutOfRange
+    // Every call ends with some, and a status is made of a copy of them.
+    let code = trailers.get(Status::GRPC_STATUS).map(|code| Code::from_bytes(code.as_bytes()));
+    if code == Some(Code::OutOfRange)
+        && let Some(status) = Status::from_header_map(trailers)
         && status.details().is_empty()
     {
         // What cannot be written as a header leaves it as it was.
